@@ -26,7 +26,7 @@ def step(task: TaskDocument, trigger: Trigger, now: float) -> TaskDocument:
             changes["attempts"] = (*task.attempts, attempt)
         case Trigger.LAND | Trigger.ADOPT:
             changes["landed"] = COMMIT
-        case Trigger.LOSE:
+        case Trigger.DROP:
             changes["landed"] = None
         case _ if task.status is TaskStatus.RUNNING:
             changes["attempts"] = task.with_attempt(ended=now, input_tokens=10, cost=0.5)
@@ -59,7 +59,7 @@ def test_records_and_documents_give_the_same_table(entries: dict[str, DispatchEn
         triggers = [
             trigger
             for status, trigger in TRANSITIONS
-            if status is tasks[name].status and trigger is not Trigger.LOSE
+            if status is tasks[name].status and trigger is not Trigger.DROP
             if may_start or tasks[name].status in FINAL_STATUSES or trigger is Trigger.CANCEL
         ]
         if not triggers:
@@ -71,7 +71,7 @@ def test_records_and_documents_give_the_same_table(entries: dict[str, DispatchEn
     landed = [name for name, one in tasks.items() if one.status is TaskStatus.LANDED]
     if landed:
         name = data.draw(st.sampled_from(landed))
-        tasks[name] = step(tasks[name], Trigger.LOSE, 99.0)
+        tasks[name] = step(tasks[name], Trigger.DROP, 99.0)
         view.apply(CommitRecord(99, 99.0, {Key("task", f"run/{name}"): (1, tasks[name].model_dump(mode="json"))}, []))
         check(view, LiveRun(RunRecord(run, dict(tasks), entries, {}), limits), len(entries))
 

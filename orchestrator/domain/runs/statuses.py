@@ -336,7 +336,7 @@ class Trigger(StrEnum):
     CONFLICT = "conflict", events.TaskConflict  #: the merge has conflicts
     ADOPT = "adopt", events.TaskLanded  #: the target already has it
     LAND = "land", events.TaskLanded  #: the target was moved
-    LOSE = "lose", events.TaskFailed  #: the target was rewritten without it
+    DROP = "drop", events.TaskFailed  #: the target was rewritten without it
     DISTRUST = "distrust", events.TaskFailed  #: the record of the task is damaged
     CANCEL = "cancel", events.TaskCancelled  #: a user cancels it
     IGNORE = "ignore", events.TaskIgnored  #: a user excludes it from retries
@@ -376,7 +376,7 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.LANDING, _T.LAND): _S.LANDED,
     (_S.LANDING, _T.UNDO): _S.QUEUED,
     (_S.LANDING, _T.DEFER): _S.QUEUED,
-    (_S.LANDED, _T.LOSE): _S.FAILED,
+    (_S.LANDED, _T.DROP): _S.FAILED,
     (_S.RUNNING, _T.ADOPT): _S.LANDED,
     (_S.LANDING, _T.ADOPT): _S.LANDED,
     (_S.CONFLICT, _T.ADOPT): _S.LANDED,

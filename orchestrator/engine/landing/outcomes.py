@@ -173,7 +173,7 @@ class LandingOutcomes:
             await self._git("update-ref", f"refs/heads/{branch}", document.commit or document.landed)
             reason = f"commit {document.landed[:10]} is no longer on the target: the target was {change}"
             lost = TaskFailed(reason=reason, branch=branch)
-            await self._ledger.change(task, Trigger.LOSE, lost, landed=None, branch=branch, reason=reason)
+            await self._ledger.change(task, Trigger.DROP, lost, landed=None, branch=branch, reason=reason)
 
     async def bounce(self, task: str, spec: TaskSpec, merge: PreparedMerge, failed: CommandFailed) -> None:
         """Retry a task whose merge fails its checks, or end the task."""
