@@ -33,7 +33,7 @@ def is_import_complete(record: Document) -> bool:
 class Project:
     """The parent of a `.council/` folder.
 
-    It is the top of the user's checkout or, for a repository URL, the YAML file's folder.
+    It is the root of the user's checkout or, for a repository URL, the YAML file's folder.
     """
 
     top: Path

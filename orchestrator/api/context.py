@@ -88,7 +88,7 @@ class StopSignal:
             stop()
 
     def add(self, stop: Callable[[], None]) -> None:
-        """Call `stop` when the signal is set, or at once if it is set already."""
+        """Call `stop` when the signal is set, or immediately if it is set already."""
         self._callbacks.add(stop)
         if self.is_set:
             stop()

@@ -150,7 +150,7 @@ class RunReader:
             return True
 
     async def _merged_by(self, run: RunDocument) -> str | None:
-        """Return the run that merged the branch of a run after its end."""
+        """Return the run that merged the branch of a finished run."""
         since = run.ended or 0.0
         found = [one for one in await self._merges(run.id, {TaskStatus.LANDED}) if one.value["started"] >= since]
         return found[0].key.id if found else None

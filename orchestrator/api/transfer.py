@@ -72,7 +72,7 @@ async def open_target(
     """
     url = to_store_url(str(location))
     if url == MEMORY:
-        raise RefusedError("a copy in a memory store would be lost at once", "name a folder, or another store's URL")
+        raise RefusedError("a copy in a memory store is not kept", "name a folder, or another store's URL")
     folder, within = (
         require_local_folder(url),
         require_local_folder(to_store_url(str(source))) if source is not None else None,

@@ -27,7 +27,7 @@ COMMANDS_BY_SECTION: Mapping[str, Mapping[str, tuple[str, str]]] = {
     },
     "Set up": {
         "init": ("setup.init:init", "Write a council.yaml for this repository."),
-        "validate": ("setup.validate:validate", "Report every mistake in a file, without running it."),
+        "validate": ("setup.validate:validate", "Report every error in a file, without running it."),
         "doctor": ("setup.doctor:doctor", "Check that this repository is ready to run, and suggest fixes."),
         "adapters": ("setup.adapters:adapters", "List installed adapters with their programs, versions and logins."),
         "workflow": ("setup.workflow:workflow", "Show workflows, or copy one to edit it."),

@@ -183,7 +183,7 @@ SESSION_COMMANDS = {
         SessionCommand(
             "share_wait",
             "Wait until another session shares a value.",
-            "Returns an existing value at once, unless --after asks for a later version.",
+            "Returns an existing value immediately, unless --after asks for a later version.",
             _KEY,
             Argument("after", VERSION, "Wait for a version later than this one."),
             Argument("timeout", SECONDS, "Seconds to wait. Default: 30.", metavar="SECONDS"),

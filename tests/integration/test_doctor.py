@@ -389,7 +389,7 @@ def test_invalid_file_does_not_prevent_the_list_of_types(repository: Repository)
     ended = repository.council("adapters", "--json")
     assert (ended.code, ended.result["adapters"]) == (0, [])
     assert ended.result["error_count"] > 0
-    assert "has mistakes" in repository.council("adapters").stdout
+    assert "has errors" in repository.council("adapters").stdout
 
 
 @pytest.mark.parametrize("content", ["version: 1\n", None])

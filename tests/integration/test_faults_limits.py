@@ -129,7 +129,7 @@ async def test_second_signal_ends_immediately(
     wait_for(lambda: list(Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/one.1/slot/tree/half.txt")))
     child.send_signal(first)
     assert child.stderr is not None
-    assert "press Ctrl-C again to stop at once" in child.stderr.readline()
+    assert "press Ctrl-C again to stop now" in child.stderr.readline()
     child.send_signal(second)
     assert child.wait(timeout=10) == 130
     child.communicate()

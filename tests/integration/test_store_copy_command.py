@@ -129,7 +129,7 @@ async def test_copy_needs_a_location_for_the_store(project: Repository, tmp_path
         (outside / ("x" * 300), "can't be used"),
         (outside, "contains files but no store"),
         (project.top, "contains files but no store"),
-        ("memory:", "lost at once"),
+        ("memory:", "is not kept"),
     ):
         for words in (
             ["copy", ".council/state", str(target)],

@@ -91,7 +91,7 @@ async def survive_store_outages(
     async def record_event(event: TypedEvent) -> None:
         _log.warning(
             event.sentence.format(**event.data())
-        )  # at once: the event is recorded only when the store is reachable again
+        )  # immediately: the event is recorded only when the store is reachable again
         await survived.commit(Commit([], [Event.of(event.within(run=run))]))
 
     folder = context.project.folder / "outage"

@@ -62,7 +62,7 @@ class Health:
         ]
 
     async def _run(self, run: str) -> RunDocument | None:
-        with suppress(RefusedError):  # an unreadable run has a finding of its own
+        with suppress(RefusedError):  # an unreadable run has its own finding
             return await read_run(self.context.store, run)
         return None
 

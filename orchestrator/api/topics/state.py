@@ -51,8 +51,8 @@ class State(Topic):
         total, with exponential backoff. The document expires after `ttl` seconds.
 
         Raises VersionConflict, with the other writer and its time, after the last attempt, or immediately if the
-        version is not `expected_version` (0: no document). Raises RefusedError also if the value would make a document
-        of council's own unreadable.
+        version is not `expected_version` (0: no document). Raises RefusedError also if the value would make
+        one of council's own documents unreadable.
         """
         await self._check_idle(key)
         return await update_document(
@@ -70,7 +70,7 @@ class State(Topic):
     async def apply_updates(
         self, updates: Sequence[DocumentUpdate[Key]], strategy: str = "last_write_wins"
     ) -> UpdateResult:
-        """Apply updates of documents; resolve competing ones by a strategy.
+        """Apply updates of documents; resolve conflicting ones by a strategy.
 
         The strategies are `last_write_wins`, `first_write_wins`, `merge`, and `manual`, which records the conflict for
         `resolve_conflict`. Raises RefusedError also if a value would make a run unreadable.

@@ -60,7 +60,7 @@ class Tasks(Topic):
         """Retry tasks that ended without landing.
 
         Tasks with a workflow continue at their last phase, or at `from_phase`; results of earlier phases are kept. The
-        active process of the run starts them at once; otherwise the next `resume` does.
+        active process of the run starts them immediately; otherwise the next `resume` does.
 
         With `reload`, from `file_changes`, the prompts, limits and adapters of the file are applied to the tasks first.
         Raises RefusedError, with the reason for each key that can't change.
@@ -70,8 +70,8 @@ class Tasks(Topic):
     async def approve(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
         """Approve the phase result of each task, so that the task continues.
 
-        The active process of the run continues the tasks at once; otherwise the next `resume` does. Raises RefusedError
-        if a task is not waiting for approval.
+        The active process of the run continues the tasks immediately; otherwise the next `resume` does. Raises
+        RefusedError if a task is not waiting for approval.
         """
         return await self._answer(RequestAction.APPROVE, tasks, note, run)
 

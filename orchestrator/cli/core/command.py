@@ -94,7 +94,7 @@ def explicit_store_url() -> str:
     return store_option_url() or to_store_url(os.environ.get("COUNCIL_STATE", ""))
 
 
-#: The maximum number of landed tasks with line counts: git needs some milliseconds for each in a large repository.
+#: The maximum number of landed tasks with line counts: git needs a few milliseconds for each in a large repository.
 _MAX_COUNTED = 300
 #: The number of new objects after which Python collects garbage.
 _GC_THRESHOLD = 100_000

@@ -38,7 +38,7 @@ _MIN_PROMPT_WORDS = 2
 async def load_run_config(file: Path | None, tasks: InlineTasks | None = None) -> tuple[Plugins, RunConfig]:
     """Return the installed plugins and the run of a file.
 
-    The default file is `council.yaml`. `tasks` replace those of the file. Raises ConfigError if the file has mistakes,
+    The default file is `council.yaml`. `tasks` replace those of the file. Raises ConfigError if the file has errors,
     RefusedError if a file is required and missing.
     """
     git = Git(None, as_user=True, environ=os.environ)
@@ -62,7 +62,7 @@ async def load_run_config(file: Path | None, tasks: InlineTasks | None = None) -
         )
     if found is None:
         where = " or ".join(map(str, dict.fromkeys(folders)))
-        remedy = 'name a file, write one with `council init`, or give a prompt, as in `council run "fix the bug"`'
+        remedy = 'name a file, write one with `council init`, or give a prompt, for example `council run "fix the bug"`'
         raise RefusedError(f"there is no {CONFIG_FILE_NAME} in {where}", remedy)
     return plugins, await anyio.to_thread.run_sync(load_config, found, plugins.adapters, plugins.extensions())
 
@@ -98,7 +98,7 @@ def _only_installed_adapter(folder: Path, plugins: Plugins) -> str | None:
 
 
 async def find_checkout_root(folder: Path, git: Git) -> Path | None:
-    """Return the top of the checkout that contains a folder; None if there is none."""
+    """Return the root of the checkout that contains a folder; None if there is none."""
     try:
         return (await find_repository(folder, git)).top
     except RefusedError:
@@ -118,12 +118,12 @@ _PROMPT = "Describe this repository."
 class CommandEnvironment:
     """The project, plugins and run file of a command.
 
-    `config` is the run of the file, its mistakes, or None without a file.
+    `config` is the run of the file, its errors, or None without a file.
     """
 
     folder: Path
     top: Path | None
-    """The top of the checkout that contains the folder."""
+    """The root of the checkout that contains the folder."""
     plugins: Plugins
     file: Path | None
     config: RunConfig | ConfigError | None

@@ -53,7 +53,7 @@ class InterruptHandler:
                     # is sufficient for `resume`.
                     self._output.failure(
                         {"status": "interrupted", "exit": EXIT_INTERRUPTED},
-                        "council: stopped at once; `council resume` continues the run",
+                        "council: stopped; `council resume` continues the run",
                     )
                     sys.stdout.flush()
                     os._exit(EXIT_INTERRUPTED)
@@ -61,5 +61,5 @@ class InterruptHandler:
                 if self.stop is None:
                     scope.cancel()
                 else:
-                    self._output.notice("stopping sessions and saving their work; press Ctrl-C again to stop at once")
+                    self._output.notice("stopping sessions and saving their work; press Ctrl-C again to stop now")
                     self.stop()

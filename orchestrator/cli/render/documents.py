@@ -216,7 +216,7 @@ class CommitFormatter:
 
 
 def describe_event(event: Event) -> str:
-    """Return the type of an event and its subject, as in `task.landed models`."""
+    """Return the type of an event and its subject, for example `task.landed models`."""
     about = next((event.data[name] for name in ("task", "adapter", "sink", "tracker") if name in event.data), None)
     return printable(event.type if about is None else f"{event.type} {about}")
 
@@ -264,7 +264,7 @@ class RepairedDocument:
 
 
 def repaired_documents(records: Iterable[CommitRecord]) -> list[RepairedDocument]:
-    """Return the documents that were repaired in some commits."""
+    """Return the documents that these commits repaired."""
     found = []
     for record in records:
         versions = {str(key): version for key, (version, _) in record.documents.items()}

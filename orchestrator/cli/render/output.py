@@ -114,7 +114,7 @@ class Output:
 
     def failure(self, result: JsonObject, message: str) -> None:
         """Print the error of a command."""
-        if self.print_above_table is not None:  # the process ends at once, and the table stays on the screen
+        if self.print_above_table is not None:  # the process ends immediately, and the table stays on the screen
             self._say(f"\n{_SHOW_CURSOR}", newline=False)
         if self.as_json:
             self._line(result)

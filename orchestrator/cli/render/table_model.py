@@ -150,7 +150,7 @@ def choose_rows(working: Iterable[str], waiting: Iterable[str], finished: Iterab
 
 
 def format_estimate(seconds: float) -> str:
-    """Return a duration, rounded up, as in `about 40 s` or `about 2 h 10 min`."""
+    """Return a duration, rounded up, for example `about 40 s` or `about 2 h 10 min`."""
     if seconds <= 55:
         return f"about {max(math.ceil(seconds / 5) * 5, 5)} s"
     minutes = math.ceil(seconds / 60)

@@ -19,12 +19,12 @@ _INVISIBLE = re.compile(
 
 
 def pluralize(count: int, noun: str) -> str:
-    """Return a number with its noun, as in `1 task`, `2 tasks` and `no tasks`."""
+    """Return a number with its noun, for example `1 task`, `2 tasks` and `no tasks`."""
     return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """Return the first and last line of a text as one line, up to `limit` characters."""
+    """Return the first and last line of text as one line, up to `limit` characters."""
     lines = [" ".join(line.split()) for line in text.splitlines() if any(map(str.isalnum, line))] or [""]
     words = lines[0] if len(lines) == 1 else f"{lines[0]}: {lines[-1]}"
     if len(words) <= limit:
@@ -44,7 +44,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def escape_unprintable(line: str) -> str:
-    """Return a line with its unprintable characters escaped, as in `^[` or `<U+202E>`.
+    """Return a line with unprintable characters escaped, such as `^[` or `<U+202E>`.
 
     These are control, bidirectional and invisible characters. Tabs are kept.
     """
@@ -62,7 +62,7 @@ def _escape_character(char: str) -> str:
 
 
 def format_line_counts(changes: Changes) -> str:
-    """Return the number of added and removed lines, as in `+12 -3`."""
+    """Return the number of added and removed lines, for example `+12 -3`."""
     return f"+{changes.added} -{changes.removed}"
 
 
@@ -139,7 +139,7 @@ def format_elapsed(seconds: float) -> str:
 
 
 def format_age(time: float, now: float) -> str:
-    """Return the age of a point in time, as in `0:42 ago`."""
+    """Return the age of a point in time, for example `0:42 ago`."""
     return f"{format_elapsed(now - time)} ago"
 
 

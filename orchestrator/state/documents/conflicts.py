@@ -1,4 +1,4 @@
-"""Resolve competing updates to a document, or record a conflict.
+"""Resolve conflicting updates to a document, or record a conflict.
 
 Both happen in the commit that writes the updates. A recorded conflict waits for a user's decision. It is a document of
 kind `conflict`; the document that it concerns does not change.
@@ -58,7 +58,7 @@ class UpdateResult(NamedTuple):
     written: Sequence[Key]
     """Documents with a new value, from the only update or from resolved ones."""
     resolved: Sequence[Key]
-    """Written documents that had competing updates."""
+    """Written documents that had conflicting updates."""
     waiting: Sequence[Conflict]
     """Conflicts that a user has to resolve (`resolve_conflict`); their documents did not change."""
 
@@ -77,10 +77,10 @@ async def apply_updates(
     Several updates to a document are resolved by the strategy, with an event `state.conflict_auto_resolved` (key,
     strategy, writers). With `manual`, the document is not written; its candidates are recorded, with an event
     `state.conflict_recorded` (key, conflict, writers). If an update has a `base` and the document has changed since,
-    the current value also competes, with the time and writer of its commit; an update without a base replaces any
-    value. If another process commits first, everything is retried as in `update_document`. Raises RefusedError for an
-    unknown strategy, the errors of `check` for new values, and the errors of `Store.commit`, for example if the
-    candidates together are too large for one document. On an error nothing is changed.
+    the current value also counts as an update, with the time and writer of its commit; an update without a base
+    replaces any value. If another process commits first, everything is retried as in `update_document`. Raises
+    RefusedError for an unknown strategy, the errors of `check` for new values, and the errors of `Store.commit`, for
+    example if the candidates together are too large for one document. On an error nothing is changed.
     """
     chosen = parse_strategy(strategy)
     return await retry_on_conflict(partial(_apply, store, group_by_key(updates), chosen, guards, check), attempts)
@@ -170,11 +170,11 @@ async def _apply(
 async def _step(store: Store, key: Key, updates: Sequence[DocumentUpdate[Key]], strategy: ConflictStrategy) -> _Step:
     found = await store.get(key)
     version = found.version if found else 0
-    competing = [*await _unseen(store, key, found, updates), *updates]
-    if len(competing) == 1:
+    conflicting = [*await _unseen(store, key, found, updates), *updates]
+    if len(conflicting) == 1:
         return _Step(found, _replace(key, version, updates[0].value))
-    outcome = resolve_updates(competing, strategy)
-    writers = [one.writer for one in sorted(competing, key=lambda one: one.time)]
+    outcome = resolve_updates(conflicting, strategy)
+    writers = [one.writer for one in sorted(conflicting, key=lambda one: one.time)]
     if isinstance(outcome, Unresolved):
         kept = Conflict(secrets.token_hex(8), key, version, outcome.candidates)
         unresolved = StateConflictRecorded(key=str(key), writers=writers, conflict=kept.id)

@@ -246,7 +246,7 @@ class Journal:
             self.log.follow(self.log.lock.read())
 
     def commit(self, pending: deque[PendingCommit]) -> None:
-        """Commit all pending commits and set their outcomes; more may be queued meanwhile."""
+        """Commit all pending commits and set their outcomes; more may be queued."""
         with self._io:
             if pending:
                 with self._fail_group_on_error(_take_all(pending)) as group, self.log.lock.held():

@@ -78,7 +78,7 @@ class OpenLog:
                 found = cursor.read(mark) if mark else ()
                 lines = (one.item.line for one in found if isinstance(one.item, DecodedLine))
                 state = rebuild_state(position, lines, first)
-                if pruned_through(self._directory) == first:  # otherwise some lines may have been skipped
+                if pruned_through(self._directory) == first:  # otherwise lines may have been skipped
                     return state
 
     def load_snapshot(self) -> None:
@@ -106,7 +106,7 @@ class OpenLog:
                 snapshot.write_snapshot(self._directory, snapshot.Snapshot(self.replay.table, sums))
 
     def follow(self, mark: HighWaterMark | None) -> None:
-        """Read the commits of other processes up to a mark.
+        """Read the commits of other processes up to a high-water mark.
 
         The caller must serialize calls.
         """
@@ -156,7 +156,7 @@ class OpenLog:
         self._adopt(mark)
 
     def is_complete(self, mark: HighWaterMark) -> bool:
-        """Return whether the log ends exactly at the mark, in the segment of the cursor."""
+        """Return True if the log ends at the high-water mark, in the cursor's segment."""
         found, cursor = self._listing.read(), self.cursor
         is_newest = bool(found) and cursor.segment == mark.segment == found[-1].first
         return is_newest and _is_settled(mark) and cursor.offset <= mark.end == cursor.size()
@@ -197,7 +197,7 @@ class OpenLog:
         self.note_end(end)
 
     def note_end(self, mark: HighWaterMark) -> None:
-        """Record that the table contains the log up to a mark."""
+        """Record that the table contains the log up to a high-water mark."""
         self.end = mark
         self._ends.append(mark)
 
@@ -211,7 +211,7 @@ def _size(sums: Mapping[int, Checksum]) -> int:
 
 
 def _is_settled(mark: HighWaterMark | None) -> TypeGuard[HighWaterMark]:
-    """Return whether the mark covers everything written since the machine booted."""
+    """Return True if the high-water mark covers all writes since the boot."""
     return mark is not None and mark.boot == boot_id() and not mark.is_uncertain
 
 

@@ -43,7 +43,7 @@ class LogReplay:
             self._suspects.append(found)
             return
         line = found.item.line
-        if not found.is_pruned:  # pruned segments are checked at their end
+        if not found.is_pruned:  # pruned segments are checked when they end
             self._settle(line.position - 1 - self.table.position, found.path, found.offset)
         if line.is_damaged:
             keys = tuple(change.key for change in line.changes if change.length)
@@ -54,7 +54,7 @@ class LogReplay:
 
     def _end_pruned(self, path: Path, last: int) -> None:
         if self._suspects:
-            what = f"some lines of the pruned commits up to {last} are unreadable: every document may be out of date"
+            what = f"lines of pruned commits up to {last} are unreadable: every document may be out of date"
             self.report(path, self._suspects[0].offset, None, what)
             self.table.lose(last)
             self._suspects.clear()
@@ -85,7 +85,7 @@ class LogReplay:
 
 
 def replay_until(replay: LogReplay, cursor: LogCursor, mark: HighWaterMark | None) -> None:
-    """Replay the log from a cursor up to a mark."""
+    """Replay the log from a cursor up to a high-water mark."""
     for found in cursor.read(mark) if mark else ():
         replay.take(found)
 

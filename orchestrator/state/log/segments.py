@@ -59,7 +59,7 @@ class HighWaterMark(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> HighWaterMark | None:
-        """Return the mark, or None if `data` is not a mark."""
+        """Return the high-water mark, or None if `data` is not a mark."""
         fields = data.split(b" ")
         if len(data) != _MARK_BYTES or len(fields) != 8 or fields[7] != b"%08x" % zlib.crc32(data[:-9]):
             return None
@@ -119,7 +119,7 @@ class ScannedItem(NamedTuple):
 
 
 class LogLock:
-    """The permanent lock file, kept open, which contains the mark."""
+    """The permanent lock file, kept open, which contains the high-water mark."""
 
     def __init__(self, directory: Path) -> None:
         self._path = str(directory / _LOCK)
@@ -128,7 +128,10 @@ class LogLock:
         self._read: tuple[bytes, HighWaterMark | None] = b"", None
 
     def read(self) -> HighWaterMark | None:
-        """Return the mark, or None if missing or torn. Cheap enough for the event loop."""
+        """Return the high-water mark; None if it is missing or torn.
+
+        Cheap enough for the event loop.
+        """
         data = os.pread(self._file.fileno(), _MARK_BYTES, 0)
         known, mark = self._read
         if data != known:
@@ -254,7 +257,7 @@ def pruned_through(directory: Path) -> int:
 
 
 def open_segment(directory: Path, segment: Segment) -> SegmentReader:
-    """Open a segment, or its packed form if packed meanwhile.
+    """Open a segment, or its packed form if it was packed in the meantime.
 
     Raises FileNotFoundError if it is missing.
     """
@@ -267,7 +270,7 @@ def open_segment(directory: Path, segment: Segment) -> SegmentReader:
 def segment_size(directory: Path, segment: Segment) -> int:
     """Return the size of a segment's lines in bytes."""
     if not segment.is_packed:
-        with suppress(FileNotFoundError):  # it has been packed meanwhile
+        with suppress(FileNotFoundError):  # it was packed in the meantime
             return segment.path(directory).stat().st_size
     with closing(open_segment(directory, segment)) as source:
         return source.size()

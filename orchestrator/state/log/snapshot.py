@@ -102,7 +102,7 @@ def read_snapshot(directory: Path) -> Snapshot | None:
 
 
 def _values(file: BinaryIO, lengths: Sequence[int], crc: int) -> tuple[list[bytes | None], int]:
-    """Read the values of a kind; return them and the updated checksum."""
+    """Read the values of one kind; return them and the updated checksum."""
     values: list[bytes | None] = []
     for start in range(0, len(lengths), _AT_ONCE):
         ends = list(accumulate(lengths[start : start + _AT_ONCE], initial=0))

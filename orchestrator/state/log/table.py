@@ -97,7 +97,7 @@ class DocumentTable:
         return {key: _document(key, entry) for key, entry in found if entry.exists(now)}
 
     def documents(self, kind: str, now: float, prefix: str = "") -> Sequence[Document]:
-        """Return the documents of a kind whose id begins with `prefix`, ordered by id."""
+        """Return the documents of the given kind whose id starts with `prefix`, by id."""
         with self._lock:
             entries = self._kinds.get(kind, {})
             found = [(name, entries[name]) for name in self._ids(kind, prefix)]
@@ -171,7 +171,7 @@ class DocumentTable:
 
 
 class _Documents(Sequence[Document]):
-    """Documents of a kind, created on access."""
+    """Documents of one kind, created on access."""
 
     def __init__(self, kind: str, entries: list[tuple[str, TableEntry]]) -> None:
         self._kind, self._entries = kind, entries

@@ -149,7 +149,7 @@ class Mirror:
         return key in self._seen or any(key.id.startswith(prefix) for prefix in self._listed.get(key.kind, ()))
 
     def knows_all(self, kind: str, prefix: str) -> bool:
-        """Return True if all documents of a kind whose id begins with a prefix are known."""
+        """Return True if all documents of a kind with an id prefix are known."""
         return any(prefix.startswith(listed) for listed in self._listed.get(kind, ()))
 
     def dump(self) -> Dump:

@@ -211,7 +211,7 @@ class FileStore:
 
     @asynccontextmanager
     async def dump(self) -> AsyncIterator[Dump]:
-        """See `Store.dump`; nothing is pruned meanwhile."""
+        """See `Store.dump`; nothing is pruned during the dump."""
         async with self._exclusive():
             await self._refresh()
             check_intact(await self._in_thread(self._journal.verify))

@@ -67,7 +67,7 @@ capacity_option = click.option(
 detach_option = click.option("--detach", is_flag=True, help="Continue in the background.")
 
 
-#: Rejects an invalid branch name here: later it would be reported as a mistake in the file.
+#: Rejects an invalid branch name here: later it would be reported as an error in the file.
 _parse_branch = parsed_by(check_branch)
 
 
@@ -122,7 +122,7 @@ async def run_file(  # noqa: PLR0917  one for each option
 ) -> int:
     """Run the tasks of a file, or a prompt, and land their work.
 
-    FILE defaults to council.yaml, in the current folder or at the top of the repository. A PROMPT, like --task, is a
+    FILE defaults to council.yaml, in the current folder or at the root of the repository. A PROMPT, like --task, is a
     task with the adapters and defaults of council.yaml, or without a file with the only adapter whose program is
     installed. An argument that ends in .yaml or .yml, or that exists, is a FILE.
 
@@ -254,9 +254,9 @@ async def resume(
 async def merge(context: CouncilContext, run: str | None) -> int:
     """Land queued work, and merge the run's own branch into its base.
 
-    Work is queued while the target cannot move, for example because its checkout has changes. If the run landed on
-    council/RUN, that branch is merged into the base with the checks of all tasks, as a separate run with one task. No
-    session is started. A merge that could not land is continued. The exit code is 0 if there is nothing to merge.
+    Work is queued while the target cannot be updated, for example because its checkout has changes. If the run landed
+    on council/RUN, that branch is merged into the base with the checks of all tasks, as a separate run with one task.
+    No session is started. A merge that could not land is continued. The exit code is 0 if there is nothing to merge.
 
     \b
     Examples:

@@ -118,7 +118,7 @@ async def retry(
     """Retry terminal tasks that have not landed.
 
     Resets their attempts. A task with a workflow continues at its current phase, or at PHASE; the results of earlier
-    phases stay. An active run starts the tasks at once; otherwise run `council resume`.
+    phases stay. An active run starts the tasks immediately; otherwise run `council resume`.
 
     A run keeps the prompts, limits and adapters that it recorded at its start. --reload adopts those of the current
     file for these tasks; `needs`, `owns` and `workflow` cannot change. Pending, blocked and queued tasks adopt them
@@ -162,7 +162,7 @@ async def approve(context: CouncilContext, tasks: tuple[str, ...], note: str | N
     """Approve the result of a phase, so that its task continues.
 
     `council status` lists the tasks that wait for approval, and `council show TASK` shows the result. An active run
-    continues the tasks at once; otherwise run `council resume`.
+    continues the tasks immediately; otherwise run `council resume`.
 
     \b
     Examples:
@@ -182,8 +182,8 @@ async def approve(context: CouncilContext, tasks: tuple[str, ...], note: str | N
 async def reject(context: CouncilContext, tasks: tuple[str, ...], note: str | None, run: str | None) -> int:
     """Reject the result of a phase, and repeat the phase.
 
-    The session that repeats it gets the note. An active run starts it at once; otherwise run `council resume`. To end
-    the task instead, run `council cancel TASK`.
+    The session that repeats it gets the note. An active run starts it immediately; otherwise run `council resume`. To
+    end the task instead, run `council cancel TASK`.
 
     \b
     Examples:

@@ -38,7 +38,7 @@ from orchestrator.protocols import Adapter, JsonObject
 async def adapters(context: CommandContext) -> None:
     """List installed adapters with their programs, versions and logins.
 
-    Also lists the adapters of council.yaml, in the current folder or at the top of the repository: their optional
+    Also lists the adapters of council.yaml, in the current folder or at the root of the repository: their optional
     features and, from the newest run, whether they are available and their last failure.
 
     \b
@@ -174,8 +174,8 @@ async def enable(context: CouncilContext, names: tuple[str, ...], run: str | Non
     """Enable adapters that a run has disabled or paused.
 
     Run it, for example, after you have logged in or bought credit. Without ADAPTER, enables all of them. An active run
-    starts their tasks at once; otherwise run `council resume`. A key in an environment variable of an active process
-    can't be changed: stop that process and resume the run.
+    starts their tasks immediately; otherwise run `council resume`. A key in an environment variable of an active
+    process can't be changed: stop that process and resume the run.
 
     \b
     Examples:

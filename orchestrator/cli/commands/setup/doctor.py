@@ -23,7 +23,7 @@ async def doctor(context: CommandContext, file: Path | None) -> int:
     """Check that this repository is ready to run, and suggest fixes.
 
     Checks the machine, the repository, the programs and the file: FILE, or council.yaml in the current folder or at the
-    top of the repository. Changes nothing. The exit code is 1 if there is a problem, 0 if there are only warnings.
+    root of the repository. Changes nothing. The exit code is 1 if there is a problem, 0 if there are only warnings.
 
     \b
     Examples:

@@ -44,7 +44,7 @@ async def init(context: CommandContext, file: Path | None, adapter: str | None, 
     """Write a council.yaml for this repository.
 
     The file has the adapters whose programs are found, the command that runs the tests of the repository, and a first
-    task. Without FILE, writes council.yaml at the top of the repository.
+    task. Without FILE, writes council.yaml at the root of the repository.
 
     \b
     Examples:

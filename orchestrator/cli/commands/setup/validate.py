@@ -20,9 +20,9 @@ from orchestrator.engine.diagnostics.preflight import find_surroundings
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @async_command()
 async def validate(context: CommandContext, file: Path | None) -> None:
-    """Report every mistake in a file, without running it.
+    """Report every error in a file, without running it.
 
-    FILE defaults to council.yaml, in the current folder or at the top of the repository. Unusual settings are reported
+    FILE defaults to council.yaml, in the current folder or at the root of the repository. Unusual settings are reported
     as warnings, which do not change the exit code. `council run --dry-run` also checks programs and branches.
 
     \b

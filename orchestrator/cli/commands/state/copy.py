@@ -81,7 +81,7 @@ async def export(context: CouncilContext, file: Path, force: bool) -> None:
     if is_stream and sys.stdout.isatty():
         raise RefusedError(
             "an export is binary, but standard output is a terminal",
-            "name a file, or redirect the output, as in `- > FILE`",
+            "name a file, or redirect the output, for example `- > FILE`",
         )
     try:
         copied = await state.export_to(sys.stdout.buffer if is_stream else file, force=force)
@@ -108,7 +108,7 @@ async def import_(context: CommandContext, file: Path) -> None:
       council state import - --json
     """
     if file == _STREAM and sys.stdin.isatty():
-        raise RefusedError("standard input is a terminal", "name a file, or redirect the input, as in `- < FILE`")
+        raise RefusedError("standard input is a terminal", "name a file, or redirect the input, for example `- < FILE`")
     copied = await _import(context, sys.stdin.buffer if file == _STREAM else file)
     _print_result(context.output, copied, "already imported:" if copied.already_present else "imported")
 
@@ -122,7 +122,7 @@ async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult
     try:
         find_project(Path())
     except RefusedError as error:
-        remedy = "cd to the top of the repository, and name its store: `--state .council/state`"
+        remedy = "cd to the root of the repository, and name its store: `--state .council/state`"
         raise RefusedError(error.what, remedy) from None
     async with open_council(context) as opened:
         return await opened.council.state.import_from(file)

@@ -34,7 +34,7 @@ def read_queries() -> Mapping[str, str]:
 
 
 def read_migrations() -> Sequence[tuple[int, str]]:
-    """Return the numbers and texts of the migrations."""
+    """Return the numbers and text of the migrations."""
     paths = sorted((_FOLDER / "migrations").glob("*.sql"))
     return [(int(path.name.partition("_")[0]), path.read_text()) for path in paths]
 

@@ -66,7 +66,7 @@ async def repair_state(
         current = {key: await pipeline.hget(log.documents, encode_key(key)) for key in wrong}
         pipeline.multi()
         for key, text in current.items():
-            if (None if text is None else decode_entry(text)) == stored.entry(key):  # not changed meanwhile
+            if (None if text is None else decode_entry(text)) == stored.entry(key):  # not changed in the meantime
                 pipeline.hset(log.documents, encode_key(key), encode_entry(wrong[key]))
 
     await log.client.transaction(restore, log.documents)

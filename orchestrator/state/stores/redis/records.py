@@ -28,7 +28,7 @@ def _seal(text: bytes) -> bytes:
 
 
 def _unseal(sealed: bytes) -> bytes:
-    """Return a text without its checksum, or nothing if they don't match."""
+    """Return text without its checksum, or nothing if they don't match."""
     text = sealed[_DIGEST:]
     return text if _seal(text) == sealed else b""
 

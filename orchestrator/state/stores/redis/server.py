@@ -225,7 +225,7 @@ def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
         host = address.options.get("host")
         return StoreUnavailable(name, f"unknown host {host!r}", "correct the host in the URL")
     if isinstance(error, (exceptions.LockError, exceptions.WatchError)):
-        return StoreUnavailable(name, "another process changed the log meanwhile", "try again")
+        return StoreUnavailable(name, "another process changed the log in the meantime", "try again")
     if isinstance(error, exceptions.ConnectionError):
         return StoreUnavailable(name, f"unreachable: {text}", "start the server, or correct the URL")
     return StoreUnavailable(name, f"the server failed: {text}", "see its log")

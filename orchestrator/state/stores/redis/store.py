@@ -202,7 +202,7 @@ class RedisStore:
                     if position != after + 1 or line is None:
                         if after >= await self._log.first():
                             raise StateLost(str(self.address), f"commit {after + 1} is damaged")
-                        break  # it was pruned meanwhile
+                        break  # it was pruned in the meantime
                     after = position
                     yield to_record(line)
 
@@ -225,7 +225,7 @@ class RedisStore:
             if position < first:
                 raise HistoryCompacted(position, first)
             found = [commit async for commit in self._log.lines(first, until)]
-            if first == await self._log.first():  # otherwise it was pruned meanwhile
+            if first == await self._log.first():  # otherwise it was pruned in the meantime
                 break
         lines = [line for _, line, _ in found if line and not line.is_damaged]
         if len(lines) < len(found):
@@ -269,7 +269,7 @@ class RedisStore:
 
     @asynccontextmanager
     async def dump(self) -> AsyncIterator[Dump]:
-        """See `Store.dump`; nothing is pruned meanwhile."""
+        """See `Store.dump`; nothing is pruned during the dump."""
         with translated(self.address):
             async with self._log.exclusive() as lock:
                 found = await examine(self._log, lock)
