@@ -105,7 +105,7 @@ def test_row_shows_the_known_facts() -> None:
     first = attempt(1, ended=12.0, outcome="crashed", reason="the program ended\nwith exit code 3")
     shown.apply(record("t0", TaskDocument(attempts=(first,), failures=1, reason=first.reason), 12.0))
     waits = shown.frame(13.0, 10).rows[0]
-    assert (waits.phase, waits.attempt, waits.elapsed) == ("retry", "1/3", "")
+    assert (waits.activity, waits.attempt, waits.elapsed) == ("retry", "1/3", "")
     assert waits.words == "the program ended: with exit code 3"
     second = TaskDocument(status=TaskStatus.RUNNING, attempts=(first, attempt(2, started=20.0)), failures=1)
     shown.apply(record("t0", second))
@@ -153,7 +153,7 @@ def test_row_shows_phase_and_adapter() -> None:
     two = (BUILT, attempt(2, adapter="planner", phase="plan"))
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=two, phases=(plan,))))
     one = shown.frame(40.0, 10).rows[0]
-    assert (one.phase, one.stage, one.adapter, one.attempt) == ("build", "plan", "planner", "1/3")
+    assert (one.activity, one.phase, one.adapter, one.attempt) == ("build", "plan", "planner", "1/3")
     assert shown.activity.working() == [ObservedSession("t0", 2, "planner")]
     drawn = "".join(segment.text for line in frame_lines(shown.frame(40.0, 10), 100) for segment in line)
     assert "plan  " in drawn
@@ -169,7 +169,7 @@ def test_row_awaiting_approval_has_the_command() -> None:
     said = attempt(ended=30.0, outcome="completed", last_message="Here it is.")
     shown.apply(record("asks", TaskDocument(status=TaskStatus.AWAITING_APPROVAL, attempts=(said,), phases=(asks,))))
     one = row(shown.frame(40.0, 3), "asks")
-    assert (one.phase, one.words) == (
+    assert (one.activity, one.words) == (
         "approval",
         "`council approve asks`, or `council reject asks --note TEXT`: Here it is.",
     )
@@ -432,7 +432,7 @@ def test_subtasks_have_rows_after_their_task() -> None:
     shown.apply(record("t0-a", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(1, started=31.0),)), 31.0))
     assert row(shown.frame(40.0, 10), "t0-a").attempt == "1/2"
     shown.apply(record("t0-a", TaskDocument(status=TaskStatus.FAILED, attempts=(BUILT,)), 41.0))
-    assert row(shown.frame(42.0, 10), "t0").phase == "blocked"
+    assert row(shown.frame(42.0, 10), "t0").activity == "blocked"
 
 
 @pytest.mark.parametrize(
@@ -459,4 +459,4 @@ def test_row_agrees_with_the_report_of_the_run(document: TaskDocument) -> None:
     assert one.adapter == report.adapter
     assert one.attempt == (f"{report.attempts}/3" if report.attempts else "")
     assert one.words == (f"{COMMIT[:10]} on main" if report.landed else report.reason or "")
-    assert (one.phase == "blocked") == (report.status == "blocked")
+    assert (one.activity == "blocked") == (report.status == "blocked")

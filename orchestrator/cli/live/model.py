@@ -254,14 +254,14 @@ class LiveRun:
         return choose_rows(working, waiting, reversed(self._over), room)
 
     def _more(self, chosen: Sequence[str]) -> str:
-        shown = Counter(self._phase(task) for task in chosen)
+        shown = Counter(self._activity(task) for task in chosen)
         counts = Counter({name: len(tasks) for name, tasks in self._groups.items()})
         counts.update("blocked" for _ in self._board.blocked)
         counts.subtract(activity_label(self._tasks[task]) for task in self._board.blocked)
         left = [f"{count - shown[name]} {name}" for name, count in counts.items() if count > shown[name]]
         return f"and {', '.join(left)}" if left else ""
 
-    def _phase(self, task: str) -> str:
+    def _activity(self, task: str) -> str:
         return activity_label(self._tasks[task], is_blocked=task in self._board.blocked)
 
     def _row(self, task: str, now: float, active: ActiveTime) -> TaskRow:
@@ -279,13 +279,13 @@ class LiveRun:
             elapsed = format_elapsed(active.between(document.attempt.started, end))
         return TaskRow(
             task=printable(task),
-            phase=self._phase(task),
+            activity=self._activity(task),
             adapter=printable(report.adapter or ""),
             attempt=f"{report.attempts}/{max(self._attempts[task], report.attempts)}" if report.attempts else "",
             elapsed=elapsed,
             changes=self.activity.changes(task),
             words=printable(one_line(self._words(report))),
-            stage=printable(report.phase or "") if document.status is TaskStatus.RUNNING else "",
+            phase=printable(report.phase or "") if document.status is TaskStatus.RUNNING else "",
         )
 
     def _words(self, report: TaskReport) -> str:

@@ -50,7 +50,7 @@ class ResultRow(NamedTuple):
 
 def format_state(status: str, report: RunReport) -> str:
     """Return the label of a status; `interrupted` for an active task of a dead run."""
-    if status in ACTIVE_STATUSES and report.status in {RunStatus.INTERRUPTED, RunStatus.HALTED}:
+    if status in ACTIVE_STATUSES and report.status.is_stopped:
         return "interrupted"
     return _LABELS.get(status, status)
 

@@ -58,12 +58,12 @@ def _columns(rows: Sequence[TaskRow]) -> dict[str, list[_Cell]]:
     """Return the cells of each column by its heading, as text and style."""
     return {
         "task": [(row.task, "none") for row in rows],
-        "phase": [(row.stage or row.phase, _STYLES.get(row.phase) or "dim") for row in rows],
+        "phase": [(row.phase or row.activity, _STYLES.get(row.activity) or "dim") for row in rows],
         "adapter": [(row.adapter, "dim") for row in rows],
         "attempt": [(row.attempt, "dim") for row in rows],
         "time": [(row.elapsed, "none") for row in rows],
         "lines": [(format_line_counts(row.changes) if row.changes.files else "", "none") for row in rows],
-        "details": [(row.words, "none" if row.phase == "build" else "dim") for row in rows],
+        "details": [(row.words, "none" if row.activity == "build" else "dim") for row in rows],
     }
 
 

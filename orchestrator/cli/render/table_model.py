@@ -37,13 +37,13 @@ class TaskRow:
     """One task as printable text."""
 
     task: str
-    phase: str
+    activity: str
     adapter: str
     attempt: str
     elapsed: str
     changes: Changes
     words: str
-    stage: str = ""
+    phase: str = ""
     """The current phase of the task's workflow; empty if the task has none."""
 
 

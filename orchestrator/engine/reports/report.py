@@ -32,6 +32,11 @@ class RunStatus(StrEnum):
     HALTED = "halted"  #: stopped by its budget or by failing checks; `halted` has the reason
     RUNNING = "running"
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the run has not ended, and no process is active in it."""
+        return self in {RunStatus.INTERRUPTED, RunStatus.HALTED}
+
 
 EXIT_CODES: Mapping[RunStatus, int] = {
     RunStatus.LANDED: 0,
@@ -289,8 +294,7 @@ def build_report(
     reports, roots = [], dict[str, str]()
     for task, blocker in blocked.items():  # needs come before their dependents
         roots[task] = roots.get(blocker, blocker)
-    is_stopped = status in {RunStatus.INTERRUPTED, RunStatus.HALTED}
-    interrupted = _INTERRUPTED.format(run=record.run.id) if is_stopped else None
+    interrupted = _INTERRUPTED.format(run=record.run.id) if status.is_stopped else None
     is_merge, folder = record.run.merges is not None, str(logs)
     for task in record.run.tasks:
         need = blocked.get(task)
