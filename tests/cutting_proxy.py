@@ -1,4 +1,4 @@
-"""A proxy in front of a server that cuts a connection after a number of bytes."""
+"""A proxy in front of a server that cuts connections after some bytes or requests, and loses or delays replies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ class CuttingProxy:
         self.target, self.port = port, 0
         self.budget: dict[str, int | None] = {"request": None, "reply": None}
         self.passed = {"request": 0, "reply": 0}
-        self.refuses = False
+        self.refuses = self.loses_replies = False
+        self.delay = 0.0
+        """Seconds by which replies are delayed."""
+        self.outage = 0.0
+        """Seconds to refuse connections after a cut."""
+        self.requests_left = -1
+        """The number of requests to forward before a cut; negative: no limit."""
         self.cuts = 0
         self._tasks = set[asyncio.Task[None]]()
         self._writers = set[asyncio.StreamWriter]()
@@ -31,6 +37,10 @@ class CuttingProxy:
     def reset(self) -> None:
         """Count from zero, and cut nothing."""
         self.passed, self.budget = {"request": 0, "reply": 0}, {"request": None, "reply": None}
+
+    def accept(self) -> None:
+        """Accept connections again."""
+        self.refuses = False
 
     @asynccontextmanager
     async def serve(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[CuttingProxy]:
@@ -61,6 +71,15 @@ class CuttingProxy:
     async def _pass(self, direction: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             while data := await reader.read(65_536):
+                if direction == "request" and self.requests_left >= 0:
+                    self.requests_left -= 1
+                    if self.requests_left < 0:
+                        self._cut()
+                        return
+                if direction == "reply":
+                    await asyncio.sleep(self.delay)
+                    if self.loses_replies:
+                        continue
                 left = self.budget[direction]
                 part = data if left is None else data[:left]
                 is_last = left is not None and left <= len(data)
@@ -78,6 +97,9 @@ class CuttingProxy:
         """Close all connections after delivering the forwarded bytes."""
         self.cuts += 1
         self.reset()
+        if self.outage:
+            self.refuses = True
+            asyncio.get_running_loop().call_later(self.outage, self.accept)
         for writer in self._writers:
             writer.close()
         self._writers = set()

@@ -88,6 +88,20 @@ async def test_repeated_commit_of_an_unknown_outcome_is_applied_once(server: Red
         assert await numbers(store) == [0, 1, 2]
 
 
+@pytest.mark.extended
+async def test_commit_whose_reply_is_lost_or_late_is_applied_once(server: RedisServer) -> None:
+    """Without an answer in five seconds it fails, and can be repeated; a late answer is one."""
+    async with opened(server, "silent") as (proxy, store):
+        commit = Commit([], [Event("e", {"n": 0})])
+        proxy.loses_replies = True
+        with pytest.raises(StoreUnavailable, match="no answer in 5 s"):
+            await store.commit(commit)
+        proxy.loses_replies, proxy.delay = False, 0.2
+        assert await store.commit(commit) == 1
+        assert await store.commit(Commit([], [Event("e", {"n": 1})])) == 2
+        assert await numbers(store) == [0, 1]
+
+
 async def test_restarted_server_is_used_again_by_an_open_store(server: RedisServer) -> None:
     """A call during the outage fails; a watcher fails too, and the next calls succeed."""
     async with RedisStore.open(server.url()) as store:

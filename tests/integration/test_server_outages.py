@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import anyio
 import pytest
+from anyio import to_thread
 
 from orchestrator.domain.events.runs import RunJoined
-from tests.conftest import Repository
+from tests.conftest import CommandResult, Repository
+from tests.cutting_proxy import CuttingProxy
 from tests.integration.test_shared_runs import ended, shared, states
 from tests.redis_server import RedisServer, started_server
 from tests.stores import open_store
@@ -74,6 +76,36 @@ def test_tasks_of_three_processes_land_once_despite_restarts(
     assert set(states(repository).values()) == {"landed"}
     landed = repository.git("log", "--format=%(trailers:key=Council-Task,valueonly)", "main").split()
     assert Counter(name.rpartition("/")[2] for name in landed) == {f"t{number}": 1 for number in range(count)}
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("step", [60, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["run", "resume", "work", "status"])
+async def test_any_failing_request_costs_only_time(
+    repository: Repository, server: RedisServer, command: str, step: int
+) -> None:
+    """A command ends without a traceback, whichever of its requests fails, and `resume` completes the run."""
+    config = str(repository.configure([{"id": "one", "prompt": "append a.txt 1"}]))
+
+    async def council(*words: str) -> CommandResult:
+        return await to_thread.run_sync(repository.council, *words, "--json")
+
+    number, is_cut = 0, True
+    while is_cut:
+        async with CuttingProxy(server.port).serve() as proxy:
+            url = server.url().replace(str(server.port), str(proxy.port))
+            repository.environ["COUNCIL_STATE"] = url
+            if command != "run":
+                await council("run", config)
+            proxy.outage, proxy.requests_left = 0.3, number
+            ended = await council(*([command, config] if command == "run" else [command]))
+            is_cut, proxy.requests_left = proxy.cuts > 0, -1
+            assert ended.code in {0, 1, 2}, (number, ended)
+            assert "Traceback" not in ended.stderr
+            completed = (await council("resume")).result
+            states = {task["id"]: task["status"] for task in completed.get("tasks", ())}
+            assert states == {"one": "landed"} or "there is no run" in completed["error"], (number, ended, completed)
+        number += step
 
 
 def test_password_is_shown_nowhere(repository: Repository, server: RedisServer) -> None:
