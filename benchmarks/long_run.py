@@ -118,7 +118,7 @@ async def _record_all(ledger: Ledger, work: Iterator[str], tasks: int) -> None:
 
 
 async def _record(ledger: Ledger, task: str, number: int, tasks: int) -> None:
-    failing = Trigger.FAIL if number % 8 == 4 else Trigger.IDLE if number % 8 == 5 else None
+    failing = Trigger.FAIL if number % 8 == 4 else Trigger.FINISH_UNCHANGED if number % 8 == 5 else None
     ids = (_commit(number + tasks * step) for step in count(1))
     if number % 8 == 0:
         await _attempt(ledger, task, Trigger.RETRY, next(ids))
@@ -137,7 +137,7 @@ async def _attempt(ledger: Ledger, task: str, end: Trigger, commit: str) -> None
     await ledger.start(
         task, TaskUpdate(Trigger.START, TaskStarted(base=_commit(0), adapter="agent"), {"attempts": (*before, attempt)})
     )
-    outcome = "built" if end is Trigger.BUILD else "no_change" if end is Trigger.IDLE else "crashed"
+    outcome = "built" if end is Trigger.BUILD else "no_change" if end is Trigger.FINISH_UNCHANGED else "crashed"
     branch = f"council/{ledger.run.id}/{task}/{attempt.number}"
     reason = None if end is Trigger.BUILD else "it ended with exit code 1: the options can't be read"
     ended = partial(ledger.task(task).with_attempt, ended=1767225700.25, outcome=outcome, reason=reason, branch=branch)

@@ -168,7 +168,7 @@ async def test_violation_is_printed_for_people_and_programs(repository: Reposito
     text = repository.council("check")
     assert text.code == 1
     assert text.stdout.splitlines() == [
-        f"{one['rule']}  {one['place']}: {one['what']}",
+        f"{one['rule']}  {one['location']}: {one['what']}",
         f"  → {one['remedy']}",
         f"run {run}: 1 task with a workflow, 2 handoffs: 1 violation",
     ]

@@ -155,7 +155,7 @@ async def test_ended_task_is_not_claimed(tmp_path: Path) -> None:
     assert await store.position() == before
 
 
-@pytest.mark.parametrize("trigger", [Trigger.INTERRUPT, Trigger.IDLE])
+@pytest.mark.parametrize("trigger", [Trigger.INTERRUPT, Trigger.FINISH_UNCHANGED])
 async def test_task_attempted_by_another_process_is_not_started(tmp_path: Path, trigger: Trigger) -> None:
     """The stale record does not know the other attempt and would reuse its number."""
     clock = ManualClock()

@@ -61,9 +61,9 @@ def test_transition_exists_for_expected_pairs_only(status: TaskStatus, trigger: 
     task = TaskDocument(status=status)
     if (status, trigger) in TRANSITIONS:
         leaves = TRANSITIONS[status, trigger] is not status
-        by_others = {Trigger.DROP} if status in SUCCESS_STATUSES else {Trigger.REVIVE, Trigger.ADOPT}
+        by_others = {Trigger.DROP} if status in SUCCESS_STATUSES else {Trigger.REQUEST_RETRY, Trigger.ADOPT}
         assert status not in FINAL_STATUSES or not leaves or trigger in by_others
-        assert trigger is not Trigger.REVIVE or status in RETRYABLE_STATUSES
+        assert trigger is not Trigger.REQUEST_RETRY or status in RETRYABLE_STATUSES
         assert apply_trigger("task", task, trigger, reason="why") == TaskDocument(
             status=TRANSITIONS[status, trigger], reason="why"
         )

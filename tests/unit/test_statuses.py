@@ -124,8 +124,8 @@ paused = '    PAUSED = "paused", StatusRecord(label="paused", activity="paused",
 paused += ' release=ReleaseReason.ABANDONED, waits_for_user=True, plain_phase=PhaseStatus.IN_PROGRESS,'
 paused += ' next_steps=(("next", "council show {}"), ("then", "council approve {}")))'
 source = source.replace("    RUNNING = ", paused + "\\n    RUNNING = ", 1)
-rows = "    (_S.RUNNING, _T.ASK): _S.PAUSED, (_S.PENDING, _T.ASK): _S.AWAITING_APPROVAL, ROW\\n"
-source = source.replace("    (_S.RUNNING, _T.ASK): _S.AWAITING_APPROVAL,\\n", rows, 1)
+rows = "    (_S.RUNNING, _T.REQUEST_APPROVAL): _S.PAUSED, (_S.PENDING, _T.REQUEST_APPROVAL): _S.AWAITING_APPROVAL, ROW\\n"
+source = source.replace("    (_S.RUNNING, _T.REQUEST_APPROVAL): _S.AWAITING_APPROVAL,\\n", rows, 1)
 """
 
 _SCHEDULED = """

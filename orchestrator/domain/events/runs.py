@@ -175,7 +175,7 @@ class RunTakenOver(RunEvent):
 
 
 class RunImported(RunEvent):
-    """A session of an [earlier format](state.md#state-in-earlier-formats) became a run."""
+    """A session in an [earlier format](state.md#state-in-earlier-formats) was added."""
 
     type = "run.imported"
     sentence = "imported from {source}"

@@ -83,7 +83,7 @@ class Attempt(_Document):
     """Tool calls that its CLI denied."""
 
     def duration(self, now: float) -> float:
-        """Return its duration in seconds, up to `now` (wall-clock seconds) if it runs; not negative."""
+        """Return its duration in seconds, up to `now` if it runs; not negative."""
         if self.seconds is not None:
             return self.seconds
         return max((now if self.ended is None else self.ended) - self.started, 0.0)
@@ -325,7 +325,7 @@ class AdapterDocument(_Document):
     """When a user enabled it; failures of sessions that started earlier do not disable it again."""
 
     def is_cooling_down(self, now: float) -> bool:
-        """Return True before the end of its cooldown; False if the clock was set back since it was recorded."""
+        """Return True before the end of its cooldown; False if the clock was set back."""
         if self.cooldown_until is None or now >= self.cooldown_until:
             return False
         return self.cooldown_since is None or now > self.cooldown_since - _MAX_CLOCK_SKEW

@@ -67,7 +67,7 @@ class PhaseTrigger(StrEnum):
     ENTER = "enter"
     SKIP = "skip"
     COMPLETE = "complete"  #: its result is valid
-    ASK = "ask"  #: its result is valid and needs approval
+    REQUEST_APPROVAL = "request_approval"  #: its result is valid and needs approval
     APPROVE = "approve"
     REJECT = "reject"
     FAIL = "fail"
@@ -81,7 +81,7 @@ PHASE_TRANSITIONS: Final[dict[tuple[PhaseStatus | None, PhaseTrigger], PhaseStat
     (None, _T.ENTER): _S.IN_PROGRESS,
     (None, _T.SKIP): _S.SKIPPED,
     (_S.IN_PROGRESS, _T.COMPLETE): _S.COMPLETED,
-    (_S.IN_PROGRESS, _T.ASK): _S.AWAITING_APPROVAL,
+    (_S.IN_PROGRESS, _T.REQUEST_APPROVAL): _S.AWAITING_APPROVAL,
     (_S.IN_PROGRESS, _T.FAIL): _S.FAILED,
     (_S.IN_PROGRESS, _T.CANCEL): _S.CANCELLED,
     (_S.AWAITING_APPROVAL, _T.APPROVE): _S.COMPLETED,

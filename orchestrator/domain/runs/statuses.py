@@ -313,34 +313,34 @@ class Trigger(StrEnum):
 
     START = "start", events.TaskStarted  #: an attempt is recorded
     RETRY = "retry", events.TaskRetrying  #: the attempt failed, another may follow
-    HOLD = "hold", events.TaskPostponed  #: its adapter is unavailable; the attempt does not count
+    POSTPONE = "postpone", events.TaskPostponed  #: its adapter is unavailable; the attempt does not count
     INTERRUPT = "interrupt", events.TaskInterrupted  #: the orchestrator stopped during the attempt
     FAIL = "fail", events.TaskFailed  #: the last attempt failed
-    IDLE = "idle", events.TaskNoChange  #: the program succeeded and changed nothing
+    FINISH_UNCHANGED = "finish_unchanged", events.TaskNoChange  #: the program succeeded and changed nothing
     BUILD = "build", events.TaskQueued  #: the attempt's work is a commit
     ADVANCE = "advance", events.TaskAdvanced  #: its phase is complete, another follows
     EXPAND = "expand", events.TaskExpanded  #: its phase is complete, and the tasks of its plan run first
     REPEAT = "repeat", events.TaskPhaseRepeated  #: its phase, or an earlier one, is repeated
-    ASK = "ask", events.TaskAwaitingApproval  #: the result of its phase needs approval
+    REQUEST_APPROVAL = "request_approval", events.TaskAwaitingApproval  #: the result of its phase needs approval
     APPROVE = "approve", events.TaskApproved  #: a user approved the result
-    SEND_BACK = "send_back", events.TaskRejected  #: a user rejected the result
+    REJECT_RESULT = "reject_result", events.TaskRejected  #: a user rejected the result
     QUEUE = "queue", events.TaskQueued  #: all phases are complete, its work is queued to land
     FINISH = "finish", events.TaskDone  #: all phases are complete, and there is nothing to land
     CHECK = "check", events.TaskChecking  #: the checks of the merge start
     REQUEUE = "requeue", events.TaskRequeued  #: the checks were interrupted
-    BOUNCE = "bounce", events.TaskRetrying  #: it can't land, another attempt may follow
+    RETRY_WORK = "retry_work", events.TaskRetrying  #: it can't land, another attempt may follow
     REJECT = "reject", events.TaskFailed  #: it can't land, and no further attempt follows
     INTEND = "intend", events.TaskLanding  #: the intent to update the target is recorded
-    UNDO = "undo", events.TaskLandingAborted  #: the target was not updated
+    ABORT_LANDING = "abort_landing", events.TaskLandingAborted  #: the target was not updated
     DEFER = "defer", events.TaskDeferred  #: the target can't be moved at the moment
     CONFLICT = "conflict", events.TaskConflict  #: the merge has conflicts
     ADOPT = "adopt", events.TaskLanded  #: the target already has it
     LAND = "land", events.TaskLanded  #: the target was moved
     DROP = "drop", events.TaskFailed  #: the target was rewritten without it
-    DISTRUST = "distrust", events.TaskFailed  #: the record of the task is damaged
+    FAIL_DAMAGED = "fail_damaged", events.TaskFailed  #: the record of the task is damaged
     CANCEL = "cancel", events.TaskCancelled  #: a user cancels it
     IGNORE = "ignore", events.TaskIgnored  #: a user excludes it from retries
-    REVIVE = "revive", events.TaskRetryRequested  #: a user retries it
+    REQUEST_RETRY = "request_retry", events.TaskRetryRequested  #: a user retries it
 
 
 _S, _T = TaskStatus, Trigger
@@ -351,18 +351,18 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.PENDING, _T.ADOPT): _S.LANDED,
     (_S.PENDING, _T.FAIL): _S.FAILED,
     (_S.RUNNING, _T.RETRY): _S.PENDING,
-    (_S.RUNNING, _T.HOLD): _S.PENDING,
+    (_S.RUNNING, _T.POSTPONE): _S.PENDING,
     (_S.RUNNING, _T.INTERRUPT): _S.PENDING,
     (_S.RUNNING, _T.FAIL): _S.FAILED,
-    (_S.RUNNING, _T.IDLE): _S.NO_CHANGE,
+    (_S.RUNNING, _T.FINISH_UNCHANGED): _S.NO_CHANGE,
     (_S.RUNNING, _T.BUILD): _S.QUEUED,
     (_S.RUNNING, _T.ADVANCE): _S.PENDING,
     (_S.RUNNING, _T.EXPAND): _S.PENDING,
     (_S.RUNNING, _T.REPEAT): _S.PENDING,
-    (_S.RUNNING, _T.ASK): _S.AWAITING_APPROVAL,
+    (_S.RUNNING, _T.REQUEST_APPROVAL): _S.AWAITING_APPROVAL,
     (_S.RUNNING, _T.FINISH): _S.DONE,
     (_S.AWAITING_APPROVAL, _T.APPROVE): _S.PENDING,
-    (_S.AWAITING_APPROVAL, _T.SEND_BACK): _S.PENDING,
+    (_S.AWAITING_APPROVAL, _T.REJECT_RESULT): _S.PENDING,
     (_S.PENDING, _T.QUEUE): _S.QUEUED,
     (_S.PENDING, _T.FINISH): _S.DONE,
     (_S.QUEUED, _T.CHECK): _S.CHECKING,
@@ -374,26 +374,26 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.QUEUED, _T.CONFLICT): _S.CONFLICT,
     (_S.QUEUED, _T.ADOPT): _S.LANDED,
     (_S.LANDING, _T.LAND): _S.LANDED,
-    (_S.LANDING, _T.UNDO): _S.QUEUED,
+    (_S.LANDING, _T.ABORT_LANDING): _S.QUEUED,
     (_S.LANDING, _T.DEFER): _S.QUEUED,
     (_S.LANDED, _T.DROP): _S.FAILED,
     (_S.RUNNING, _T.ADOPT): _S.LANDED,
     (_S.LANDING, _T.ADOPT): _S.LANDED,
     (_S.CONFLICT, _T.ADOPT): _S.LANDED,
     (_S.FAILED, _T.ADOPT): _S.LANDED,
-    **{(status, _T.BOUNCE): _S.PENDING for status in (_S.QUEUED, _S.CHECKING)},
+    **{(status, _T.RETRY_WORK): _S.PENDING for status in (_S.QUEUED, _S.CHECKING)},
     **{(status, _T.REJECT): _S.FAILED for status in (_S.QUEUED, _S.CHECKING)},
     **{(status, _T.CANCEL): _S.CANCELLED for status in _CANCELLABLE},
     (_S.CANCELLED, _T.IGNORE): _S.CANCELLED,
-    **{(status, _T.DISTRUST): _S.FAILED for status in set(_S) - FINAL_STATUSES},
-    **{(status, _T.REVIVE): _S.PENDING for status in RETRYABLE_STATUSES},
+    **{(status, _T.FAIL_DAMAGED): _S.FAILED for status in set(_S) - FINAL_STATUSES},
+    **{(status, _T.REQUEST_RETRY): _S.PENDING for status in RETRYABLE_STATUSES},
 }
 
 
 def _check_reachable() -> None:
     """Raise ValueError for unreachable or invalid statuses, and for unused triggers."""
     entered = set(TRANSITIONS.values())
-    left = {status for status, trigger in TRANSITIONS if trigger not in {Trigger.DISTRUST, Trigger.CANCEL}}
+    left = {status for status, trigger in TRANSITIONS if trigger not in {Trigger.FAIL_DAMAGED, Trigger.CANCEL}}
     for status in TaskStatus:
         if status is not TaskStatus.PENDING and status not in entered:
             raise ValueError(f"no transition leads to the status {status}: add one to TRANSITIONS")

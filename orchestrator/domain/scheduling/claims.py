@@ -197,7 +197,7 @@ class ClaimVerdict(StrEnum):
 def should_try(
     claim: Claim | None, holder: OwnerStatus | None, timing: CoordinationSettings, *, ignored_reason: str | None
 ) -> ClaimVerdict:
-    """Return whether to try a task now; `ignored_reason` is a user's reason to exclude it."""
+    """Return whether to try a task now, unless a user excluded it (`ignored_reason`)."""
     if ignored_reason is not None:
         return ClaimVerdict.IGNORED
     if claim is not None and claim.released is None and holder in {OwnerStatus.ALIVE, None}:

@@ -1,4 +1,4 @@
-"""The positions of tasks: file order, priority and lane, which determine when a ready task starts."""
+"""Positions of tasks: file order, priority and lane, which determine their starts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ class Placements:
         return positions
 
     def change(self, task: str, owns: tuple[str, ...], adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
-        """Move a task to the lane of its new adapters; a task that keeps its paths does not wait for them."""
+        """Move a task to the lane of its new adapters.
+
+        A task that keeps its paths does not wait for them.
+        """
         placement = self._placements[task]
         names = adapters or tuple(adapter.name for adapter in placement.lane.adapter_group.adapters)
         if keeps_paths:

@@ -229,7 +229,10 @@ def _python(top: TopLevelFiles) -> RepositoryTests | None:
 
 
 def _python_test_files(top: TopLevelFiles) -> RepositoryTests | None:
-    """Return the command for tests in Python that no other file declares, at the top or in a folder."""
+    """Return the command for Python tests that no other file declares.
+
+    They are in the root or in a folder.
+    """
     tests = {name: text for name, text in top.items() if _PYTHON_TEST.fullmatch(name.rpartition("/")[2])}
     for_pytest = next((name for name, text in tests.items() if _IS_FOR_PYTEST.search(text)), None)
     return _unittest(top) if for_pytest is None else _pytest(top, for_pytest)

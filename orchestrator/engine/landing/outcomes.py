@@ -100,7 +100,7 @@ class LandingOutcomes:
     async def abort(self, tasks: Iterable[str]) -> None:
         """Record that the target was not updated: the tasks are queued again."""
         await self._ledger.change_all(
-            {task: TaskUpdate(Trigger.UNDO, TaskLandingAborted(), {"landing_intent": None}) for task in tasks}
+            {task: TaskUpdate(Trigger.ABORT_LANDING, TaskLandingAborted(), {"landing_intent": None}) for task in tasks}
         )
 
     async def defer(self, task: str, reason: str) -> None:
@@ -217,7 +217,7 @@ class LandingOutcomes:
         is_wanted = get_failure_policy(FailureClass.CONFLICT, spec.retry_on) is FailurePolicy.RETRY
         if is_wanted and self._is_retried(task, spec, FailureClass.CONFLICT):
             restart = restart_work(self._ledger.definitions.workflow(spec.workflow), document)
-            await self._reject(task, Trigger.BOUNCE, rejection, commit=None, built_by=None, **restart)
+            await self._reject(task, Trigger.RETRY_WORK, rejection, commit=None, built_by=None, **restart)
         else:
             await self._reject(task, Trigger.CONFLICT, rejection, paths=conflict.paths)
 
@@ -234,7 +234,7 @@ class LandingOutcomes:
         restart = restart_task(self._ledger.definitions.workflow(spec.workflow), self._ledger.task(task))
         await self._reject(
             task,
-            Trigger.BOUNCE,
+            Trigger.RETRY_WORK,
             rejection,
             start=start,
             base=base,

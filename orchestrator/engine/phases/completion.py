@@ -201,9 +201,9 @@ class PhaseCompleter:
         if verdict == REJECT_VERDICT and checked is not None:
             return self._reject(task, current, checked, record, writes, events)
         if phase.approve:
-            phases = change_last_visit(document, PhaseTrigger.ASK, **record)
+            phases = change_last_visit(document, PhaseTrigger.REQUEST_APPROVAL, **record)
             asked = TaskAwaitingApproval(outcome=outcome)
-            return TaskUpdate(Trigger.ASK, asked, {**reset, "phases": phases}, writes, events)
+            return TaskUpdate(Trigger.REQUEST_APPROVAL, asked, {**reset, "phases": phases}, writes, events)
         after = document.model_copy(
             update={"phases": change_last_visit(document, PhaseTrigger.COMPLETE, **record), "phase": None}
         )

@@ -80,11 +80,11 @@ class AttemptRecorder:
                 return AttemptEnd()
             case ResourcesExhausted(reason):
                 postponed = TaskPostponed(outcome=INTERRUPTED, reason=reason)
-                await self._end(active, finished, TaskUpdate(Trigger.HOLD, postponed))
+                await self._end(active, finished, TaskUpdate(Trigger.POSTPONE, postponed))
                 return AttemptEnd(shortage=reason)
             case Misconfigured(reason):
                 postponed = TaskPostponed(outcome=INTERRUPTED, reason=HaltReason.parse(reason).headline)
-                await self._end(active, finished, TaskUpdate(Trigger.HOLD, postponed))
+                await self._end(active, finished, TaskUpdate(Trigger.POSTPONE, postponed))
                 return AttemptEnd(unrunnable=reason)
             case Failed():
                 return await self._record_failure(active, finished, outcome)
@@ -170,7 +170,7 @@ class AttemptRecorder:
         policy = get_failure_policy(failure, active.spec.retry_on)
         if policy in {FailurePolicy.COOLDOWN, FailurePolicy.DISABLE}:
             postponed = TaskPostponed(outcome=failure, reason=reason)
-            await self._end(active, finished, TaskUpdate(Trigger.HOLD, postponed))
+            await self._end(active, finished, TaskUpdate(Trigger.POSTPONE, postponed))
             if policy is FailurePolicy.COOLDOWN:
                 return AttemptEnd(
                     adapter=await self.ledger.adapters.start_cooldown(active.adapter, outcome.until, reason)
@@ -187,7 +187,7 @@ class AttemptRecorder:
             await self._end(active, finished, TaskUpdate(Trigger.RETRY, retrying, changes))
             return AttemptEnd(retry_in=delay)
         if failure is FailureClass.NO_CHANGE:
-            update = TaskUpdate(Trigger.IDLE, TaskNoChange(outcome=failure, reason=reason), changes)
+            update = TaskUpdate(Trigger.FINISH_UNCHANGED, TaskNoChange(outcome=failure, reason=reason), changes)
         else:
             update = TaskUpdate(Trigger.FAIL, TaskFailed(outcome=failure, reason=reason), changes)
         await self._end(active, finished, update)

@@ -125,7 +125,7 @@ class LocalWork:
                 self._cool_down(adapter, document)
 
     def _cool_down(self, adapter: str, document: AdapterDocument) -> bool:
-        """Start no session with an adapter during its recorded cooldown; return whether there is one."""
+        """Apply the recorded cooldown of an adapter; return whether it has one."""
         now = self._clock.now()
         if document.cooldown_until is None or not document.is_cooling_down(now):
             return False

@@ -85,7 +85,7 @@ async def recover(ledger: Ledger, context: RunContext) -> None:
     for task in ledger.tasks.damaged:
         if ledger.task(task).status not in FINAL_STATUSES:
             reason = "its record in the state log is damaged, and its work is unknown: repeat the task in a new run"
-            await ledger.change(task, Trigger.DISTRUST, TaskFailed(reason=reason), reason=reason)
+            await ledger.change(task, Trigger.FAIL_DAMAGED, TaskFailed(reason=reason), reason=reason)
 
 
 async def take_over_tasks(ledger: Ledger, context: RunContext) -> list[str]:

@@ -343,7 +343,7 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
         }
         try:
             changes = {"ignored_reason": None, **reset, **cleared, **restart}
-            await ledger.change(task, Trigger.REVIVE, TaskRetryRequested(), **changes)
+            await ledger.change(task, Trigger.REQUEST_RETRY, TaskRetryRequested(), **changes)
         except _OVERTAKEN:
             await ledger.tasks.refresh(task)
         else:
@@ -405,5 +405,5 @@ async def reject_phase(ledger: Ledger, task: str, note: str | None) -> bool:
         "reason": reason,
     }
     rejected = TaskRejected(phase=visit.phase, note=note, reason=reason)
-    await ledger.change(task, Trigger.SEND_BACK, rejected, **changes)
+    await ledger.change(task, Trigger.REJECT_RESULT, rejected, **changes)
     return True

@@ -147,7 +147,7 @@ class Ledger:
                 guards.append(guard)
                 if changed[task].status not in CLAIMED_STATUSES:
                     writes.append(_release_write(self.claims, task, changed[task], update.trigger))
-            if update.trigger is Trigger.REVIVE and self.claims is not None:
+            if update.trigger is Trigger.REQUEST_RETRY and self.claims is not None:
                 writes += await self.claims.reset_retries(task)
         with self.tasks.delay_reports(updates):
             try:
@@ -295,6 +295,6 @@ def _release_write(claims: Claims, task: str, after: TaskDocument, trigger: Trig
         task,
         after.status.release_reason,
         after.reason,
-        counts=trigger in {Trigger.RETRY, Trigger.BOUNCE},
+        counts=trigger in {Trigger.RETRY, Trigger.RETRY_WORK},
         reset_retries=trigger in {Trigger.ADVANCE, Trigger.EXPAND},
     )
