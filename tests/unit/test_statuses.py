@@ -124,8 +124,9 @@ paused = '    PAUSED = "paused", StatusRecord(label="paused", activity="paused",
 paused += ' release=ReleaseReason.ABANDONED, waits_for_user=True, plain_phase=PhaseStatus.IN_PROGRESS,'
 paused += ' next_steps=(("next", "council show {}"), ("then", "council approve {}")))'
 source = source.replace("    RUNNING = ", paused + "\\n    RUNNING = ", 1)
-rows = "    (_S.RUNNING, _T.REQUEST_APPROVAL): _S.PAUSED, (_S.PENDING, _T.REQUEST_APPROVAL): _S.AWAITING_APPROVAL, ROW\\n"
-source = source.replace("    (_S.RUNNING, _T.REQUEST_APPROVAL): _S.AWAITING_APPROVAL,\\n", rows, 1)
+ask = "_T.REQUEST_APPROVAL"
+rows = f"    (_S.RUNNING, {ask}): _S.PAUSED, (_S.PENDING, {ask}): _S.AWAITING_APPROVAL, ROW\\n"
+source = source.replace(f"    (_S.RUNNING, {ask}): _S.AWAITING_APPROVAL,\\n", rows, 1)
 """
 
 _SCHEDULED = """
