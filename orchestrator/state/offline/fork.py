@@ -315,6 +315,65 @@ def _translate(record: CommitRecord, note: JsonObject, shifts: dict[Key, int], n
     return Commit(writes, record.events, guards, note["durable"], id=note["id"])
 
 
+class _ForkVersions:
+    """The versions of documents that ended forks wrote, and those that the inner store has instead."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self._mirror = mirror
+        self._lost_epochs: dict[Key, set[int]] = {}
+        """Epochs of leases that were acquired on a fork and belong to another process."""
+        self._lost_versions: dict[Key, set[int]] = {}
+        """Versions of documents that the inner store refused and that have not been read since."""
+        self._shifts: dict[Key, tuple[int, int]] = {}
+        """How much the inner store's versions exceed the fork's, and the highest version in the fork."""
+
+    def to_inner(self, commit: Commit) -> Commit:
+        """Return a commit with the inner store's versions.
+
+        Raises LeaseLost or VersionConflict if it builds on a change that the inner store refused.
+        """
+        for guard in commit.guards:
+            if guard.epoch in self._lost_epochs.get(guard.key, ()):
+                _, value = self._mirror.newest(guard.key)
+                raise LeaseLost(str(guard.key), guard.epoch, (value or {}).get("epoch"))
+        writes = []
+        for write in commit.writes:
+            if write.expected in self._lost_versions.get(write.key, ()):
+                version, value = self._mirror.newest(write.key)
+                raise VersionConflict(str(write.key), write.expected, 0 if value is None else version)
+            # A version from the fork is lower than all versions read from the inner store since.
+            shift, highest = self._shifts.get(write.key, (0, 0))
+            is_of_fork = 0 < write.expected <= highest
+            writes.append(Write(write.key, write.expected + shift, write.value, write.ttl) if is_of_fork else write)
+        return replace(commit, writes=writes)
+
+    def mark_committed(self, commit: Commit) -> None:
+        """Accept the epochs of leases that a commit acquired again, even if a fork had the same ones."""
+        for write in commit.writes:
+            self._lost_epochs.get(write.key, set()).discard((write.value or {}).get("epoch"))
+
+    def mark_read(self, key: Key) -> None:
+        """Accept writes that build on a document that was read from the inner store."""
+        self._lost_versions.pop(key, None)
+
+    def mark_listed(self, kind: str, prefix: str) -> None:
+        """Do the same as `mark_read` for all listed documents."""
+        for key in [key for key in self._lost_versions if key.kind == kind and key.id.startswith(prefix)]:
+            del self._lost_versions[key]
+
+    async def apply(self, replayed: ReplayResult, fork: Fork, inner: Store, now: float) -> None:
+        """Record which changes of the fork the inner store accepted, and which it refused."""
+        for commit, position in replayed.accepted:
+            self._mirror.record_commit(commit, position, now)
+        for key, shift in replayed.shifts.items():
+            self._shifts[key] = (shift, (await fork.store.history(key, 1))[0].version)
+        for key, version, value in (document for refused in replayed.refused for document in refused.documents):
+            self._mirror.record_read(key, await inner.get(key))
+            self._lost_versions.setdefault(key, set()).add(version)
+            if value is not None and "epoch" in value:
+                self._lost_epochs.setdefault(key, set()).add(value["epoch"])
+
+
 class ForkingStore(StoreWrapper):
     """A store that uses a local fork while its inner store is unreachable.
 
@@ -339,17 +398,11 @@ class ForkingStore(StoreWrapper):
         self._fork_lock = anyio.Lock()
         """Held while a fork begins or ends, and by each caller that uses it."""
         self._went_offline, self._went_online = anyio.Event(), anyio.Event()
-        self._replayed = ReplayResult()
-        self._lost_epochs: dict[Key, set[int]] = {}
-        """Epochs of leases that were acquired on a fork and belong to another process."""
-        self._lost_versions: dict[Key, set[int]] = {}
-        """Versions of documents that the inner store refused and that have not been read since."""
-        self._shifts: dict[Key, tuple[int, int]] = {}
-        """How much the inner store's versions exceed the fork's, and the highest version in the fork."""
+        self._replayed, self._versions = ReplayResult(), _ForkVersions(mirror)
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`; while there is a fork, returns the position in the fork."""
-        commit, was_tried = self._to_inner_versions(commit), False
+        commit, was_tried = self._versions.to_inner(commit), False
         while True:
             if self._fork is None:
                 try:
@@ -378,33 +431,11 @@ class ForkingStore(StoreWrapper):
 
     async def _record_commit(self, commit: Commit, position: int) -> None:
         self._mirror.record_commit(commit, position, self._clock.now())
-        for write in commit.writes:
-            # A lease that is acquired again has the written epoch, even if a fork had the same one.
-            self._lost_epochs.get(write.key, set()).discard((write.value or {}).get("epoch"))
+        self._versions.mark_committed(commit)
         if self._fork is not None:  # another call failed to reach the store while this one reached it
             async with self._fork_lock:
                 if self._fork is not None:
                     await self._fork.adopt(commit)
-
-    def _to_inner_versions(self, commit: Commit) -> Commit:
-        """Return a commit with the inner store's versions.
-
-        Raises LeaseLost or VersionConflict if it builds on a change that the inner store refused.
-        """
-        for guard in commit.guards:
-            if guard.epoch in self._lost_epochs.get(guard.key, ()):
-                _, value = self._mirror.newest(guard.key)
-                raise LeaseLost(str(guard.key), guard.epoch, (value or {}).get("epoch"))
-        writes = []
-        for write in commit.writes:
-            if write.expected in self._lost_versions.get(write.key, ()):
-                version, value = self._mirror.newest(write.key)
-                raise VersionConflict(str(write.key), write.expected, 0 if value is None else version)
-            # A version from the fork is lower than all versions read from the inner store since.
-            shift, highest = self._shifts.get(write.key, (0, 0))
-            is_of_fork = 0 < write.expected <= highest
-            writes.append(Write(write.key, write.expected + shift, write.value, write.ttl) if is_of_fork else write)
-        return replace(commit, writes=writes)
 
     async def get(self, key: Key) -> Document | None:
         """See `Store.get`.
@@ -419,7 +450,7 @@ class ForkingStore(StoreWrapper):
         async def get_online() -> Document | None:
             document = await self._inner.get(key)
             self._mirror.record_read(key, document)
-            self._lost_versions.pop(key, None)
+            self._versions.mark_read(key)
             return document
 
         return await self._read_either(get_online, get_offline)
@@ -440,8 +471,7 @@ class ForkingStore(StoreWrapper):
         async def list_online() -> Sequence[Document]:
             documents = await self._inner.list(kind, prefix)
             self._mirror.record_list(kind, prefix, documents)
-            for key in [key for key in self._lost_versions if key.kind == kind and key.id.startswith(prefix)]:
-                del self._lost_versions[key]
+            self._versions.mark_listed(kind, prefix)
             return documents
 
         return await self._read_either(list_online, list_offline)
@@ -533,7 +563,7 @@ class ForkingStore(StoreWrapper):
         async with self._fork_lock:
             assert self._fork is not None, "only this method ends a fork"  # noqa: S101  (for the type checker)
             await self._fork.replay(self._inner, self._replayed)
-            await self._apply_replay(self._fork, self._replayed)
+            await self._versions.apply(self._replayed, self._fork, self._inner, self._clock.now())
             with anyio.CancelScope(shield=True):
                 await self._open_fork.aclose()
                 await to_thread.run_sync(remove_fork, self._folder)
@@ -544,18 +574,6 @@ class ForkingStore(StoreWrapper):
             self._outage.end(replayed=len(self._replayed.accepted), refused=len(self._replayed.refused))
             self._went_online.set()
             self._went_online = anyio.Event()
-
-    async def _apply_replay(self, fork: Fork, replayed: ReplayResult) -> None:
-        """Record which changes of the fork the inner store accepted, and which it refused."""
-        for commit, position in replayed.accepted:
-            self._mirror.record_commit(commit, position, self._clock.now())
-        for key, shift in replayed.shifts.items():
-            self._shifts[key] = (shift, (await fork.store.history(key, 1))[0].version)
-        for key, version, value in (document for refused in replayed.refused for document in refused.documents):
-            self._mirror.record_read(key, await self._inner.get(key))
-            self._lost_versions.setdefault(key, set()).add(version)
-            if value is not None and "epoch" in value:
-                self._lost_epochs.setdefault(key, set()).add(value["epoch"])
 
     async def follow(self) -> None:
         """Keep the mirror up to date with the inner store's log."""
