@@ -95,6 +95,8 @@ class AdapterContract(OptionsContract):
     """The suite for `adapter_type`, an adapter class, with valid `options` as in YAML.
 
     A validator of `Options` reports a problem and its fix with `ValueError("problem: remedy")`.
+
+    More methods than most: each is one test of the contract, or an example for it to override.
     """
 
     adapter_type: ClassVar[AdapterType]

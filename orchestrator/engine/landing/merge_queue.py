@@ -70,10 +70,7 @@ class MergeQueue:
         base_commands: BaseCommands,
         give_up: Callable[[str], None],
     ) -> None:
-        """Create the queue of a run.
-
-        `give_up` ends the run with a reason if its checks can't run.
-        """
+        """Create the queue; `give_up` ends the run with a reason if checks can't run."""
         self._ledger, self._clock = ledger, context.tools.clock
         writer, source = ledger.writer, context.source
         self._leases = MergeLeaseQueue(

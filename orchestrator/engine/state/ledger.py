@@ -86,9 +86,8 @@ class Ledger:
             try:
                 await writer.lead(sandbox, reopened)
             except VersionConflict:
-                if (
-                    await orchestrators.peers.find(orchestrators.me.id) is not None
-                ):  # otherwise another orchestrator was first
+                # Without our record, another orchestrator was first.
+                if await orchestrators.peers.find(orchestrators.me.id) is not None:
                     raise
             else:
                 # Again: a checkpoint may have been restored before the lease.
@@ -248,10 +247,7 @@ class Ledger:
             return False
 
     async def release(self, task: str) -> None:
-        """Release our claim if the task is no longer claimable.
-
-        This can happen after a checkpoint was restored.
-        """
+        """Release our claim on a task that a restored checkpoint made unclaimable."""
         document = self.tasks[task]
         if self.claims is not None and task in self.claims and document.status not in CLAIMED_STATUSES:
             await self.claims.release(task, document.status.release_reason, document.reason)

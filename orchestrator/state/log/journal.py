@@ -99,7 +99,10 @@ class InlineResult(Enum):
 
 
 class Journal:
-    """The log in a directory; call `open` first."""
+    """The log in a directory; call `open` first.
+
+    More methods than most: each is one operation on the log under the same locks.
+    """
 
     def __init__(self, directory: Path, clock: Clock, segment_bytes: int) -> None:
         """Use the log in `directory`; a segment is closed at `segment_bytes`."""

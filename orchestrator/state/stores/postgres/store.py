@@ -96,7 +96,10 @@ class _PendingCommit:
 
 
 class PostgresStore:
-    """A `Store` on a server, created by `open`."""
+    """A `Store` on a server, created by `open`.
+
+    Longer than most: 15 of its methods are the operations of `Store`.
+    """
 
     def __init__(self, server: Server, notifications: Notifications) -> None:
         self._server, self._notifications = server, notifications

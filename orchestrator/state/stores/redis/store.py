@@ -64,7 +64,10 @@ def _translates_errors(
 
 
 class RedisStore:
-    """A `Store` on a server, created by `open`."""
+    """A `Store` on a server, created by `open`.
+
+    More methods than most: 15 are the operations of `Store`.
+    """
 
     def __init__(self, server: Server, clock: Clock | None) -> None:
         self.address = server.address
