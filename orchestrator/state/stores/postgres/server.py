@@ -181,6 +181,7 @@ class Server:
         """
         if self._is_down:
             await self.check_reachable()
+            await self._pool.check()  # the other connections to a restarted server are closed, too
         with self.translated():
             try:
                 connection = await self._pool.getconn()
@@ -204,8 +205,7 @@ class Server:
             except StoreUnavailable as error:
                 if attempt == _ATTEMPTS or not is_disconnected(error.__cause__):
                     raise
-            await self.check_reachable()
-            await self._pool.check()  # the others of a restarted server are closed, too
+                self._is_down = True
         raise AssertionError("the last attempt returns or raises")
 
     async def fetch(
@@ -245,10 +245,12 @@ def _interrupt(connection: Connection) -> None:
 
 
 def is_disconnected(error: BaseException | None) -> bool:
-    """Return True for an error of a connection that was lost while it was used."""
+    """Return True for an error of a connection that was lost; another one may succeed."""
     if not isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
         return False
-    return not isinstance(error, PoolTimeout) and (error.sqlstate is None or error.sqlstate.startswith(("57P", "08")))
+    if isinstance(error, (PoolTimeout, psycopg.errors.ConnectionTimeout)) or "FATAL" in str(error):
+        return error.sqlstate is not None and error.sqlstate.startswith("57P")
+    return error.sqlstate is None or error.sqlstate.startswith(("57P", "08"))
 
 
 _Report = tuple[str, type[StoreUnavailable], str, str]
