@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import anyio
 import pytest
@@ -88,7 +89,7 @@ async def test_any_failing_request_costs_only_time(
     config = str(repository.configure([{"id": "one", "prompt": "append a.txt 1"}]))
 
     async def council(*words: str) -> CommandResult:
-        return await to_thread.run_sync(repository.council, *words, "--json")
+        return await to_thread.run_sync(partial(repository.council, *words, "--json"))
 
     number, is_cut = 0, True
     while is_cut:
