@@ -189,9 +189,9 @@ async def open_run_context(
         branch=run.target,
         start=run.start,
         ref=refs("target"),
-        must_exist=run.has_target,
         title=None if run.merges is None else f"Land run {run.merges}",
     )
+    target.must_exist = run.has_target
     stores = store.local_paths()
     sandbox = await open_sandbox(run.sandbox, site, project, stores, hub, environ)
     worktrees = run.worktrees

@@ -110,14 +110,12 @@ class Target:
         branch: str,
         start: str,
         ref: str,
-        must_exist: bool = False,
         title: str | None = None,
     ) -> None:
         """Create the target `branch` of `source`.
 
         Landings are looked up after the commit `start`, which is also the first commit of a new target. `ref` stores
-        the fetched target in the trusted repository. `must_exist`: the target existed before the run and is not
-        created. `title` is the first line of merge commits (default: `Land <task>`).
+        the fetched target in the trusted repository. `title` is the first line of merges (default: `Land <task>`).
         """
         self.branch = branch
         self._hub, self._git, self._source = hub, git, source
@@ -126,8 +124,8 @@ class Target:
         self._start, self._ref, self._title = start, ref, title
         self.known: str | None = None
         """The target's commit when last read or moved; None if there is no target."""
-        self.must_exist = must_exist
-        """Whether the target has existed. If it has, its absence raises TargetMissing."""
+        self.must_exist = False
+        """Whether the target has existed, even before the run. If so, its absence raises TargetMissing."""
         self._line: set[str] = set()
         """The commits of the target's first-parent history since the start."""
         self._trees: dict[str, str] = {}
