@@ -25,7 +25,7 @@ class RunCreated(RunEvent):
     """The run and its tasks were recorded."""
 
     type = "run.created"
-    sentence = "run {run} lands on {target}"
+    sentence = "created run {run} (target: {target})"
 
     tasks: int
     """The number of tasks."""

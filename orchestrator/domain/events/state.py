@@ -169,7 +169,7 @@ class LegacyFileSkipped(TypedEvent):
     """A file in an earlier format could not be imported as it is; without `run`."""
 
     type = "legacy.file_skipped"
-    sentence = "not imported unchanged: {path}: {reason}"
+    sentence = "could not import {path} as is: {reason}"
 
     path: str
     reason: str

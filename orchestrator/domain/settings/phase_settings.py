@@ -80,7 +80,7 @@ class PhaseSettings(Settings):
     adapter: str | None = None
     """The adapter that runs it. Default: the adapter of the task."""
     fallback: Strings = ()
-    """Adapters to use while that one is in cooldown or disabled."""
+    """Adapters to use while `adapter` is in cooldown or disabled."""
     access: Literal["read", "write"] = "write"
     """With `read`, its changes are discarded."""
     produces: Annotated[HandoffSettings, _PRODUCES] | None = None

@@ -149,7 +149,7 @@ class LimitSettings(Settings):
     open_files: Annotated[int, Field(ge=64, le=1 << 20)] | None = None
     """Open files, sockets and pipes."""
     processes: Annotated[int, Field(ge=16, le=1 << 22)] | None = None
-    """Processes of the same user, including unrelated ones; no limit for root."""
+    """Maximum number of processes of the user, including unrelated ones; no limit for root."""
 
     @property
     def by_resource(self) -> dict[str, int]:
@@ -321,7 +321,7 @@ class TaskSettings(Settings):
     adapter: str | None = None
     """The adapter that runs the tasks; optional if there is only one."""
     fallback: Strings = ()
-    """Adapters to use, in this order, while that one is in cooldown or disabled."""
+    """Adapters to use, in this order, while `adapter` is in cooldown or disabled."""
     timeout: Duration = 1800.0
     """The wall-clock limit of one session."""
     attempts: Attempts = 3

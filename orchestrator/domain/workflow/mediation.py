@@ -84,7 +84,7 @@ _INSTRUCTIONS: Final[Mapping[str, str]] = {
 
 
 def get_instructions(to_kind: str | None, processed: Mapping[str, Any]) -> str:
-    """Return the instructions for a kind of phase, with its input values' names."""
+    """Return the instructions for a phase that produces `to_kind`, with input names."""
     instructions = _INSTRUCTIONS.get(to_kind or "", "Continue from the input.")
     return f"{instructions} Input: {', '.join(processed)}." if processed else instructions
 

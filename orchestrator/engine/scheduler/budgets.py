@@ -219,7 +219,7 @@ class Budgets:
         return _Limit("task", task, spec.budget, spent, can_reload(self._ledger.run, spec))
 
     def _run_limit(self, more: Spending = _NOTHING) -> _Limit:
-        """Return the limit of the run with its active sessions; `more` is further usage."""
+        """Return the run's budget and usage with active sessions; `more` is extra usage."""
         seconds = max(len(self._meters) * self._clock.monotonic() - self._started, 0.0)
         return _Limit("run", "", self._run, self._ended_usage + Spending(self._tokens, self._cost, seconds) + more)
 

@@ -65,8 +65,8 @@ def check_request(
     """Raise RefusedError for a request that the state of its tasks does not allow.
 
     A retry accepts blocked tasks together with the failed tasks that they need. With `include_waiting`, it also accepts
-    tasks that wait to start or to land, blocked or not, for a reload without a change of status. `is_live` means that a
-    process is active in the run.
+    tasks that wait to start or to land, blocked or not, because reloading settings does not change their status.
+    `is_live` means that a process is active in the run.
     """
     if action is RequestAction.RETRY and record.run.merges is not None:
         raise _explain_merge_retry(record.run, record.tasks[MERGE_TASK].status)
