@@ -20,9 +20,9 @@ def failure_class_for_status(status: int) -> FailureClass | None:
     return None if name is None else FailureClass(name)
 
 
-def match_failure_class(text: str, words: Mapping[FailureClass, re.Pattern[str]]) -> FailureClass | None:
+def match_failure_class(text: str, patterns: Mapping[FailureClass, re.Pattern[str]]) -> FailureClass | None:
     """Return the first class whose pattern matches the text, or None."""
-    return next((failure for failure, pattern in words.items() if pattern.search(text)), None)
+    return next((failure for failure, pattern in patterns.items() if pattern.search(text)), None)
 
 
 def make_failure(failure: FailureClass, reason: str, log_in: str, until: float | None = None) -> Failed:

@@ -220,7 +220,7 @@ _OPERATIONS = {
 def describe_unfinished_operation(repository: LocalRepository, branch: str) -> str | None:
     """Return the remedy if the user is rebasing or bisecting a branch, or None.
 
-    Blocks. Meanwhile HEAD is not on the branch, but git refuses pushes to it, and finishing the operation would discard
+    Blocks. HEAD is then not on the branch, but git refuses pushes to it, and finishing the operation would discard
     landed work.
     """
     for top in list_checkouts(repository):

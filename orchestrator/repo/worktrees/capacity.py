@@ -64,7 +64,7 @@ class HubCapacity:
         return {number: held for pool in self._pools for number, held in pool.by_number.items()}
 
     async def _discard_spare(self, pool: HeldSlots) -> WorktreeSlot | None:
-        """Discard the least recently used idle slot that nobody waits for, and return it."""
+        """Discard the least recently used idle slot that has no waiters, and return it."""
         for each in sorted(self._pools, key=lambda each: each is not pool):
             async with each.selection_lock:
                 is_spare = each is not pool and len(each.usable()) > each.waiting
@@ -81,7 +81,7 @@ class HubCapacity:
         """Remove an idle slot of another process; return whether it no longer counts."""
         with suppress(LockHeld):
             async with slot.lock.hold(0):
-                # It may have been preserved for a session meanwhile.
+                # It may have been preserved for a session since.
                 if await anyio.to_thread.run_sync(assess_slot, slot) is not None:
                     await pool.checkouts.remove(slot)
             return True

@@ -72,7 +72,7 @@ class HeldSlot:
     """The slot's lock, held by every process that writes to the slot until that process exits."""
     scanner: FileScanner
     detects_all: bool
-    """Whether file times reveal every change; if not, a watch reports the rest."""
+    """Whether timestamps reveal every change; if not, a watch reports the rest."""
     state: SlotState
     is_verified: bool
     """Whether the contents are known. If not, the slot comes from another process and must match its snapshot."""

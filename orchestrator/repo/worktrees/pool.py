@@ -63,7 +63,7 @@ class _Pool:
         finally:
             slots.waiting -= 1
             if not slots.waiting:
-                preparation.failures.clear()  # nobody is waiting for these slots anymore
+                preparation.failures.clear()  # these slots have no waiters anymore
             slots.notify_changed()
 
 

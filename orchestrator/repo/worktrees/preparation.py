@@ -60,7 +60,7 @@ class SlotPreparation:
     async def _claim_new_slot(self) -> HeldSlot | None:
         """Reserve a new slot if one more is needed.
 
-        Holds the hub's lock, so that no other process counts slots meanwhile.
+        Holds the hub's lock, so that no other process counts slots at the same time.
         """
         async with self._checkouts.hub.lock("slots").hold():
             if self._slots.is_short() and self.commit and await self._capacity.has_room(self._slots):
