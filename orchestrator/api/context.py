@@ -55,7 +55,7 @@ class ProjectContext:
 
     @property
     def followed_store(self) -> Store:
-        """The store for followers of the log, which wait while it is on a server that can't be reached."""
+        """The store for followers of the log, which waits while a server is unreachable."""
         from orchestrator.state.offline.outage import waiting_store  # noqa: PLC0415  (slow; most commands do not follow)
 
         return waiting_store(self.store, self.clock)

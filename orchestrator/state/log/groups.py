@@ -1,4 +1,4 @@
-"""Group the commits of a process: one thread appends all that are waiting, with one write and one sync."""
+"""Group the commits of a process: one write and one sync for all waiting ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _PAUSES: Final = (0, 0.005, 0.005, 0.01, 0.01)
 
 
 class CommitGroups:
-    """Queues commits for the next group; the first waiter without a group leads the next one."""
+    """A queue of commits for the next group.
+
+    The first waiter without a group leads the next one.
+    """
 
     def __init__(self, journal: Journal, in_thread: Callable[[Callable[[], None]], Awaitable[None]]) -> None:
         self._journal, self._in_thread = journal, in_thread

@@ -316,7 +316,7 @@ def _translate(record: CommitRecord, note: JsonObject, shifts: dict[Key, int], n
 
 
 class _ForkVersions:
-    """The versions of documents that ended forks wrote, and those that the inner store has instead."""
+    """The document versions of ended forks, and those of the inner store."""
 
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
@@ -348,7 +348,10 @@ class _ForkVersions:
         return replace(commit, writes=writes)
 
     def mark_committed(self, commit: Commit) -> None:
-        """Accept the epochs of leases that a commit acquired again, even if a fork had the same ones."""
+        """Accept the epochs of leases that a commit acquired again.
+
+        An epoch is accepted even if a fork had the same one.
+        """
         for write in commit.writes:
             self._lost_epochs.get(write.key, set()).discard((write.value or {}).get("epoch"))
 

@@ -270,7 +270,10 @@ class PausingStore(StoreWrapper):
 
 
 def waiting_store(store: Store, clock: Clock) -> Store:
-    """Return a store whose readers and followers silently wait for a remote store; a local one unchanged."""
+    """Return a store whose readers and followers silently wait for a remote store.
+
+    A local store is returned unchanged.
+    """
     if store.local_paths():
         return store
     return PausingStore(store, Outage(clock, DEFAULT_INTERVALS, lambda _: None, "pause"))
