@@ -1,4 +1,6 @@
-"""Commits per second on a PostgreSQL server: the store, and a bare client that does the same writes in a transaction.
+"""Commits of the PostgreSQL store, compared with those of a bare client.
+
+Both do the same writes in a transaction.
 
 python -m benchmarks.postgres_store [--quick], with COUNCIL_TEST_POSTGRES_URL or an installed server.
 """

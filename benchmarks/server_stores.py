@@ -1,4 +1,4 @@
-"""Durations of commits by several processes: a store on a server, and a bare client of the same server."""
+"""Durations of concurrent commits: a store on a server, and a bare client of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Job = Callable[[str, int, int], Awaitable[None]]
 
 
 def make_commit(me: int, number: int) -> Commit:
-    """Return the commit with a number of a process: one document of a hundred, and an event."""
+    """Return a numbered commit of a process: one document of a hundred, and an event."""
     key = Key("task", f"{me}/{number % 100}")
     return Commit([Write(key, number // 100, make_document(number))], [Event("e", {"n": number})])
 
