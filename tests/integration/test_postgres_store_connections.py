@@ -62,7 +62,7 @@ async def settle(store: PostgresStore) -> None:
             await anyio.sleep(0.001)
 
 
-@pytest.mark.parametrize("step", [97, pytest.param(1, marks=[pytest.mark.extended, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("step", [97, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 @pytest.mark.parametrize("has_write", [False, True], ids=["events", "write"])
 async def test_commit_is_applied_once_wherever_its_exchange_is_cut(
     server: PostgresServer, has_write: bool, step: int

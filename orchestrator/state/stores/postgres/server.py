@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import socket
@@ -22,6 +23,10 @@ from orchestrator.domain.wording import quote_text
 from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable
 
 T = TypeVar("T")
+
+# Lost connections are reported as errors of the store, not as warnings of the client library on standard error.
+logging.getLogger("psycopg").addHandler(logging.NullHandler())
+
 Connection = psycopg.AsyncConnection[Any]
 
 PASSWORD: Final = "COUNCIL_POSTGRES_PASSWORD"  # noqa: S105  (the name of a variable)
@@ -33,7 +38,8 @@ MAINTENANCE_TIMEOUT: Final = 600.0
 _SET_PASSWORD: Final = f"set {PASSWORD}, or {PASSWORD_FILE} to the path of a file that contains it, or use ~/.pgpass"
 _URL_FORM: Final = "use postgresql://[USER@]HOST[:PORT]/DATABASE[?schema=NAME][&sslmode=verify-full]"
 _CONNECTIONS: Final = 4
-_ATTEMPTS: Final = 3
+_PAUSES: Final = (0, 0.2, 0.6)
+"""Seconds between attempts. The first retry is immediate: the server may have closed an idle connection."""
 _SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,39}")
 #: Options of the client library, for which the URL may have other values.
 _DEFAULTS: Final[Mapping[str, str | int]] = {
@@ -133,7 +139,7 @@ class Server:
         if password := await anyio.to_thread.run_sync(read_password, os.environ):
             options["password"] = password
         server = cls(address, options)
-        await server.check_reachable()
+        await server._retry(server.check_reachable)
         try:
             await server._pool.open()
             yield server
@@ -197,16 +203,24 @@ class Server:
                     await self._pool.putconn(connection)
 
     async def run(self, call: Callable[[Connection], Awaitable[T]], limit: float = TIMEOUT) -> T:
-        """Return the result of `call`, repeated on a new connection if it fails."""
-        for attempt in range(1, _ATTEMPTS + 1):
+        """Return the result of `call`, which is repeated on a new connection if its connection fails."""
+
+        async def attempt() -> T:
+            async with self.connection(limit) as connection:
+                return await call(connection)
+
+        return await self._retry(attempt)
+
+    async def _retry(self, call: Callable[[], Awaitable[T]]) -> T:
+        for pause in _PAUSES:
             try:
-                async with self.connection(limit) as connection:
-                    return await call(connection)
+                return await call()
             except StoreUnavailable as error:
-                if attempt == _ATTEMPTS or not is_disconnected(error.__cause__):
+                if not is_disconnected(error.__cause__):
                     raise
-                self._is_down = True
-        raise AssertionError("the last attempt returns or raises")
+            self._is_down = True
+            await anyio.sleep(pause)
+        return await call()
 
     async def fetch(
         self, query: str, parameters: Mapping[str, Any] | None = None, *, limit: float = TIMEOUT
@@ -308,6 +322,7 @@ def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
 def _summary(error: Exception) -> str:
     """Return an error's message on one line, without the names of the host."""
     message = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    lines = [line.strip(" -") for line in (message or str(error)).splitlines() if line.strip()]
+    # A hint of the client library is indented.
+    lines = [line.strip(" -") for line in (message or str(error)).splitlines() if line.strip() and line[0] != "\t"]
     line = next((line for line in lines if "FATAL:" in line), lines[-1] if lines else type(error).__name__)
     return line.rpartition("FATAL:")[2].rpartition(" failed: ")[2].strip()
