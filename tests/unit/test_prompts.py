@@ -15,7 +15,7 @@ from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS
 from orchestrator.engine.phases.prompts import (
     MAX_PROMPT_LENGTH,
     MAX_VALUE_LENGTH,
-    PromptFacts,
+    PromptVariables,
     is_condition_met,
     render,
     render_command_failure,
@@ -32,9 +32,9 @@ PLAN = {"tasks": [{"id": "a", "prompt": EVIL}, {"id": "b", "prompt": "Write it."
 SCHEMA = {"type": "object", "required": ["answer"]}
 
 
-def facts(**changes: Any) -> PromptFacts:
-    values: dict[str, Any] = {"task": "login", "prompt": "Add a login.", "mark": MARK, "inputs": {"plan": PLAN}}
-    return PromptFacts(**{**values, **changes})
+def facts(**changes: Any) -> PromptVariables:
+    values: dict[str, Any] = {"task": "login", "prompt": "Add a login.", "marker": MARK, "inputs": {"plan": PLAN}}
+    return PromptVariables(**{**values, **changes})
 
 
 def outside(text: str) -> str:

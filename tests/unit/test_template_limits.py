@@ -13,7 +13,7 @@ from orchestrator.config.source.document import read_document
 from orchestrator.config.source.location import named_repository
 from orchestrator.config.source.problems import Problems, TooManyProblems
 from orchestrator.config.workflows.templates import compile_template
-from orchestrator.engine.phases.prompts import PromptFacts, is_condition_met, render
+from orchestrator.engine.phases.prompts import PromptVariables, is_condition_met, render
 from orchestrator.errors import RefusedError
 
 N = 10**9
@@ -62,9 +62,9 @@ GREEDY = [
 ]
 
 
-def facts() -> PromptFacts:
+def facts() -> PromptVariables:
     """Return minimal facts."""
-    return PromptFacts(task="a", prompt="Fix it.", mark="m")
+    return PromptVariables(task="a", prompt="Fix it.", marker="m")
 
 
 @pytest.mark.parametrize("text", GREEDY)

@@ -27,7 +27,7 @@ from orchestrator.domain.workflow.routing import (
     has_open_visit,
 )
 from orchestrator.engine.phases.prompts import (
-    PromptFacts,
+    PromptVariables,
     SessionPrompt,
     describe_prompt_source,
     is_condition_met,
@@ -148,10 +148,10 @@ class PhaseStarter:
             )
         inputs, measured = select_values(values.known, values.wanted(phase, get_phase_needs(phase, kind)))
         visits = [visit for visit in document.phases if visit.phase == phase.name]
-        facts = PromptFacts(
+        variables = PromptVariables(
             task=task,
             prompt=spec.prompt,
-            mark=secrets.token_hex(8),
+            marker=secrets.token_hex(8),
             phase=phase.name,
             tracker=spec.tracker,
             planner=planning_task(spec),
@@ -165,7 +165,7 @@ class PhaseStarter:
             owns=spec.owns,
             submit_handoff=submit_handoff,
         )
-        prompt = render(phase.prompt or _DEFAULT_TEMPLATE, facts)
+        prompt = render(phase.prompt or _DEFAULT_TEMPLATE, variables)
         follow_up = prompt.follow_up or prompt.text
         return replace(prompt, follow_up=follow_up, inputs=measured, received=values.received(inputs))
 
