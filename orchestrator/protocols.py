@@ -322,6 +322,10 @@ class StoreStatistics:
     """Documents that have expired and have not been deleted or rewritten since."""
     large: Sequence[tuple[Key, int]] = ()
     """Documents larger than LARGE_DOCUMENT_BYTES with their sizes, largest first."""
+    server: str = ""
+    """The server on one line: version, latency, connections, replication; empty for a store without a server."""
+    server_problem: str = ""
+    """Why the server may lose commits or stop accepting them; empty if it will not."""
 
 
 class DumpedDocument(NamedTuple):

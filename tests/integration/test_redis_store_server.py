@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from redis.asyncio import Redis
 
@@ -186,6 +187,27 @@ async def test_missing_privilege_is_reported_with_the_command(
             await client.execute_command("ACL", "SETUSER", "bob", "+@all")
             assert await store.position() == 0
             assert await store.commit(Commit([Write(TASK, 0, {})])) == 1
+
+
+async def test_replica_is_reported_and_its_disk_is_waited_for(server: RedisServer) -> None:
+    """A primary with a replica is rejected without `replicas`; a replica itself always."""
+    async with RedisStore.open(server.url()) as store:
+        found = await store.statistics()
+        assert "0 replicas" in found.server
+        assert found.server_problem == ""
+        with started_server() as other:
+            async with connect(other) as replica:
+                await replica.replicaof("127.0.0.1", server.port)
+                with anyio.fail_after(60):
+                    while (await replica.info("replication"))["master_link_status"] != "up":
+                        await anyio.sleep(0.05)
+                assert "replicas=1" in (await store.statistics()).server_problem
+                with pytest.raises(RefusedError, match="replicas=1"):
+                    await opens(server.url())
+                await opens(server.url(replicas="1"))
+                with pytest.raises(RefusedError, match="is a replica"):
+                    await opens(other.url())
+                await replica.replicaof("NO", "ONE")
 
 
 async def test_newer_format_is_refused(server: RedisServer) -> None:

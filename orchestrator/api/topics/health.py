@@ -55,6 +55,7 @@ class Health:
             findings.check_log(statistics, await _growth(store, statistics, now), await read_retention(self.context)),
             *findings.check_documents(statistics),
             findings.check_expired(statistics),
+            *findings.check_server(statistics),
             await self._latency(),
             findings.check_unfinished_runs([run.id for run in runs if await self._is_left(run, open_runs)]),
             *findings.check_silent_sessions(sessions),

@@ -88,6 +88,14 @@ def check_log(found: StoreStatistics, growth: LogGrowth, retention: Retention) -
     return Finding("log", Level.OK, what)
 
 
+def check_server(found: StoreStatistics) -> Iterator[Finding]:
+    """Yield a finding about the server of a store on a server."""
+    if found.server_problem:
+        yield Finding("server", Level.WARNING, f"{found.server}: {found.server_problem}")
+    elif found.server:
+        yield Finding("server", Level.OK, found.server)
+
+
 def check_latency(seconds: float) -> Finding:
     """Check the duration of a durable commit."""
     found = f"a durable commit took {seconds * 1000:,.0f} ms"

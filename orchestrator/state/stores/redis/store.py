@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -248,7 +249,9 @@ class RedisStore:
     async def statistics(self) -> StoreStatistics:
         """See `Store.statistics`."""
         now = await self._refresh()
-        return self._current().statistics(await self._log.first(), await self._log.size(), now)
+        server, problem = await self._log.describe_server()
+        found = self._current().statistics(await self._log.first(), await self._log.size(), now)
+        return replace(found, server=server, server_problem=problem)
 
     @_translates_errors
     async def verify(self) -> VerificationReport:
