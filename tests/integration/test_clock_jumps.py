@@ -107,3 +107,32 @@ async def test_cooldown_recorded_before_the_clock_was_set_back_has_ended(reposit
             report = await council.runs.resume(run)
     assert [(one.status, one.attempts) for one in report.tasks] == [("landed", 1)], report
     await repository.assert_invariants()
+
+
+async def test_peer_whose_clock_is_hours_ahead_takes_over_no_live_task(repository: Repository) -> None:
+    """Its clock jumps while both are active: the owner's heartbeats continue, so both keep their tasks."""
+    gate = repository.spawns.parent / "gate"
+    tasks: list[dict[str, Any]] = [{"id": name, "prompt": f"await {gate}\nwrite {name}.txt x"} for name in "ab"]
+    quick = {"heartbeat_interval": "200ms", "stale_after": "1s", "sweep_interval": "200ms"}
+    path = repository.configure(tasks, capacity=1, coordination=quick)
+    clock = SettableClock()
+    with anyio.fail_after(90):
+        async with (
+            Council.open(path, environ=repository.environ) as owner,
+            Council.open(path, environ=repository.environ, clock=clock) as peer,
+            anyio.create_task_group() as group,
+        ):
+            run = await owner.runs.create()
+            group.start_soon(owner.runs.resume, run)
+            await until_event(owner, "task.started", 1)
+            group.start_soon(peer.runs.work, run)
+            await until_event(owner, "task.started", 2)
+            for offset in (3 * HOUR, -3 * HOUR):
+                clock.offset = offset
+                await anyio.sleep(2.5)  # longer than `stale_after`
+            gate.touch()
+        async with Council.open(path, environ=repository.environ) as council:
+            report = await council.runs.status(run)
+    assert [(one.status, one.attempts) for one in report.tasks] == [("landed", 1)] * 2, report
+    assert report.claims.takeovers == 0
+    await repository.assert_invariants()
