@@ -1,4 +1,4 @@
-"""An adapter for patch(1): the prompt of a task is a patch to land."""
+"""An adapter for patch(1): the prompt of a task is a patch, which is merged, checked and landed."""
 
 from __future__ import annotations
 

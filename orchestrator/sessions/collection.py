@@ -13,8 +13,8 @@ from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.intake.collect import CollectionResult, collect_work
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.change_detection import TreeDiff
 from orchestrator.repo.worktrees.checkouts import HeldSlot
+from orchestrator.repo.worktrees.files.change_detection import TreeDiff
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.assignment import Assignment, SessionResources
 

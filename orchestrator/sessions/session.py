@@ -22,8 +22,8 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.errors import GitError, LeaseLost, RefusedError, SessionError, is_resource_exhaustion
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.change_detection import TreeDiff
 from orchestrator.repo.worktrees.checkouts import HeldSlot
+from orchestrator.repo.worktrees.files.change_detection import TreeDiff
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.assignment import Assignment, SessionResources
 from orchestrator.sessions.collection import WorkCollector

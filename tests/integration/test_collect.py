@@ -17,7 +17,7 @@ from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake.collect import CollectionResult, collect_work
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.files.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
 from tests.hub_fixture import HubFixture

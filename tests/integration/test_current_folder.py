@@ -46,7 +46,7 @@ COMMANDS = {
     "a bridge": [*bridge_command("acp", "--ready")],
     "the command of a session": [*own("orchestrator.__main__", "main"), "--help"],
     "the supervisor": own("orchestrator.sessions.supervision.supervisor", "main"),
-    "the walker": own("orchestrator.repo.worktrees.scan_worker", "serve"),
+    "the walker": own("orchestrator.repo.worktrees.files.scan_worker", "serve"),
     "the console script": [sys.executable, str(Path(sys.executable).with_name("council")), "adapters", "--json"],
 }
 

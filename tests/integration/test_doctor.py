@@ -336,8 +336,8 @@ def test_adapters_are_listed(repository: Repository, fakes: FakePrograms) -> Non
     assert ended.code == 0
     types = {one["name"]: one for one in ended.result["types"]}
     assert types.keys() >= {"command", "alpha-code", "beta-code", "needy"}
-    assert types["command"]["needs"] == "needs argv"
-    assert types["needy"]["needs"] == "needs endpoint"
+    assert types["command"]["missing_options"] == "needs argv"
+    assert types["needy"]["missing_options"] == "needs endpoint"
     assert types["alpha-code"]["plugin"] == {"name": "stand_ins", "distribution": "stand_ins", "version": "1.0"}
     (program,) = types["alpha-code"]["programs"]
     assert (program["path"], program["version"], program["is_supported"]) == (str(path), "2.1", True)

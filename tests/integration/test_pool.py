@@ -24,8 +24,8 @@ from orchestrator.repo.worktrees import checkouts as checkouts_module
 from orchestrator.repo.worktrees import pool as pool_module
 from orchestrator.repo.worktrees import reset, worktrees
 from orchestrator.repo.worktrees.capacity import HubCapacity
-from orchestrator.repo.worktrees.change_detection import TreeSnapshot, detects_mmap_writes
 from orchestrator.repo.worktrees.checkouts import HeldSlot, SetupError, SlotOptions, SlotState
+from orchestrator.repo.worktrees.files.change_detection import TreeSnapshot, detects_mmap_writes
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.reset import KeepRules
 from orchestrator.repo.worktrees.slots import WorktreeSlot, list_slots, read_record, read_slot_session

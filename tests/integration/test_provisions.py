@@ -19,7 +19,7 @@ from orchestrator.repo.intake.collect import CollectionResult, collect_work
 from orchestrator.repo.intake.diffs import diff_session
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.source.upstream import UpstreamRepository
-from orchestrator.repo.worktrees.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.files.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.hub import internal_ref_name
 from orchestrator.repo.worktrees.provisions import ProvisionFailure, Provisions
 from orchestrator.repo.worktrees.worktrees import Worktree

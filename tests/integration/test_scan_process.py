@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from orchestrator.repo.git.index_file import refresh_index_stats
-from orchestrator.repo.worktrees import scan_process
-from orchestrator.repo.worktrees.change_detection import TreeDiff, TreeSnapshot
-from orchestrator.repo.worktrees.scan_process import FileScanner
+from orchestrator.repo.worktrees.files import scan_process
+from orchestrator.repo.worktrees.files.change_detection import TreeDiff, TreeSnapshot
+from orchestrator.repo.worktrees.files.scan_process import FileScanner
 from orchestrator.system import process
 
 MANY = 100_000
@@ -25,7 +25,7 @@ def walkers() -> list[psutil.Process]:
     return [
         one
         for one in psutil.Process().children()
-        if "orchestrator.repo.worktrees.scan_worker" in " ".join(one.cmdline())
+        if "orchestrator.repo.worktrees.files.scan_worker" in " ".join(one.cmdline())
     ]
 
 

@@ -14,7 +14,7 @@ from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.intake.staging import StagingArea, StagingResult, stage_files
 from orchestrator.repo.source.upstream import UpstreamRepository
-from orchestrator.repo.worktrees.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.files.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from tests.conftest import Repository
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.repo.worktrees.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.files.change_detection import TreeSnapshot
 from tests.edits import rename, swap
 from tests.hypothesis_settings import example_settings
 

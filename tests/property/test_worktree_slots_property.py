@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git, sealed_environment
 from orchestrator.repo.worktrees import reset, worktrees
-from orchestrator.repo.worktrees.change_detection import TreeDiff
 from orchestrator.repo.worktrees.checkouts import HeldSlot, SlotOptions
+from orchestrator.repo.worktrees.files.change_detection import TreeDiff
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.reset import KeepRules, SlotContents
 from orchestrator.repo.worktrees.slots import WorktreeSlot

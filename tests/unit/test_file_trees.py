@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.repo.worktrees.file_trees import disk_usage
+from orchestrator.repo.worktrees.files.file_trees import disk_usage
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from orchestrator.project import Project
 from orchestrator.protocols import Store
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.file_trees import disk_usage, remove_all
+from orchestrator.repo.worktrees.files.file_trees import disk_usage, remove_all
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.slots import WorktreeSlot, empty_trash, move_to_trash, read_session_slot
 from orchestrator.state.documents.checkpoints import create_checkpoint

@@ -4,7 +4,7 @@ Git considers a file unchanged only if its times, inode, owner and size match th
 therefore read every file, which takes longer than copying. It also reads each file that is not at least one clock
 second older than the index (racy git), so it would read every file of a fresh checkout.
 
-Imports only the standard library, because `orchestrator.repo.worktrees.scan_worker` runs it.
+Imports only the standard library, because `orchestrator.repo.worktrees.files.scan_worker` runs it.
 """
 
 from __future__ import annotations

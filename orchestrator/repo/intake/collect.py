@@ -26,8 +26,8 @@ from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.intake.session_commits import SessionCommits
 from orchestrator.repo.intake.session_refs import SessionRefs, read_session_refs
 from orchestrator.repo.intake.staging import StagingArea, make_readable, stage_files
-from orchestrator.repo.worktrees.change_detection import TreeDiff
-from orchestrator.repo.worktrees.file_trees import is_folder
+from orchestrator.repo.worktrees.files.change_detection import TreeDiff
+from orchestrator.repo.worktrees.files.file_trees import is_folder
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.system.failpoints import failpoint
 

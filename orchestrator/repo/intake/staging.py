@@ -21,8 +21,8 @@ from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.command import FileChange, Git, join_nul, parse_raw_diff, split_nul
 from orchestrator.repo.intake.inspection import IntakeRules, find_rejected_paths
 from orchestrator.repo.intake.quarantine import Quarantine
-from orchestrator.repo.worktrees.change_detection import TreeDiff
-from orchestrator.repo.worktrees.file_trees import grant_access, walk_folders
+from orchestrator.repo.worktrees.files.change_detection import TreeDiff
+from orchestrator.repo.worktrees.files.file_trees import grant_access, walk_folders
 
 #: Time limit in seconds for git to read an agent's tree: it would block forever on a pipe.
 STAGING_TIMEOUT = 120.0

@@ -14,13 +14,13 @@ import anyio.to_thread
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees import reset
-from orchestrator.repo.worktrees.change_detection import TreeDiff, TreeSnapshot
-from orchestrator.repo.worktrees.file_trees import disk_usage
+from orchestrator.repo.worktrees.files.change_detection import TreeDiff, TreeSnapshot
+from orchestrator.repo.worktrees.files.file_trees import disk_usage
+from orchestrator.repo.worktrees.files.scan_process import FileScanner
+from orchestrator.repo.worktrees.files.write_watch import WriteWatch
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.reset import KeepRules, SlotContents
-from orchestrator.repo.worktrees.scan_process import FileScanner
 from orchestrator.repo.worktrees.slots import WorktreeSlot, assign_slot, empty_trash, move_to_trash, read_snapshot
-from orchestrator.repo.worktrees.write_watch import WriteWatch
 
 _UNTOUCHED = TreeDiff(touched_folders=["/"])
 

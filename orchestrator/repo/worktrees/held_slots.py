@@ -13,8 +13,8 @@ from anyio.abc import TaskGroup
 
 from orchestrator.domain.runs.leftovers import LeftoverStatus
 from orchestrator.errors import GitError, LockHeld
-from orchestrator.repo.worktrees.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.checkouts import Checkouts, HeldSlot, SlotState
+from orchestrator.repo.worktrees.files.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.reset import SlotContents
 from orchestrator.repo.worktrees.slots import (

@@ -32,7 +32,7 @@ from orchestrator.errors import RefusedError, to_unusable_error
 from orchestrator.locking.liveness import LivenessLocks
 from orchestrator.repo.git.command import IDENTITY, Git
 from orchestrator.repo.worktrees import origin
-from orchestrator.repo.worktrees.file_trees import remove_all
+from orchestrator.repo.worktrees.files.file_trees import remove_all
 from orchestrator.system.file_lock import FileLock
 
 #: Git's messages about a damaged repository, and about one of our refs with a missing or invalid object.

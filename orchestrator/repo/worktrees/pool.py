@@ -20,13 +20,13 @@ import anyio.to_thread
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.capacity import HubCapacity, PoolLimits
-from orchestrator.repo.worktrees.change_detection import TreeDiff, detects_mmap_writes
 from orchestrator.repo.worktrees.checkouts import Checkouts, HeldSlot, SetupError, SlotOptions, SlotState
+from orchestrator.repo.worktrees.files.change_detection import TreeDiff, detects_mmap_writes
+from orchestrator.repo.worktrees.files.scan_process import FileScanner
 from orchestrator.repo.worktrees.held_slots import HeldSlots
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.preparation import SlotPreparation
 from orchestrator.repo.worktrees.reset import KeepRules
-from orchestrator.repo.worktrees.scan_process import FileScanner
 from orchestrator.repo.worktrees.slots import SlotRecord
 from orchestrator.system.clock import Clock
 

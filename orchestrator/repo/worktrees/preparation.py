@@ -14,8 +14,8 @@ from anyio.abc import TaskGroup
 
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.worktrees.capacity import HubCapacity
-from orchestrator.repo.worktrees.change_detection import TreeDiff
 from orchestrator.repo.worktrees.checkouts import HeldSlot, SetupError, SlotState
+from orchestrator.repo.worktrees.files.change_detection import TreeDiff
 from orchestrator.repo.worktrees.held_slots import HeldSlots
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint

@@ -18,7 +18,7 @@ import anyio.to_thread
 from orchestrator.domain.wording import join_names
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git, printable_name
-from orchestrator.repo.worktrees.file_trees import is_folder, walk_folders
+from orchestrator.repo.worktrees.files.file_trees import is_folder, walk_folders
 from orchestrator.repo.worktrees.worktrees import Worktree, copy_sparse_checkout
 
 _SUFFIX: Final = ".disabled-by-council"

@@ -22,7 +22,7 @@ from orchestrator.domain.security.secrets import is_secret_file, secret_values
 from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.worktrees.file_trees import copy_tree, remove_all
+from orchestrator.repo.worktrees.files.file_trees import copy_tree, remove_all
 
 _MAX_ENV_FILE_BYTES: Final = 1 << 20  # bytes
 _ENV_FILES: Final = (".env", ".envrc")

@@ -1,8 +1,8 @@
 """Bring a slot to a commit: check out, copy, move, or clean after a session.
 
-Cleaning relies on the detected changes (`repo.worktrees.change_detection`): it removes added files, rewrites files that
-may have changed, and touches nothing else. If the changes can't be determined, or something is in the way, the slot
-must be removed.
+Cleaning relies on the detected changes (`repo.worktrees.files.change_detection`): it removes added files, rewrites
+files that may have changed, and touches nothing else. If the changes can't be determined, or something is in the way,
+the slot must be removed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import anyio.to_thread
 
 from orchestrator.repo.git.command import Git, join_nul, split_nul
 from orchestrator.repo.git.index_file import count_entries, refresh_index_stats
-from orchestrator.repo.worktrees.change_detection import TreeDiff, TreeSnapshot
-from orchestrator.repo.worktrees.file_trees import copy_tree
-from orchestrator.repo.worktrees.scan_process import FileScanner
+from orchestrator.repo.worktrees.files.change_detection import TreeDiff, TreeSnapshot
+from orchestrator.repo.worktrees.files.file_trees import copy_tree
+from orchestrator.repo.worktrees.files.scan_process import FileScanner
 from orchestrator.repo.worktrees.slots import SlotRecord, WorktreeSlot, move_to_trash
 from orchestrator.system.failpoints import failpoint
 

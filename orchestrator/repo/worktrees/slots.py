@@ -27,8 +27,8 @@ from typing import Any
 import anyio.to_thread
 
 from orchestrator.domain.runs.leftovers import LeftoverStatus, assess_slot_state
-from orchestrator.repo.worktrees.change_detection import TreeSnapshot
-from orchestrator.repo.worktrees.file_trees import remove_all
+from orchestrator.repo.worktrees.files.change_detection import TreeSnapshot
+from orchestrator.repo.worktrees.files.file_trees import remove_all
 from orchestrator.repo.worktrees.hub import Hub, is_inside_hub
 from orchestrator.system.file_lock import FileLock
 from orchestrator.system.files import atomic_write

@@ -16,7 +16,7 @@ import anyio.to_thread
 from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.protocols import JsonObject, SessionHome, SettingsOverlay
-from orchestrator.repo.worktrees.file_trees import remove_all
+from orchestrator.repo.worktrees.files.file_trees import remove_all
 from orchestrator.system import untrusted_files
 
 #: Maximum size of a settings file or a login.

@@ -63,7 +63,7 @@ class FileScanner:
 
     async def _ask(self, function: Callable[[], object]) -> object:
         if self._process is None:
-            argv, env = process.internal_program("orchestrator.repo.worktrees.scan_worker", "serve")
+            argv, env = process.internal_program("orchestrator.repo.worktrees.files.scan_worker", "serve")
             self._process = _Process(await process.spawn(argv, env=env, cwd=_FOLDER))
         with process.resumed_if_stopped(self._process.pid), anyio.fail_after(_LIMIT):
             return await anyio.to_thread.run_sync(self._process.ask, function, abandon_on_cancel=True)
@@ -75,7 +75,7 @@ class FileScanner:
 
 
 class _Process:
-    """Runs `orchestrator.repo.worktrees.scan_worker`."""
+    """Runs `orchestrator.repo.worktrees.files.scan_worker`."""
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child

@@ -1,9 +1,9 @@
 """Detect which files of a checkout are opened for writing (inotify(7), Linux).
 
 Needed if timestamps don't reveal writes through a shared mapping
-(`repo.worktrees.change_detection.detects_mmap_writes`): such a mapping needs a descriptor opened for writing, whose
-last close is an event in the file's folder. A file written under another name has a newer ctime, because that name had
-to be linked.
+(`repo.worktrees.files.change_detection.detects_mmap_writes`): such a mapping needs a descriptor opened for writing,
+whose last close is an event in the file's folder. A file written under another name has a newer ctime, because that
+name had to be linked.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Git compares times in seconds, and must read files that are as new as its index. Here, a file counts as unchanged while
 its path leads to the same inode and its ctime (inode(7), in nanoseconds) is older than the snapshot; programs can't set
 the ctime. Writes through a shared mapping are detected if the file system updates the ctime (`detects_mmap_writes`),
-otherwise by `repo.worktrees.write_watch`.
+otherwise by `repo.worktrees.files.write_watch`.
 
-Imports only the standard library, because `orchestrator.repo.worktrees.scan_worker` runs it.
+Imports only the standard library, because `orchestrator.repo.worktrees.files.scan_worker` runs it.
 
 When collecting work, the result only limits what is read: if anything is unusual, git reads everything. When cleaning a
 checkout, the result is authoritative, and a checkout with an unknown result is discarded.
