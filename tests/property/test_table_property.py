@@ -95,4 +95,4 @@ def check(kept: LiveRun, made: LiveRun, count: int) -> None:
 def visible_rows(view: LiveRun) -> list[tuple[str, ...]]:
     """Return the rows without the need that blocks a task, which may be any of several."""
     rows = view.frame(100.0, 20).rows
-    return [(row.task, row.phase, row.attempt, row.words * (row.phase != "blocked")) for row in rows]
+    return [(row.task, row.activity, row.phase, row.attempt, row.words * (row.activity != "blocked")) for row in rows]
