@@ -21,7 +21,7 @@ _LEADS = {
     (None, "enter"): "in_progress",
     (None, "skip"): "skipped",
     ("in_progress", "complete"): "completed",
-    ("in_progress", "ask"): "awaiting_approval",
+    ("in_progress", "request_approval"): "awaiting_approval",
     ("in_progress", "fail"): "failed",
     ("in_progress", "cancel"): "cancelled",
     ("awaiting_approval", "approve"): "completed",
