@@ -113,7 +113,9 @@ async def test_target_moved_by_each_push_is_reported(repository: Repository, tmp
     queue(repository, files(1))
     ended = repository.council("resume", "--json")
     deferred = [line["reason"] for line in ended.lines if line.get("event") == "task.deferred"]
-    assert deferred == ["something else moved the target during each of 10 attempts, perhaps a hook of the repository"]
+    assert deferred == [
+        "something else updated the target during each of 10 attempts, perhaps a hook of the repository"
+    ]
     assert ended.states == {"t0": "landed"}, ended
     assert landed(repository).count("theirs") == MAX_MERGE_ROUNDS
 

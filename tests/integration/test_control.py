@@ -90,7 +90,7 @@ def test_request_to_a_stopped_process_names_what_it_waits_for(repository: Reposi
         assert asking.poll() is None
     finally:
         child.send_signal(signal.SIGCONT)
-    what = "the request is recorded: that process or `council resume` performs it when it continues"
+    what = "the request is recorded, and will be performed when that process continues, or by `council resume`"
     assert line == f"waiting for process {child.pid}, which is stopped: {what}\n"
     assert (asking.communicate(timeout=60)[1], asking.returncode) == ("", 0)
     repository.council("cancel", "--yes")

@@ -170,9 +170,9 @@ async def test_run_waiting_for_room_ends_at_a_signal(small_disk: Repository) -> 
         ["checkpoint", "create"],
         ["retry", "failed"],
         ["retry", "failed", "--reload"],
-        ["share", "put", "key", "1"],
+        ["share", "put", "key", "more than the last page of the log has space for " * 100],
     ],
-    ids="-".join,
+    ids=lambda command: "-".join(command)[:30],
 )
 async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(
     small_disk: Repository, command: list[str]

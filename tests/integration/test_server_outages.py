@@ -110,6 +110,7 @@ async def test_any_failing_request_costs_only_time(
             is_cut, proxy.requests_left = proxy.cuts > 0, -1
             assert ended.code in {0, 1, 2}, (number, ended)
             assert "Traceback" not in ended.stderr
+            proxy.accept()
             completed = (await council("resume")).result
             states = {task["id"]: task["status"] for task in completed.get("tasks", ())}
             assert states == {"one": "landed"} or "there is no run" in completed["error"], (number, ended, completed)

@@ -526,7 +526,7 @@ async def test_thousand_silent_clients_do_no_harm(site: Site) -> None:
                 start = time.monotonic()
                 ours = SessionConnection(str(asking.folder), asking.token, "/")
                 assert (await anyio.to_thread.run_sync(ours.ask, "peers", {}))["peers"]
-                assert time.monotonic() - start < 2
+                assert time.monotonic() - start < 10
         finally:
             for one in idle:
                 one.close()

@@ -207,7 +207,7 @@ async def test_later_entry_phase_omits_nothing(repository: Repository) -> None:
     assert ended.states == {"t": "failed"}, ended
     refused = repository.council("retry", "t", "--from", "review")
     assert refused.code == 2, refused
-    assert "`council retry t --from build`" in refused.stderr
+    assert "`council retry t --from build" in refused.stderr
     repository.council("retry", "t", "--from", "build")
     ended = repository.council("resume", "--json", timeout=60)
     assert ended.states == {"t": "landed"}, ended
