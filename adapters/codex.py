@@ -71,7 +71,7 @@ _SETTINGS: Final = (
     *("-c", "analytics.enabled=false"),
     *("-c", "feedback.enabled=false"),
     *("-c", "check_for_update_on_startup=false"),
-    # Disables a file with all variables, including keys, that would remain after a kill.
+    # Disables a file with all variables, including keys, that would remain if it is killed.
     *("-c", "features.shell_snapshot=false"),
 )
 

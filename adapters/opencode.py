@@ -367,7 +367,10 @@ def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
 
 
 def _failure_of_tool(state: JsonObject) -> str | None:
-    """Return the reason for a failed tool; unlike in opencode, an exit code is one."""
+    """Return the reason for a failed tool call.
+
+    A nonzero exit code is a failure too, although opencode does not report it as one.
+    """
     metadata = state.get("metadata")
     code = as_count(metadata.get("exit")) if isinstance(metadata, dict) else 0
     if state.get("status") == "error":

@@ -273,7 +273,10 @@ def _register(plugin: PluginInfo, kind: str, registry: dict[str, Any]) -> Callab
 
 
 def _add_registered(plugins: Plugins, plugin: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
-    """Add all that a plugin registers; if a name is taken, nothing, with PluginError."""
+    """Add everything that a plugin registers.
+
+    If a name is taken, adds nothing and raises PluginError.
+    """
     for kind, registry in registered.items():
         for name in registry:
             owner = plugins.providers.get((kind, name))

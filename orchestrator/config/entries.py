@@ -25,7 +25,7 @@ from orchestrator.domain.workflow.mediation import TRANSFORMATIONS
 from orchestrator.protocols import PluginType, SinkType, TrackerType
 
 ExplainMissing = Callable[[str], str | None]
-"""Returns the reason that a type of this name may be missing; None if unknown."""
+"""Returns the reason why a type of this name may be missing; None if unknown."""
 
 
 def _unexplained(_name: str) -> str | None:

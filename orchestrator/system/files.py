@@ -23,7 +23,7 @@ def atomic_write(
     """Write a file so that readers and crashes see the old or the new content.
 
     `durable`: the file survives a power failure. `is_locked`: the caller holds a lock for the file, so the temporary
-    file has a fixed name and is reused after a kill. Without `replace`, raises FileExistsError if the file exists.
+    file has a fixed name and is reused after a crash. Without `replace`, raises FileExistsError if the file exists.
     """
     staged = StagedFile(path, mode=mode, is_locked=is_locked)
     try:
@@ -50,7 +50,7 @@ class StagedFile:
     def publish(
         self, *, durable: bool = False, replace: bool = True, held: AbstractContextManager[None] | None = None
     ) -> None:
-        """Move the file to its final path, entering `held`; see `atomic_write`."""
+        """Move the file to its final path within the context `held`; see `atomic_write`."""
         with name_in_errors(self._path), self.file as file:
             file.flush()
             if durable:

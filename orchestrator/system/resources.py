@@ -60,7 +60,7 @@ def is_disk_full(*folders: Path | None) -> bool:
 
 
 def remaining_processes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return how many processes and threads the user and cgroups (v2) may start.
+    """Return the limit of processes and threads of the user and cgroups (v2).
 
     Returns None if there is no limit, or the system does not report it. See RLIMIT_NPROC in getrlimit(2), which does
     not apply to root, and https://docs.kernel.org/admin-guide/cgroup-v2.html#pid.

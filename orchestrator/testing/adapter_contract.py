@@ -312,7 +312,7 @@ class AdapterContract(OptionsContract):
 
 
 def interpret_end(adapter: Adapter, end: SessionEnd, asked: ExpectedResult) -> ExpectedResult:
-    """Return the result of an end, reduced to the fields that are set in `asked`."""
+    """Return the result of a session, limited to the fields that are set in `asked`."""
     parsed = [event for line in end.stdout.splitlines() for event in adapter.parse(line)]
     verdict = adapter.verdict(replace(end, events=parsed))
     transcript = reduce(Transcript.after, parsed, EMPTY_TRANSCRIPT)

@@ -51,7 +51,7 @@ class Sessions(Topic):
         return summarize_task(task, await self.list(run))
 
     async def prune(self, after: float = STALE_CONTEXT_SECONDS) -> Sequence[str]:
-        """Remove contexts without an update for `after` seconds; return their names."""
+        """Remove contexts not updated for `after` seconds; return their names."""
         return await clean_contexts(self._context.store, self._context.clock.now(), after)
 
     async def details(self, task: str, run: str | None = None) -> SessionDetails:

@@ -23,7 +23,7 @@ def compute_digest(value: Any) -> str:
 
 
 def find_json_error(value: Any) -> str | None:
-    """Return the reason that a value can't be stored as plain JSON; None if it can."""
+    """Return the reason why a value can't be stored as plain JSON; None if it can."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):  # deeper or recursive values are detected below
         flaw = next(filter(None, map(_find_flaw, level)), None)

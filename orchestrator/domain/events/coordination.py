@@ -94,7 +94,7 @@ class OwnershipReleased(TaskEvent):
 
 
 class LockBroken(TypedEvent):
-    """A user broke a lock; without `run`."""
+    """A user broke a lock. Has no `run`."""
 
     type = "lock.broken"
     sentence = "lock {lock} was removed: {reason}"
@@ -136,7 +136,7 @@ class NoteAdded(TaskEvent):
 
 
 class NoteDeleted(TypedEvent):
-    """A user deleted a note; without `run`."""
+    """A user deleted a note. Has no `run`."""
 
     type = "note.deleted"
     sentence = "note {note} was deleted"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointCreated(TypedEvent):
-    """A checkpoint of the run was created, or without `run` of all runs."""
+    """A checkpoint of the run was created; if the event has no `run`, of all runs."""
 
     type = "checkpoint.created"
     sentence = "created checkpoint {checkpoint}: {reason}"
@@ -96,7 +96,7 @@ class StateRepaired(TypedEvent):
 
 
 class StateLogRepaired(TypedEvent):
-    """Damage in the log was accepted; without `run`."""
+    """Damage in the log was accepted. Has no `run`."""
 
     type = "state.log_repaired"
     sentence = "repaired {damage} damaged parts of the state log"
@@ -107,7 +107,7 @@ class StateLogRepaired(TypedEvent):
 
 
 class StateProbed(TypedEvent):
-    """`council state health` measured the latency of a commit; without `run`."""
+    """`council state health` measured the latency of a commit. Has no `run`."""
 
     type = "state.probed"
     sentence = "measured the latency of a commit"
@@ -115,7 +115,7 @@ class StateProbed(TypedEvent):
 
 
 class StateConflictRecorded(TypedEvent):
-    """Conflicting updates of a document wait for a decision; without `run`."""
+    """Conflicting updates of a document wait for a decision. Has no `run`."""
 
     type = "state.conflict_recorded"
     sentence = "conflicting updates of {key} need a decision (conflict {conflict})"
@@ -127,7 +127,7 @@ class StateConflictRecorded(TypedEvent):
 
 
 class StateConflictAutoResolved(TypedEvent):
-    """Conflicting updates of a document were combined; without `run`."""
+    """Conflicting updates of a document were combined. Has no `run`."""
 
     type = "state.conflict_auto_resolved"
     sentence = "combined conflicting updates of {key} by {strategy}"
@@ -139,7 +139,7 @@ class StateConflictAutoResolved(TypedEvent):
 
 
 class StateConflictResolved(TypedEvent):
-    """A user resolved a conflict; without `run`."""
+    """A user resolved a conflict. Has no `run`."""
 
     type = "state.conflict_resolved"
     sentence = "conflict {conflict} of {key} was resolved"
@@ -152,7 +152,7 @@ class StateConflictResolved(TypedEvent):
 
 
 class LegacyImported(TypedEvent):
-    """All state in earlier formats was imported; without `run`."""
+    """All state in earlier formats was imported. Has no `run`."""
 
     type = "legacy.imported"
     sentence = "imported {tasks} tasks from {sources}"
@@ -166,7 +166,7 @@ class LegacyImported(TypedEvent):
 
 
 class LegacyFileSkipped(TypedEvent):
-    """A file in an earlier format could not be imported as it is; without `run`."""
+    """A file in an earlier format could not be imported as it is. Has no `run`."""
 
     type = "legacy.file_skipped"
     sentence = "could not import {path} as is: {reason}"

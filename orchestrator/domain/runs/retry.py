@@ -62,7 +62,9 @@ MAX_COOLDOWN = 8 * 86400.0
 
 
 def compute_cooldown_end(now: float, until: float | None, cooldowns: int) -> float:
-    """Return the end of an adapter's cooldown, its `cooldowns`-th in a row (from 1).
+    """Return the end of an adapter's cooldown.
+
+    `cooldowns` is the number of consecutive cooldowns, including this one.
 
     `until` is the end that the adapter reported, if any. Repeated cooldowns last at least as long as the backoff, so
     that wrong times do not cause a loop of rate-limited attempts.

@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class SpaceNeed:
-    """Bytes for one session (`least`) and for a run (`all`), and files."""
+    """The required disk space: bytes for one session and for a run, and files."""
 
     least: int
     all: int

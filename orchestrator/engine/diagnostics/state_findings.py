@@ -89,7 +89,7 @@ def check_log(found: StoreStatistics, growth: LogGrowth, retention: Retention) -
 
 
 def check_server(found: StoreStatistics) -> Iterator[Finding]:
-    """Yield a finding about the server of a store on a server."""
+    """Yield a finding about the store's server, if it has one."""
     if found.server_problem:
         yield Finding("server", Level.WARNING, f"{found.server}: {found.server_problem}")
     elif found.server:

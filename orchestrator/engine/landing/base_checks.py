@@ -124,7 +124,7 @@ class BaseChecks:
     async def _describe_unrunnable(
         self, found: list[_Unrunnable], later: Sequence[tuple[Sequence[str], CheckedBase]]
     ) -> str:
-        """Return the reason that checks, or those of `later` groups of tasks, can't run."""
+        """Return the reason why checks, or those of `later` groups of tasks, can't run."""
         for tasks, base in later:
             spec = await self.ledger.definitions.spec(tasks[0])
             known = {failed.command for one in found for failed in one.failed}

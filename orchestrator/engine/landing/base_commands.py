@@ -98,7 +98,7 @@ class BaseCommands:
     async def explain_unrunnable(
         self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str, correction: str
     ) -> str | None:
-        """Return the reason that a check which exited with 126 or 127 can never run.
+        """Return the reason why a check which exited with 126 or 127 can never run.
 
         None if the task may be the cause, because its base has the program. `correction` is the fix for an error in
         the command.

@@ -104,7 +104,7 @@ class LandingOutcomes:
         )
 
     async def defer(self, task: str, reason: str) -> None:
-        """Record the reason that a task can't land now."""
+        """Record the reason why a task can't land now."""
         document = self._ledger.task(task)
         if (document.status, document.reason) != (TaskStatus.QUEUED, reason):  # otherwise already recorded
             await self._ledger.change(

@@ -32,12 +32,12 @@ _MAX_RECORDED_PATHS: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class OwnershipViolation:
-    """Out-of-scope changes of a merge, and the reason that the task can't own them."""
+    """Out-of-scope changes of a merge, and the reason why the task can't own them."""
 
     paths: tuple[str, ...]
     owned: tuple[str, ...]
     holder: str = ""
-    """A description of another owner of a path, or of the reason that the task can't own it."""
+    """A description of another owner of a path, or of the reason why the task can't own it."""
 
     @property
     def recorded(self) -> list[str]:

@@ -60,7 +60,10 @@ class _Limit(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        """Return how to raise the budget; a run uses its file as recorded at the start."""
+        """Return the remedy for an exhausted budget.
+
+        A run uses its file as recorded at the start.
+        """
         if self.scope not in _KEYS:
             return "continue with a higher limit: `council resume --budget LIMITS`"
         then = ", then `council retry TASK --reload`" if self.is_reloadable else " and start a new run"

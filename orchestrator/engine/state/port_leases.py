@@ -111,7 +111,7 @@ class PortLeases:
     def _settle(self, slot: Path, documents: Mapping[int, Document]) -> PortLease:
         """Write `lease.json` and return the lease of a slot. Blocks."""
         taken = _taken_by_others(slot, documents)
-        # A slot that is recreated with its number after a kill keeps its ports.
+        # A slot that is recreated with its number after its process was killed keeps its ports.
         previous = _read(slot) or tuple(
             sorted(port for port, document in documents.items() if _holder(document) == slot)
         )

@@ -92,7 +92,7 @@ def compare_with_file(run: RunDocument, specs: Mapping[str, TaskSpec], config: R
 
 
 def _changed_file_keys(name: str, then: Any, now: Any) -> Sequence[str]:
-    """Return the file keys behind a field of the run document that differs."""
+    """Return the changed configuration keys of one field of the run document."""
     if isinstance(then, SandboxSettings):
         return [key for key, value in then if getattr(now, key) != value]
     return [] if then == now else [name]

@@ -33,7 +33,7 @@ MAX_PROVEN_BASES = 32
 
 
 class AdapterUpdate(NamedTuple):
-    """A new adapter document and the event that reports it; the adapter is filled in."""
+    """A new adapter document and its event, to which `RunState` adds the adapter's name."""
 
     document: AdapterDocument
     event: AdapterEvent
@@ -142,7 +142,7 @@ class AdapterStates:
         return known
 
     async def start_cooldown(self, adapter: str, until: float | None, reason: str) -> AdapterDocument:
-        """Record an adapter's cooldown, to the reported time if known; return its state."""
+        """Record an adapter's cooldown until the reported time, if known; return its state."""
         now = self._writer.clock.now()
 
         def decide(known: AdapterDocument) -> AdapterUpdate | None:

@@ -153,7 +153,7 @@ async def _stage(
 async def _differing(git: Git, staging: StagingArea, among: TreeDiff | None, rules: IntakeRules) -> list[str]:
     """Return files that differ from the index or are missing, and are not ignored.
 
-    Git looks only at files `among` a diff; None means all files. Git is not run if every path may be passed to `git
+    If `among` is given, git examines only the files of that diff. Git is not run if every path may be passed to `git
     add`, which itself detects changed and ignored files.
     """
     if among is not None:

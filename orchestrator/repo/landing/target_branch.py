@@ -288,7 +288,7 @@ class Target:
         return Landed(whole.new)
 
     async def find_obstacle(self, merge: PreparedMerge) -> str | None:
-        """Return what blocks landing in the user's checkout, with a remedy, or None."""
+        """Return the obstacle to landing in the user's checkout, with a remedy, or None."""
         checkouts = self._checkouts
         if checkouts is None:
             return None

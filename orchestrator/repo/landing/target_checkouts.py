@@ -42,7 +42,7 @@ class TargetCheckouts:
         self.users = Git(None, as_user=True, keep_fds=self.trusted.keep_fds, environ=self.trusted.environ)
 
     async def find_obstacle(self, old: str, new: str) -> str | None:
-        """Return what blocks moving the branch, with a remedy, or None."""
+        """Return the obstacle to moving the branch, with a remedy, or None."""
         reason = await anyio.to_thread.run_sync(describe_unfinished_operation, self.repository, self.branch)
         if reason is not None:
             return reason

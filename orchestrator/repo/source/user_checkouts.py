@@ -492,7 +492,7 @@ def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
 
 
 async def _classify_file(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:
-    """Return how an interrupted push left a file: `old`, `new` or `foreign`.
+    """Return the version of a file after an interrupted push: `old`, `new` or `foreign`.
 
     A file that a push or an undo was writing is `partial` (part of the new content), `restored` (part of the old
     content) or `empty`.

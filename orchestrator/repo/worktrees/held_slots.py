@@ -94,7 +94,7 @@ class HeldSlots:
         return [held for held in self.in_state(SlotState.IDLE) if _is_unmodified(held.contents.record, commit)]
 
     async def _take_verified(self, candidates: Iterable[HeldSlot]) -> HeldSlot | None:
-        """Take the first slot with its recorded contents; discard those before it."""
+        """Take the first slot that matches its record; discard the slots before it."""
         for held in candidates:
             if held.is_verified or await self.checkouts.verify(held):
                 held.state = SlotState.TAKEN
@@ -165,7 +165,7 @@ class HeldSlots:
         self._group.start_soon(self.checkouts.empty_trash)
 
     async def detach(self, held: HeldSlot) -> None:
-        """Leave a slot to its session, whose folder is preserved."""
+        """Remove a slot from the pool, because its session's folder is preserved."""
         self.by_number.pop(held.slot.number, None)
         await held.unlock()
         self.notify_changed()

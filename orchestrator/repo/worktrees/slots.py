@@ -84,7 +84,7 @@ class WorktreeSlot:
 
 @dataclass(frozen=True, slots=True)
 class SlotRecord:
-    """The contents of a clean slot in addition to a commit's files."""
+    """The contents of a clean slot: a commit, and the files that are not part of it."""
 
     commit: str
     sparse: tuple[str, ...] = ()

@@ -164,7 +164,7 @@ def sandbox_command(kind: SandboxKind, command: SupervisedCommand, policy: Sandb
 def _wrap_with_loopback(
     endpoint: ProxyEndpoint, socket_path: Path, argv: Sequence[str], env: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Return how to open the endpoint and then execute `argv`: command line and env."""
+    """Return the command line and environment that open the endpoint and run `argv`."""
     program, needed = process.internal_program("orchestrator.sandbox.loopback", "main")
     resolved = socket_path.parent.resolve() / socket_path.name
     unset = ",".join(needed.keys() - env.keys())

@@ -69,7 +69,7 @@ class SetupFailed(SetupError):
 
 @dataclass(frozen=True, slots=True)
 class PreparedWorktree:
-    """Additional access and variables of a session in its worktree slot."""
+    """The path access and variables that a session gets from its worktree slot."""
 
     reach: PathAccess
     variables: Mapping[str, str]

@@ -141,7 +141,7 @@ async def find_position(store: Store, instant: float) -> int:
 
 
 def validate_many(model: TypeAdapter[list[T]], encoded: Sequence[bytes]) -> list[T]:
-    """Parse many documents in one fast call; skip those of other programs."""
+    """Parse many documents in one fast call; skip documents that are not valid."""
     try:
         return model.validate_json(b"[" + b",".join(encoded) + b"]")
     except ValidationError as error:

@@ -1,7 +1,8 @@
 """Import state in earlier formats once: convert their sessions to runs.
 
 The files stay unchanged. `import/worktrees` records the import, with digests and counts. If it is incomplete, for
-example after a kill, the next import writes the missing documents. A run becomes visible with its last document.
+example because the process was killed, the next import writes the missing documents. A run becomes visible with its
+last document.
 """
 
 from __future__ import annotations

@@ -330,7 +330,7 @@ class Journal:
     def _roll(self, known: HighWaterMark) -> HighWaterMark:
         """Begin a new segment; return the new end."""
         self._rolls = False
-        self._save()  # so that after a kill the next process replays at most one segment
+        self._save()  # so that if this process is killed the next one replays at most one segment
         if known.durable < known.position and not self.log.cursor.is_closed:  # later syncs do not include this file
             make_durable(self.log.cursor.path)
         first = known.position + 1

@@ -1,9 +1,10 @@
 """The files of the commit log: segments, and a lock file with the high-water mark.
 
-Segments are named by their first position; a segment with the rest of pruned ones also by its last position. Closed
-segments may be packed (`orchestrator.state.log.packing`). Only the holder of the flock appends. Readers take no lock:
-they read up to the mark, which advances only after the data is safe, so they never see data that a failing disk loses.
-The mark itself is never made durable: after a reboot it may be outdated, and may include commits that were not durable.
+Segments are named by their first position; a segment that contains the remains of pruned segments also by its last
+position. Closed segments may be packed (`orchestrator.state.log.packing`). Only the holder of the flock appends.
+Readers take no lock: they read up to the mark, which advances only after the data is safe, so they never see data that
+a failing disk loses. The mark itself is never made durable: after a reboot it may be outdated, and may include commits
+that were not durable.
 All functions block, and run in worker threads.
 """
 

@@ -64,9 +64,9 @@ def is_full(error: BaseException) -> bool:
 
 
 async def commit_idempotently(store: Store, commit: Commit) -> int:
-    """Commit, or return the position of the same commit made before.
+    """Commit; return the position of an earlier try of which only the reply was lost.
 
-    It exists if only its acknowledgement was lost. See `Store.commit`.
+    See `Store.commit`.
     """
     try:
         return await store.commit(commit)

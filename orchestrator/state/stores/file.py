@@ -228,7 +228,7 @@ class FileStore:
     async def load(self, dump: Dump) -> None:
         """See `Store.load`.
 
-        After a kill, the next process that opens the store completes or discards the load.
+        If the process is killed, the next process that opens the store completes or discards the load.
         """
         await self._in_thread(self._journal.check_empty)
         if dump.position == 0:

@@ -301,5 +301,5 @@ def _with_parents(paths: Iterable[str]) -> set[str]:
 
 
 def _clock_offset() -> int:
-    """Return how far the settable clock is ahead of the steady one, in nanoseconds."""
+    """Return the offset of the settable clock from the steady one, in nanoseconds."""
     return time.time_ns() - time.clock_gettime_ns(_STEADY)

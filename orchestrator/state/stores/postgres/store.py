@@ -319,7 +319,7 @@ class PostgresStore:
     async def repair(self) -> VerificationReport:
         """See `Store.repair`.
 
-        Afterwards the log does not go back beyond its damaged commits.
+        Afterwards the history before the damaged commits is no longer available.
         """
         report = await self.verify()
         if report.is_valid:
