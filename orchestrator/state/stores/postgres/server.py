@@ -10,7 +10,6 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -21,6 +20,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from orchestrator.domain.wording import quote_text
 from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable
+from orchestrator.state.stores.passwords import read_password
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ logging.getLogger("psycopg").addHandler(logging.NullHandler())
 Connection = psycopg.AsyncConnection[Any]
 
 PASSWORD: Final = "COUNCIL_POSTGRES_PASSWORD"  # noqa: S105  (the name of a variable)
-PASSWORD_FILE: Final = "COUNCIL_POSTGRES_PASSWORD_FILE"  # noqa: S105  (the name of a variable)
+PASSWORD_FILE: Final = f"{PASSWORD}_FILE"
 TIMEOUT: Final = 5.0
 """Seconds without an answer after which a server counts as unreachable."""
 MAINTENANCE_TIMEOUT: Final = 600.0
@@ -101,19 +101,6 @@ def parse_url(url: str) -> Address:
     return Address(options, schema)
 
 
-def read_password(environ: Mapping[str, str]) -> str | None:
-    """Return the password in the environment or in a file, or None. Blocks.
-
-    The environment names the file.
-    """
-    if (path := environ.get(PASSWORD_FILE)) and PASSWORD not in environ:
-        try:
-            return Path(path).read_text().rstrip("\n")
-        except (OSError, UnicodeError) as error:
-            raise RefusedError(f"can't read the postgresql password from {path}: {error}", _SET_PASSWORD) from None
-    return environ.get(PASSWORD) or None
-
-
 class Server:
     """Connections to a server; created by `connect`."""
 
@@ -136,7 +123,7 @@ class Server:
         """Connect to the server at a URL. Raises RefusedError or StoreUnavailable."""
         address = parse_url(url)
         options: dict[str, Any] = {**_DEFAULTS, **address.options, "autocommit": True, "prepare_threshold": None}
-        if password := await anyio.to_thread.run_sync(read_password, os.environ):
+        if password := await anyio.to_thread.run_sync(read_password, os.environ, "postgresql", PASSWORD, _SET_PASSWORD):
             options["password"] = password
         server = cls(address, options)
         await server._retry(server.check_reachable)

@@ -6,7 +6,6 @@ import socket
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -20,10 +19,10 @@ from orchestrator.domain.wording import quote_text
 from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable
 
 PASSWORD: Final = "COUNCIL_REDIS_PASSWORD"  # noqa: S105  (the name of a variable)
-PASSWORD_FILE: Final = "COUNCIL_REDIS_PASSWORD_FILE"  # noqa: S105  (the name of a variable)
+PASSWORD_FILE: Final = f"{PASSWORD}_FILE"
 TIMEOUT: Final = 5.0
 """Seconds without an answer after which a server counts as unreachable."""
-_SET_PASSWORD: Final = f"set {PASSWORD}, or {PASSWORD_FILE} to the path of a file that contains it"
+SET_PASSWORD: Final = f"set {PASSWORD}, or {PASSWORD_FILE} to the path of a file that contains it"
 _CONNECTIONS: Final = 16
 _ATTEMPTS: Final = 3
 _OLDEST: Final = (6, 2)
@@ -69,26 +68,13 @@ def parse_url(url: str) -> Address:
     except ValueError:
         raise RefusedError("the URL of the redis store is malformed", _URL_FORM) from None
     if parts.password is not None or "password" in own:
-        raise RefusedError("the URL of the redis store has a password", f"remove it, and {_SET_PASSWORD}")
+        raise RefusedError("the URL of the redis store has a password", f"remove it, and {SET_PASSWORD}")
     prefix, replicas = own.pop("prefix", "council"), own.pop("replicas", "0")
     unknown = own.keys() - (_TLS if parts.scheme == "rediss" else ())
     if not (parts.hostname and prefix and database.isdecimal() and replicas.isdecimal()) or unknown:
         raise RefusedError(f"{quote_text(url)} is not the URL of a redis store", _URL_FORM)
     options = parse_server_url(parts._replace(query=urlencode(own)).geturl())
     return Address(f"redis {parts.hostname}:{port}/{database}", {**options}, prefix, int(replicas))
-
-
-def read_password(environ: Mapping[str, str]) -> str | None:
-    """Return the password in the environment or in a file, or None. Blocks.
-
-    The environment names the file.
-    """
-    if (path := environ.get(PASSWORD_FILE)) and PASSWORD not in environ:
-        try:
-            return Path(path).read_text().rstrip("\n")
-        except (OSError, UnicodeError) as error:
-            raise RefusedError(f"can't read the redis password from {path}: {error}", _SET_PASSWORD) from None
-    return environ.get(PASSWORD) or None
 
 
 def choose_wait(address: Address, info: Mapping[str, Any], config: Mapping[Any, Any]) -> tuple[int, int] | None:
@@ -215,7 +201,7 @@ def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
         if part in text:
             return kind(name, what, remedy)
     if isinstance(error, exceptions.AuthenticationError):
-        return StoreUnavailable(name, f"the password of user {address.user!r} is missing or wrong", _SET_PASSWORD)
+        return StoreUnavailable(name, f"the password of user {address.user!r} is missing or wrong", SET_PASSWORD)
     if _is_denied(error):
         remedy = f"`redis-cli acl setuser {address.user} '~{address.prefix}:*' +@all`"
         return StoreUnavailable(name, f"user {address.user!r} lacks a privilege: {text}", remedy)

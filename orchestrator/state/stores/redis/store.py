@@ -38,9 +38,10 @@ from orchestrator.protocols import (
 from orchestrator.state.log.codec import EncodedCommit, LogLine, encode_commit, get_writer_name, to_dumped, to_record
 from orchestrator.state.log.loading import check_intact, damaged_log_error
 from orchestrator.state.log.table import CommitStage, DocumentTable, read_versions, rebuild_state
+from orchestrator.state.stores.passwords import read_password
 from orchestrator.state.stores.redis.maintenance import examine, load_dump, prune, repair_state
 from orchestrator.state.stores.redis.records import encode_key
-from orchestrator.state.stores.redis.server import Server, connect, parse_url, read_password, translated
+from orchestrator.state.stores.redis.server import PASSWORD, SET_PASSWORD, Server, connect, parse_url, translated
 from orchestrator.state.stores.redis.server_log import ServerLog
 from orchestrator.system.clock import Clock
 
@@ -90,7 +91,7 @@ class RedisStore:
         Raises RefusedError for unsuitable settings of the server or a newer format, and StoreUnavailable.
         """
         address = parse_url(url)
-        password = await to_thread.run_sync(read_password, os.environ)
+        password = await to_thread.run_sync(read_password, os.environ, "redis", PASSWORD, SET_PASSWORD)
         async with connect(address, password) as server:
             store = cls(server, clock)
             with translated(address):
