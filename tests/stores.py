@@ -25,3 +25,15 @@ async def open_store(state: str, *, segment_bytes: int = SEGMENT_BYTES) -> Async
     else:
         async with FileStore.open(Path(state), SystemClock(), segment_bytes=segment_bytes) as store:
             yield store
+
+
+async def numbers(store: Store) -> list[int]:
+    """Return the numbers in the events of all commits."""
+    found = list[int]()
+    end = await store.position()
+    if end:
+        async for record in store.watch():
+            found += [event.data["n"] for event in record.events]
+            if record.position == end:
+                break
+    return found

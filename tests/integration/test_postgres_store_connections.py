@@ -15,6 +15,7 @@ from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.stores.postgres.store import PostgresStore
 from tests.cutting_proxy import CuttingProxy
 from tests.postgres_server import PostgresServer, empty_store_url, started_server
+from tests.stores import numbers
 
 TASK = Key("task", "a")
 
@@ -39,18 +40,6 @@ async def opened(server: PostgresServer, schema: str) -> AsyncIterator[tuple[Cut
 async def connect(url: str) -> psycopg.AsyncConnection[Any]:
     """Return a connection of another program to the database of a store."""
     return await psycopg.AsyncConnection.connect(url.partition("?")[0])
-
-
-async def numbers(store: PostgresStore) -> list[int]:
-    """Return the numbers in the events of all commits."""
-    found = list[int]()
-    end = await store.position()
-    if end:
-        async for record in store.watch():
-            found += [event.data["n"] for event in record.events]
-            if record.position == end:
-                break
-    return found
 
 
 async def settle(store: PostgresStore) -> None:

@@ -13,6 +13,7 @@ from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.stores.redis.store import RedisStore
 from tests.cutting_proxy import CuttingProxy
 from tests.redis_server import RedisServer, started_server
+from tests.stores import numbers
 
 TASK = Key("task", "a")
 
@@ -31,18 +32,6 @@ async def opened(server: RedisServer, prefix: str) -> AsyncIterator[tuple[Cuttin
         url = f"redis://127.0.0.1:{proxy.port}/0?prefix={prefix}"
         async with RedisStore.open(url) as store:
             yield proxy, store
-
-
-async def numbers(store: RedisStore) -> list[int]:
-    """Return the numbers in the events of all commits."""
-    found = list[int]()
-    end = await store.position()
-    if end:
-        async for record in store.watch():
-            found += [event.data["n"] for event in record.events]
-            if record.position == end:
-                break
-    return found
 
 
 @pytest.mark.extended_but_first
