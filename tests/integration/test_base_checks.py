@@ -79,6 +79,7 @@ async def test_check_failing_on_the_base_ends_the_run_before_any_session(reposit
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_resume_checks_again_and_continues_on_a_fixed_base(repository: Repository) -> None:
     """The user fixes the base between run and resume."""
     repository.commit({"code": "bad\n"}, "broken")
@@ -340,6 +341,7 @@ async def test_missing_program_of_a_check_is_not_a_failure_of_the_task(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 def test_missing_programs_of_all_tasks_are_named(repository: Repository) -> None:
     """Those of other checks, too, within ten lines of 80 columns; the printed reload names all of these tasks."""
     checks = {"a": ["no-such-a"], "b": ["true", "no-such-b --all"], "c": ["true"], "d": ["no-such-a", "no-such-d"]}
@@ -501,6 +503,7 @@ async def test_uncommittable_program_ends_the_run_immediately(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_check_may_create_the_program_that_it_runs(repository: Repository) -> None:
     """Then a task may be at fault: if the base may fail, an attempt without the program has failed."""
     repository.commit({".gitignore": "build/\n", "make.sh": "exit 3\n"})

@@ -66,6 +66,7 @@ async def test_waiting_tasks_land_with_one_push(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_conflict_is_found_against_landed_work(repository: Repository) -> None:
     """Only the conflicting task fails; the tasks behind it land."""
     prompts = ["write same.txt a", "write other.txt x", "write same.txt b", "write last.txt x"]

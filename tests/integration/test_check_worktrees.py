@@ -105,7 +105,7 @@ async def test_program_planted_in_kept_files_does_not_check_the_work(
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("slots", [1, 2])
 async def test_session_replaces_nothing_that_phase_checks_run(
     repository: Repository, outside: Path, slots: int
@@ -143,7 +143,7 @@ async def test_code_of_one_task_replaces_nothing_in_the_next_checks(
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 async def test_setup_files_are_restored_after_each_check(repository: Repository, outside: Path, attack: str) -> None:
     """Also files that git does not see, in a repository that setup created inside the worktree."""

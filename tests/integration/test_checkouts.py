@@ -31,6 +31,7 @@ async def test_branch_is_found_in_main_and_linked_checkouts(repository: Reposito
     assert await found(repository, "main") is None
 
 
+@pytest.mark.extended
 async def test_target_checked_out_twice_is_rejected(repository: Repository, tmp_path: Path) -> None:
     """Before a session starts, by `council doctor`, and at a landing; a deleted checkout does not count."""
     linked = tmp_path / "linked"
@@ -100,7 +101,7 @@ def test_checkout_by_core_worktree_is_found(repository: Repository, tmp_path: Pa
         assert "core.worktree" in ended.stdout + ended.stderr, ended
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", ["submodule", "separate"])
 def test_checkout_with_a_separate_git_dir_is_rejected(repository: Repository, tmp_path: Path, kind: str) -> None:
     """Git takes the git directory for the checkout and would write files there; landing on other branches works."""

@@ -58,6 +58,7 @@ async def document(repository: Repository, task: str) -> TaskDocument:
         return await read_task(council._context.store, await council.runs.newest(), task)
 
 
+@pytest.mark.extended
 async def test_running_task_is_restored_as_after_a_kill(repository: Repository) -> None:
     """Its later attempts stay recorded and keep their numbers and branches; landed tasks stay landed."""
     tasks: list[dict[str, Any]] = [
@@ -272,6 +273,7 @@ async def test_event_follower_ends_after_a_restore(repository: Repository) -> No
         assert [one.reason for one in await council.checkpoints.list(run)] == ["start", "before restore"]
 
 
+@pytest.mark.extended
 async def test_clean_creates_a_checkpoint_of_each_run_first(repository: Repository) -> None:
     """Only of runs that it removes something of."""
     path = repository.configure([{"id": "one", "prompt": "append one.txt 1"}])

@@ -52,6 +52,7 @@ async def test_cancel_on_a_live_run_ends_a_session_and_preserves_its_work(reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 def test_command_behind_a_stopped_writer_of_the_state_names_it(repository: Repository) -> None:
     config = str(repository.configure([{"id": "a", "prompt": "write f x"}]))
     child = repository.start("run", config, failpoints="state.appended=stop@4")
@@ -314,6 +315,7 @@ async def test_logs_of_a_live_session_are_followed_to_the_end(repository: Reposi
     assert repository.council("logs", "t", "--raw", "--session", "1").stdout == "first\n"
 
 
+@pytest.mark.extended
 async def test_task_without_sessions_has_its_reason(repository: Repository) -> None:
     """A task cancelled before its start never had a session; for one that may still start: `council status`.
 
@@ -701,6 +703,7 @@ async def test_changed_file_is_reported_and_adopted_by_reload(repository: Reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_reload_adopts_adapters_and_pending_tasks(repository: Repository) -> None:
     """A new adapter becomes one of the run; a task that never began need not fail first."""
     tasks: list[dict[str, Any]] = [
@@ -725,6 +728,7 @@ def printed_commands(text: str) -> list[list[str]]:
     return [shlex.split(command) for command in re.findall(r"`council ([^`]*)`", text)]
 
 
+@pytest.mark.extended
 def test_printed_reload_of_a_blocked_task_works(repository: Repository) -> None:
     """It stays blocked, and uses the new settings once the task that it needs has landed."""
     tasks: list[dict[str, Any]] = [
@@ -764,6 +768,7 @@ def test_remedy_of_a_refused_retry_names_an_older_run(repository: Repository) ->
     assert repository.council("resume", older, "--json").states == {"a": "landed", "b": "landed"}
 
 
+@pytest.mark.extended
 def test_reload_adopts_a_waiting_task_of_a_live_run(repository: Repository) -> None:
     """It waits as before, and starts with the new settings."""
     gate = repository.spawns.parent / "gate"
@@ -797,7 +802,7 @@ def test_reload_adopts_the_checks_of_a_queued_task(repository: Repository) -> No
     assert (landed["status"], "test -e missing" in landed["reason"]) == ("failed", True), landed
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -820,6 +825,7 @@ async def test_reload_rejects_unchangeable_keys(repository: Repository, change: 
     assert repository.council("status", "--json").states["t"] == "failed"
 
 
+@pytest.mark.extended
 async def test_reload_of_inline_tasks_is_rejected(repository: Repository) -> None:
     """A file with a task of the same name changes nothing, and --reload says so; changed defaults are reported."""
     tasks = [{"id": "task-1", "prompt": "write other.txt x"}]
@@ -944,6 +950,7 @@ def test_show_names_no_log_of_a_session_ended_by_setup(repository: Repository) -
     assert ".stdout" not in repository.council("show", "t").stdout
 
 
+@pytest.mark.extended
 def test_show_of_a_blocked_task_names_the_failed_one(repository: Repository) -> None:
     """Also through a task that is blocked itself; the printed command unblocks both."""
     tasks: list[dict[str, Any]] = [
@@ -963,6 +970,7 @@ def test_show_of_a_blocked_task_names_the_failed_one(repository: Repository) -> 
     assert set(repository.council("resume", "--json").states.values()) == {"landed"}
 
 
+@pytest.mark.extended
 def test_failed_setup_suggests_a_new_run(repository: Repository) -> None:
     """The run keeps the recorded setup, which a retry reports, also with `--reload`; the printed command works."""
     tasks: list[dict[str, Any]] = [{"id": "t", "prompt": "write t.txt x", "attempts": 1}]

@@ -21,6 +21,7 @@ async def recorded(repository: Repository) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.extended
 async def test_run_records_the_settings_of_its_creation(repository: Repository) -> None:
     """The file's, overridden by the environment, overridden by options."""
     file = repository.configure(

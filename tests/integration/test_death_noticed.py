@@ -88,6 +88,7 @@ async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repos
     await assert_each_landed_once(repository, [task["id"] for task in tasks])
 
 
+@pytest.mark.extended
 async def test_frozen_session_of_a_killed_process_is_ended(repository: Repository) -> None:
     """Its supervisor and its CLI are stopped: the new owner ends them before anybody else gets their paths."""
     gate = repository.spawns.parent / "gate"

@@ -527,6 +527,7 @@ def test_run_with_a_hidden_program_is_rejected(repository: Repository) -> None:
     assert repository.council("run", str(file), "--json").states == {"a": "landed"}
 
 
+@pytest.mark.extended
 @needs_sandbox
 def test_prompt_with_a_hidden_program_runs_after_the_remedy(repository: Repository, fakes: FakePrograms) -> None:
     """Without a file: the error names the command that writes one, and doctor finds the same."""

@@ -242,6 +242,7 @@ async def test_incompatible_options_are_rejected(repository: Repository) -> None
     assert not repository.spawns.exists()
 
 
+@pytest.mark.extended
 async def test_inline_tasks_use_the_adapters_of_the_found_file(repository: Repository) -> None:
     """council.yaml at the top of the repository provides all but its tasks, from any folder in it."""
     config = repository.configure(TASKS)

@@ -85,7 +85,7 @@ async def test_plan_becomes_tasks_that_land_before_dependents(repository: Reposi
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 def test_printed_reload_of_a_task_that_waits_for_its_subtasks_works(repository: Repository) -> None:
     """One of them failed; those of the plan keep their settings, and no reload is suggested for them."""
     prompt = [f"in plan hand-over {plan(planned('one', 'attempt 1 exit 1', 'write one.txt 1'))}"]
@@ -254,6 +254,7 @@ def planned_twice(repository: Repository) -> str:
     )
 
 
+@pytest.mark.extended
 async def test_new_plan_replaces_unlanded_subtasks(repository: Repository) -> None:
     """Its tasks have names of their own; landed ones stay, the others are cancelled."""
     path = planned_twice(repository)
@@ -274,6 +275,7 @@ async def test_new_plan_replaces_unlanded_subtasks(repository: Repository) -> No
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_new_plan_ends_the_sessions_of_the_old_one(repository: Repository) -> None:
     """In an active run: sessions of the old plan are stopped, and the new one is made."""
     old = plan(planned("x", "hang"))

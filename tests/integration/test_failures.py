@@ -60,6 +60,7 @@ async def test_retried_classes_can_be_chosen(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_retried_conflict_starts_from_the_target(repository: Repository) -> None:
     """With `retry_on: [conflict]` the work is repeated on top of the conflicting commit."""
     repository.commit({"a.txt": "1\n"}, "a")
@@ -134,6 +135,7 @@ async def test_usage_limit_starts_a_cooldown_until_the_reset_time(repository: Re
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_task_with_a_fallback_does_not_wait_for_a_limit(repository: Repository) -> None:
     """It continues with its first usable fallback, and so do the waiting tasks behind it."""
     tasks: list[dict[str, Any]] = [
@@ -331,6 +333,7 @@ async def test_concurrent_limits_are_one_cooldown(repository: Repository) -> Non
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_run_that_only_waits_for_adapters_reports_it_once(repository: Repository) -> None:
     """First adapter disabled, second in cooldown: a task has the time; the run reports each wait once."""
     limited = "attempt {0} print limit reached, again in {1} s\nattempt {0} exit 1\n"

@@ -169,6 +169,7 @@ async def test_signal_during_a_push_lets_it_finish(repository: Repository) -> No
     assert repository.council("resume", "--json").code == 0
 
 
+@pytest.mark.extended
 async def test_thousand_sessions_under_a_low_descriptor_limit_work(repository: Repository) -> None:
     """As many run as fit, the report has the fix, and all land; if not even one fits, the run is rejected."""
     tasks = [{"id": f"t{number}", "prompt": f"write {number}.txt x"} for number in range(5)]

@@ -53,6 +53,7 @@ async def test_task_name_that_leaves_its_folder_is_rejected(repository: Reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_unusual_branches_of_the_user_do_no_harm(repository: Repository) -> None:
     """Names that only plumbing can create exist, and the run uses only its own base and target."""
     for name in ("HEAD", "-b", "@", "refs/heads/main", "main;id", "$(id)", "\u00fc/\u2603"):

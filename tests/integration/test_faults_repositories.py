@@ -62,7 +62,7 @@ async def test_lock_stays_while_its_git_command_lives(repository: Repository, tm
     assert not own.exists()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("name", "stops"),
     [
@@ -85,6 +85,7 @@ async def test_lock_of_the_user_is_never_removed(repository: Repository, name: s
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("damage", ["HEAD", "refs/council/*/start", "objects/??/*"])
 def test_damaged_internal_repository_is_named_with_the_remedy(
     repository: Repository, tmp_path: Path, damage: str
@@ -104,6 +105,7 @@ def test_damaged_internal_repository_is_named_with_the_remedy(
     assert repository.council("run", str(config), "--json").states == {"one": "landed"}
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("start", "finish"),
     [
@@ -132,6 +134,7 @@ async def test_landing_during_a_rebase_or_bisect_of_the_target_waits(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_landing_on_a_rewritten_target_waits_with_a_remedy(repository: Repository) -> None:
     """The user amends its first commit while a session runs; once the old history is back, the work lands."""
     old = repository.git("rev-parse", "HEAD")

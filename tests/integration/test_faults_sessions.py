@@ -86,6 +86,7 @@ DENIALS = {
 }
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
 async def test_agent_that_denies_access_to_its_folders_lands(repository: Repository, sandbox: str) -> None:
     """Its work lands completely, and no other task is affected."""

@@ -198,7 +198,7 @@ async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(
     assert again.code == 0, again
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("command", [["resume"], ["work", "--run", "latest"]], ids=lambda command: command[0])
 async def test_resume_on_a_full_disk_reports_it_and_waits(small_disk: Repository, command: list[str]) -> None:
     """In one line; it continues as soon as there is space."""

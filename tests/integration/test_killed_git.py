@@ -216,6 +216,7 @@ async def test_objects_received_by_a_killed_push_are_removed(repository: Reposit
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_partial_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
     """Of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])

@@ -83,6 +83,7 @@ def test_commit_message_does_not_decide_what_landed(repository: Repository, labe
     child.communicate(timeout=60)
 
 
+@pytest.mark.extended
 def test_resume_with_tasks_to_retry_records_a_merged_conflict(repository: Repository) -> None:
     """A resume that runs other tasks also records user merges; no second resume is needed."""
     tasks: list[dict[str, Any]] = [
@@ -102,7 +103,7 @@ def test_resume_with_tasks_to_retry_records_a_merged_conflict(repository: Reposi
     assert (resumed.code, resumed.states) == (1, {"one": "landed", "two": "landed", "idle": "no_change"}), resumed
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("is_merged", [True, False])
 async def test_conflict_merged_by_a_person_counts_as_landed(repository: Repository, is_merged: bool) -> None:
     """With the printed commands, after the run has ended; `resume` records it and starts dependent tasks."""

@@ -363,6 +363,7 @@ async def test_import_is_limited_to_the_first_entries(repository: Repository, mo
     assert reported[-1] == "13 more files were not imported completely: see `council state log`."
 
 
+@pytest.mark.extended
 async def test_killed_import_has_the_same_result(repository: Repository) -> None:
     """An import in several commits has the same result, and a run appears with the last of its documents."""
     tasks = {f"t{number}": {"status": "completed", "note": "x" * 9000} for number in range(1200)}
@@ -443,6 +444,7 @@ async def test_imported_run_accepts_no_work(repository: Repository) -> None:
     assert (watched.code, watched.result["run"]) == (1, RUN)
 
 
+@pytest.mark.extended
 @needs_sandbox
 async def test_unfinished_imported_tasks_can_be_resumed(repository: Repository) -> None:
     """With a generated file of all known facts; missing ones are named, and then the tasks land."""

@@ -60,6 +60,7 @@ async def test_out_of_scope_work_is_rejected_and_reported_to_the_next_attempt(re
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_repeated_out_of_scope_work_fails_and_is_preserved(repository: Repository) -> None:
     """The last attempt's branch has all of it; the reason names the paths."""
     ended = run(repository, {"id": "t", "prompt": "append README.md x", "owns": ["src/**"]}, attempts=2)

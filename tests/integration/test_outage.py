@@ -153,6 +153,7 @@ async def test_abandoned_wait_committed_nothing(scene: Scene) -> None:
         assert await scene.value(B) == {"n": 1}
 
 
+@pytest.mark.extended
 async def test_outage_during_the_final_report_is_handled(scene: Scene) -> None:
     """No one receives the notice any more."""
     ended = anyio.Event()

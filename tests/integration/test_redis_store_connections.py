@@ -34,7 +34,7 @@ async def opened(server: RedisServer, prefix: str) -> AsyncIterator[tuple[Cuttin
             yield proxy, store
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("has_write", [False, True], ids=["events", "write"])
 async def test_commit_is_applied_once_wherever_its_exchange_is_cut(server: RedisServer, has_write: bool) -> None:
     """The same applies to a commit of events alone, which no version protects."""

@@ -189,6 +189,7 @@ async def test_missing_privilege_is_reported_with_the_command(
             assert await store.commit(Commit([Write(TASK, 0, {})])) == 1
 
 
+@pytest.mark.extended
 async def test_replica_is_reported_and_its_disk_is_waited_for(server: RedisServer) -> None:
     """A primary with a replica is rejected without `replicas`; a replica itself always."""
     async with RedisStore.open(server.url()) as store:

@@ -210,6 +210,7 @@ async def test_error_of_a_detached_run_is_in_its_status(repository: Repository) 
     assert "The background process ended with an error: the disk is full" in repository.council("status").stdout
 
 
+@pytest.mark.extended
 async def test_merge_lands_a_runs_own_branch_on_its_base(repository: Repository) -> None:
     """With the checks of its tasks on the merge, and the user's newer commits; a second merge is empty."""
     checks = {"checks": ["test -e a.txt", "test ! -e forbidden"], "allow_failing_base": True}
@@ -295,7 +296,7 @@ async def test_merge_that_fails_its_checks_moves_nothing(repository: Repository)
     assert repository.spawns.read_text() == spawned
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("theirs", "expected"),
     [
@@ -439,7 +440,7 @@ async def test_branch_merged_or_deleted_by_the_user_is_not_awaited(repository: R
     assert len(repository.council("runs", "--json").result["runs"]) == 1
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("has_more", [False, True], ids=["all", "more"])
 async def test_merge_blocked_by_a_dirty_checkout_names_the_obstacle(repository: Repository, has_more: bool) -> None:
     """It was not interrupted: the exit code is 1, and the next command works once the checkout is clean."""
@@ -472,6 +473,7 @@ def test_invalid_branch_is_a_mistake_of_the_option(repository: Repository, optio
     assert "council.yaml" not in wrong.stderr
 
 
+@pytest.mark.extended
 def test_run_from_elsewhere_names_the_folder_of_its_commands(repository: Repository, tmp_path: Path) -> None:
     """The printed commands find the run in that folder; within the repository nothing more is printed."""
     write_config(repository, [CHAIN[0]])

@@ -33,6 +33,7 @@ def state(request: pytest.FixtureRequest) -> str:
     return url
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(("writers", "readers"), [(3, 6), pytest.param(8, 50, marks=pytest.mark.slow)])
 async def test_writers_and_readers_of_a_server_agree(start: Start, state: str, writers: int, readers: int) -> None:
     """Writers lose nothing and repeat nothing; concurrent followers all read one same sequence."""
@@ -48,6 +49,7 @@ async def test_writers_and_readers_of_a_server_agree(start: Start, state: str, w
     assert seen[0].startswith("True ")
 
 
+@pytest.mark.extended_but_first
 async def test_killed_writer_of_a_server_loses_and_blocks_nothing(start: Start, state: str) -> None:
     """No acknowledged commit is lost; the others finish."""
     survivor = start("write", state, "survivor", 100)
@@ -64,6 +66,7 @@ async def test_killed_writer_of_a_server_loses_and_blocks_nothing(start: Start, 
     assert len(authors) - len(acknowledged) <= 3
 
 
+@pytest.mark.extended_but_first
 async def test_killed_server_keeps_every_acknowledged_commit(start: Start, server: Server) -> None:
     """Writers that lose their connection fail with one error; what they printed is in the log once."""
     state = server.url()
@@ -82,6 +85,7 @@ async def test_killed_server_keeps_every_acknowledged_commit(start: Start, serve
     assert len(authors) - len(acknowledged) <= 4
 
 
+@pytest.mark.extended_but_first
 async def test_stopped_server_delays_writers_only(start: Start, server: Server) -> None:
     """After a stop that is shorter than the time limit, writers continue."""
     state = server.url()
@@ -93,6 +97,7 @@ async def test_stopped_server_delays_writers_only(start: Start, server: Server) 
     assert await check_log(state, parse(lines + finish(writer))) != {}
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize(
     ("fates", "tasks"), [pytest.param(FEW, 60, id="two"), pytest.param(SOME, 300, id="eight", marks=pytest.mark.slow)]
 )

@@ -223,6 +223,7 @@ async def test_sessions_work_without_their_fork_server(repository: Repository) -
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_but_first
 @pytest.mark.parametrize("stopped", ["fork server", "supervisor"])
 async def test_run_continues_after_its_fork_server_or_a_supervisor_was_stopped(
     repository: Repository, stopped: str

@@ -270,7 +270,7 @@ async def test_leftovers_of_a_killed_process_are_removed_by_the_sweep(repository
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("sweep_interval", ["300ms", "60s"], ids=["found", "unnoticed"])
 @pytest.mark.parametrize("action", ["retry", pytest.param("cancel", marks=pytest.mark.slow)])
 async def test_request_after_the_leader_is_gone_is_performed(
@@ -326,6 +326,7 @@ async def test_process_that_reads_the_end_late_does_not_end_the_run_again(reposi
     await assert_each_landed_once(repository, ["a"])
 
 
+@pytest.mark.extended
 async def test_leader_stopped_while_a_worker_continues_reports_a_running_run(repository: Repository) -> None:
     """It names the process that continues; `run.interrupted` would end all followers of the run."""
     gate = repository.spawns.parent / "gate"

@@ -351,7 +351,7 @@ _EMBEDDED = (
 )
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("parts", [1, 2])
 async def test_landing_creates_no_repository(repository: Repository, tmp_path: Path, parts: int) -> None:
     """Nor do two landings that bring a part each; `salvage apply` rejects it, too."""

@@ -137,6 +137,7 @@ async def test_changes_of_a_killed_reader_are_discarded(repository: Repository, 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_caches_of_a_readers_tests_are_not_changes(repository: Repository) -> None:
     """They are discarded without an event, unless the target has them."""
     repository.commit({"old/__pycache__/kept.txt": "theirs\n"})
@@ -224,6 +225,7 @@ async def test_phases_are_skipped_by_their_condition(repository: Repository) -> 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_unmediated_value_keeps_its_name(repository: Repository) -> None:
     """Conditions and phases find a custom kind, and a plan, under the same name as without mediation."""
     steps = (
@@ -283,7 +285,7 @@ async def test_mediated_and_shared_values_reach_the_next_phase(repository: Repos
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended
 @pytest.mark.parametrize("approved", ["plan", "look"])
 async def test_approved_result_is_not_replaced(repository: Repository, approved: str) -> None:
     """A session of another task writes to its key, before and after the approval."""
@@ -323,6 +325,7 @@ async def test_approved_result_is_not_replaced(repository: Repository, approved:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_kind_of_the_user_is_accepted(repository: Repository) -> None:
     schema = {"type": "object", "required": ["answer"], "properties": {"answer": {"type": "integer"}}}
     workflow = [

@@ -20,6 +20,7 @@ def entered(ended: CommandResult) -> list[str]:
     return [one["phase"] for one in ended.lines if one.get("event") == "phase.entered"]
 
 
+@pytest.mark.extended
 async def test_work_that_never_passes_its_checks_ends(repository: Repository) -> None:
     """A complete phase does not reset the count of failed landings."""
     steps = ("in build append b.txt more", f"in review hand-over {APPROVE}")
@@ -66,6 +67,7 @@ async def test_unlandable_work_is_repaired_by_an_unskipped_phase(repository: Rep
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_work_rejected_to_a_skipped_phase_continues(repository: Repository) -> None:
     """A rejection goes back to a phase that has produced something."""
     steps = (
@@ -144,6 +146,7 @@ async def test_only_a_review_rejects_its_subject(repository: Repository) -> None
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_conflicting_work_of_several_phases_is_repeated_by_all(repository: Repository) -> None:
     """The last one would continue from the conflict."""
     steps = ("in one write src/app.py one", "in two append two.txt more")
@@ -161,6 +164,7 @@ async def test_conflicting_work_of_several_phases_is_repeated_by_all(repository:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_rejected_work_that_conflicts_restarts_with_its_diff_and_findings(repository: Repository) -> None:
     """Another task has landed meanwhile; the restart survives a failed attempt, and is reported."""
     landed = repository.spawns.parent / "landed"

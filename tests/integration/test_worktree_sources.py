@@ -156,6 +156,7 @@ async def test_bare_repository_has_nothing_to_copy(repository: Repository) -> No
     )
 
 
+@pytest.mark.extended
 async def test_doctor_checks_the_sources(repository: Repository) -> None:
     """Only if a file configures worktrees; reasons to reject a run are problems."""
 

@@ -230,6 +230,7 @@ async def test_output_of_teardown_is_recorded(repository: Repository, outside: P
     assert set(gone) <= set(lines(outside / "up"))
 
 
+@pytest.mark.extended
 async def test_removed_setup_files_are_recreated(repository: Repository, outside: Path) -> None:
     """Whichever adapter keeps them: sessions of every adapter find them."""
     repository.commit({".gitignore": "modules/\n"}, "ignored")
