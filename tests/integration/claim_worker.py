@@ -7,7 +7,7 @@ One process per fate. A fate is what the process does to itself after it claimed
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import anyio
@@ -38,11 +38,29 @@ def work_key(task: str) -> Key:
     return Key("work", f"{RUN}/{task}")
 
 
+class Fates:
+    """What happens to each process, and the file with a byte for each that happened."""
+
+    def __init__(self, happened: Path, of_processes: Sequence[str]) -> None:
+        self.happened, self.of_processes = happened, of_processes
+        self.count = sum(fate != "none" for fate in of_processes)
+
+    def add(self) -> None:
+        """Record that the fate of this process happens now."""
+        with self.happened.open("ab", buffering=0) as file:
+            file.write(b".")
+
+    def all_happened(self) -> bool:
+        """Tell whether no process still has to be killed or stopped."""
+        return self.count == 0 or (self.happened.exists() and self.happened.stat().st_size >= self.count)
+
+
 class Worker:
     """One process that claims and runs tasks."""
 
-    def __init__(self, store: Store, locks: LivenessLocks, patience: float, number: int, fate: str) -> None:
-        self.store, self.locks, self.number, self.fate = store, locks, number, fate
+    def __init__(self, store: Store, locks: LivenessLocks, patience: float, number: int, fates: Fates) -> None:
+        self.store, self.locks, self.number, self.fates = store, locks, number, fates
+        self.fate = fates.of_processes[number]
         self.timing = CoordinationSettings(
             heartbeat_interval=0.25,
             stale_after=patience,
@@ -89,9 +107,14 @@ class Worker:
         queue = await self.store.get(QUEUE)
         assert queue is not None
         left: list[str] = queue.value["tasks"]
+        share = len(left) // len(self.fates.of_processes)
         while left:
             begin, rest = self.done, list[str]()
             for task in left:
+                # A fast process leaves tasks to the ones that are killed or stopped at a later claim.
+                if self.done >= share and not self._awaits_fate() and not self.fates.all_happened():
+                    rest.append(task)
+                    continue
                 claim = await claims.read(task)
                 if claim is not None and claim.released is ReleaseReason.COMPLETE:
                     continue
@@ -112,10 +135,15 @@ class Worker:
             if begin == self.done:
                 await anyio.sleep(0.02)
 
+    def _awaits_fate(self) -> bool:
+        _, _, at = self.fate.partition("@")
+        return bool(at) and self.claimed < int(at)
+
     def _meet_fate(self, task: str) -> None:
         self.claimed += 1
         kind, _, at = self.fate.partition("@")
         if at and self.claimed == int(at):
+            self.fates.add()
             say(self.number, kind, task, os.getpid())
             os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
 
@@ -142,17 +170,18 @@ async def seed(state: str, count: str) -> None:
         await store.commit(Commit([Write(QUEUE, 0, {"tasks": [f"t{number:04}" for number in range(int(count))]})]))
 
 
-async def main(state: str, locks: str, patience: str, number: int, fate: str) -> None:
+async def main(state: str, locks: str, patience: str, number: int, fates: Sequence[str]) -> None:
     """Run one worker."""
+    happened = Path(locks).with_name("happened")
     async with open_store(state) as store:
-        await Worker(store, LivenessLocks(Path(locks)), float(patience), number, fate).work()
+        await Worker(store, LivenessLocks(Path(locks)), float(patience), number, Fates(happened, fates)).work()
 
 
 def fork_all(state: str, locks: str, patience: str, *fates: str) -> None:
     """Fork one process per fate after the imports, which take most of the time."""
-    for number, fate in enumerate(fates):
+    for number in range(len(fates)):
         if os.fork() == 0:
-            anyio.run(main, state, locks, patience, number, fate)
+            anyio.run(main, state, locks, patience, number, fates)
             os._exit(0)
     codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in fates]
     sys.exit(sum(code not in {0, -signal.SIGKILL} for code in codes))
