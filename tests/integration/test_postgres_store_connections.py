@@ -117,7 +117,7 @@ async def test_attempt_that_arrives_after_a_rejected_repetition_is_not_applied()
     async with PostgresStore.open(empty_store_url()) as store:
         await store.commit(Commit([Write(TASK, 0, {})]))
         late = Commit([Write(TASK, 0, {})])
-        store._unknown[late.id] = None  # as if the connection broke while the first attempt waited in the server
+        store._groups._unknown[late.id] = None  # as if the connection broke while the first attempt waited
         with pytest.raises(VersionConflict):
             await store.commit(late)
         await store.commit(Commit([Write(TASK, 1, None)]))

@@ -25,10 +25,9 @@ import zstandard
 from orchestrator.api.transfer import copy_state, export_store, import_store, open_store
 from orchestrator.errors import HistoryCompacted, RefusedError, StoreUnavailable
 from orchestrator.protocols import Commit, CommitRecord, Document, DocumentVersion, Event, Key, Store, Write
-from orchestrator.state.log import reading
+from orchestrator.state.log import loading, reading
 from orchestrator.state.log.loading import Staging
 from orchestrator.state.log.segments import list_segments
-from orchestrator.state.stores import file as file_store
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.state.transfer.copying import CopyResult, copy_store, export_to_stream, import_from_stream
@@ -574,7 +573,7 @@ async def test_stores_have_several_names(tmp_path: Path, monkeypatch: pytest.Mon
 
 async def test_large_logs_take_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commits are read and written in parts, whatever the length of the log."""
-    for module in (file_store, reading):
+    for module in (loading, reading):
         monkeypatch.setattr(module, "PART_BYTES", 4_000)
     clock, most = ManualClock(), 0
     async with (

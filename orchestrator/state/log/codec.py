@@ -81,6 +81,7 @@ class EncodedCommit:
     guards: Sequence[Guard]
     payload: bytes
     durable: bool
+    id: str
 
 
 class LogLine(NamedTuple):
@@ -144,7 +145,7 @@ def encode_commit(commit: Commit) -> EncodedCommit:
         if encoded:
             values.append(encoded)
     _check_keys([write.key for write in commit.writes])
-    return EncodedCommit(writes, commit.guards, _payload(values, commit.events), commit.durable)
+    return EncodedCommit(writes, commit.guards, _payload(values, commit.events), commit.durable, commit.id)
 
 
 def _payload(values: Sequence[bytes], events: Sequence[Event]) -> bytes:

@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 from typing import Final
@@ -29,11 +28,8 @@ from orchestrator.protocols import (
     Key,
     VerificationReport,
 )
-from orchestrator.state.log.codec import (
-    EncodedCommit,
-    encode_line,
-    get_writer_name,
-)
+from orchestrator.state.log.codec import encode_line, get_writer_name
+from orchestrator.state.log.commit_queue import PendingCommit
 from orchestrator.state.log.compaction import (
     build_repaired_table,
     find_prunable_segment,
@@ -74,20 +70,6 @@ _REMEDIES: Final = {
 }
 
 
-@dataclass(slots=True)
-class PendingCommit:
-    """A commit queued for the next group, and later its outcome."""
-
-    commit: EncodedCommit
-    position: int = 0
-    failure: StateError | StoreUnavailable | None = None
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the outcome is known."""
-        return bool(self.position or self.failure)
-
-
 class InlineResult(Enum):
     """The outcome of an attempt to commit on the event loop."""
 
@@ -99,10 +81,7 @@ class InlineResult(Enum):
 
 
 class Journal:
-    """The log in a directory; call `open` first.
-
-    More methods than most: each is one operation on the log under the same locks.
-    """
+    """The log in a directory; call `open` first."""
 
     def __init__(self, directory: Path, clock: Clock, segment_bytes: int) -> None:
         """Use the log in `directory`; a segment is closed at `segment_bytes`."""
@@ -132,10 +111,6 @@ class Journal:
             return True
         finally:
             self._io.release()
-
-    def begin_segment(self) -> None:
-        """Start a new segment with the next commit."""
-        self._rolls = True
 
     def end(self) -> HighWaterMark:
         """Return the current end of the log."""
@@ -175,13 +150,15 @@ class Journal:
             replay.table.position, log_size(self._directory), tuple(replay.damage), damaged, differs
         )
 
-    def documents_to_repair(self) -> list[Key]:
-        """Return documents whose known state differs from the undamaged log.
+    def begin_repair(self) -> list[Key]:
+        """Return documents whose known state differs from the undamaged log, and start a new segment.
 
-        They include deleted documents, which could reappear or whose versions could be reused.
+        They include deleted documents, which could reappear or whose versions could be reused. The segment starts with
+        the next commit.
         """
         with self._io, self.log.lock.held():
             self.log.recover()
+            self._rolls = True
             damaged, differs = build_repaired_table(self._directory).compare(self.log.replay.table)
             return [*damaged, *differs]
 
@@ -252,7 +229,7 @@ class Journal:
         """Commit all pending commits and set their outcomes; more may be queued."""
         with self._io:
             if pending:
-                with self._fail_group_on_error(_take_all(pending)) as group, self.log.lock.held():
+                with _failing_on_error(_take_all(pending), self._directory) as group, self.log.lock.held():
                     self.log.recover()
                     self._append(group)
 
@@ -263,7 +240,7 @@ class Journal:
             return InlineResult.TOO_MUCH
         try:
             group = list[PendingCommit]()
-            with self._fail_group_on_error(group), self.log.lock.try_held() as is_held:
+            with _failing_on_error(group, self._directory), self.log.lock.try_held() as is_held:
                 if not is_held:
                     return InlineResult.BUSY
                 mark = self.log.lock.read()
@@ -276,15 +253,6 @@ class Journal:
             return InlineResult.DONE if group else InlineResult.TOO_MUCH
         finally:
             self._io.release()
-
-    @contextmanager
-    def _fail_group_on_error(self, group: list[PendingCommit]) -> Iterator[list[PendingCommit]]:
-        """Set the outcomes of a group's commits after a system error."""
-        try:
-            yield group
-        except OSError as error:
-            for one in group:
-                one.position, one.failure = 0, to_store_error(self._directory, error)
 
     def _append(self, group: Sequence[PendingCommit]) -> None:
         known = self.log.end or HighWaterMark(0, 0, 0)
@@ -349,6 +317,25 @@ class Journal:
         except OSError as error:
             # Other processes don't know. The next opener checks the disk; this process must not append anymore.
             self._broken = error
+
+
+@contextmanager
+def translated(directory: Path) -> Iterator[None]:
+    """Raise StoreUnavailable for system errors."""
+    try:
+        yield
+    except OSError as error:
+        raise to_store_error(directory, error) from error
+
+
+@contextmanager
+def _failing_on_error(group: list[PendingCommit], directory: Path) -> Iterator[list[PendingCommit]]:
+    """Set the outcomes of a group's commits after a system error."""
+    try:
+        yield group
+    except OSError as error:
+        for one in group:
+            one.position, one.failure = 0, to_store_error(directory, error)
 
 
 def to_store_error(directory: Path, error: OSError) -> StoreUnavailable:

@@ -23,6 +23,8 @@ from orchestrator.system.files import make_durable, open_private, sync_folder
 
 _LOADING: Final = "loading"
 _LOADED: Final = "loaded"
+PART_BYTES: Final = 1 << 20
+"""Bytes to read or write per call."""
 _REPAIR: Final = "`council state verify --repair` restores the readable state, then try again"
 
 
@@ -54,6 +56,19 @@ async def read_dump_lines(dump: Dump) -> AsyncGenerator[LogLine]:
             position = commit.position
     if max(position, dump.first) != dump.position:
         raise _broken(f"it ends at commit {position} instead of {dump.position}")
+
+
+async def read_dump_parts(dump: Dump) -> AsyncGenerator[list[LogLine]]:
+    """Yield the commits of a dump like `read_dump_lines`, many at a time."""
+    part, size = list[LogLine](), 0
+    async with aclosing(read_dump_lines(dump)) as lines:
+        async for line in lines:
+            part.append(line)
+            size += len(line.payload)
+            if size >= PART_BYTES:
+                yield part
+                part, size = [], 0
+    yield part
 
 
 def _broken(what: str) -> RefusedError:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 from orchestrator.errors import HistoryCompacted
 from orchestrator.protocols import CommitRecord, Damage, DumpedCommit, Key
 from orchestrator.state.log.codec import DecodedLine, to_dumped, to_record
-from orchestrator.state.log.loading import damaged_log_error
+from orchestrator.state.log.loading import PART_BYTES, damaged_log_error
 from orchestrator.state.log.segments import HighWaterMark, LogCursor, PrunedEnd, ScannedItem, pruned_through
 from orchestrator.state.log.table import DocumentTable
-
-PART_BYTES: Final = 1 << 20
-"""Bytes to read or write per call in a thread."""
 
 
 class LogReplay:

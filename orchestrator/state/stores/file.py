@@ -8,16 +8,9 @@ reading the high-water mark (one system call).
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    aclosing,
-    asynccontextmanager,
-    closing,
-    contextmanager,
-    suppress,
-)
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -46,16 +39,13 @@ from orchestrator.protocols import (
     VerificationReport,
     Write,
 )
-from orchestrator.state.log.codec import MAX_TTL, LogLine, encode_commit
+from orchestrator.state.log.codec import MAX_TTL, encode_commit
+from orchestrator.state.log.commit_queue import CommitQueue, PendingCommit
 from orchestrator.state.log.compaction import log_size
-from orchestrator.state.log.groups import CommitGroups
 from orchestrator.state.log.identity import ensure_log, require_log
-from orchestrator.state.log.journal import (
-    Journal,
-    to_store_error,
-)
-from orchestrator.state.log.loading import Staging, check_intact, read_dump_lines
-from orchestrator.state.log.reading import PART_BYTES, check_retained, read_dumped_commits, read_records
+from orchestrator.state.log.journal import InlineResult, Journal, translated
+from orchestrator.state.log.loading import Staging, check_intact, read_dump_parts
+from orchestrator.state.log.reading import check_retained, read_dumped_commits, read_records
 from orchestrator.state.log.segments import HighWaterMark, LogCursor, find_line, pruned_through
 from orchestrator.state.log.table import DocumentTable, read_versions
 from orchestrator.system.clock import Clock
@@ -66,19 +56,18 @@ T = TypeVar("T")
 SEGMENT_BYTES: Final = 16 << 20
 _POLL_FASTEST: Final = 0.01  # seconds
 _POLL_SLOWEST: Final = 0.25
+_PAUSES: Final = (0.005, 0.005, 0.01, 0.01, 0)
+"""Seconds between inline commit attempts while other processes commit, before a thread waits for them."""
 
 
 class FileStore:
-    """A `Store` in a local directory, created by `open`.
-
-    More methods than most: 15 are the operations of `Store`.
-    """
+    """A `Store` in a local directory, created by `open`."""
 
     def __init__(self, directory: Path, clock: Clock, segment_bytes: int, folder: Path) -> None:
         self._directory, self._clock, self._segment_bytes, self._folder = directory, clock, segment_bytes, folder
         self._journal = Journal(directory, clock, segment_bytes)
         self._compacting = FileLock(directory / "compaction.lock")
-        self._groups = CommitGroups(self._journal, self._in_thread)
+        self._queue = CommitQueue(partial(_commit_group, self._journal, self._in_thread))
         # A separate limiter, because slow work may occupy all threads of the default one.
         self._threads = anyio.CapacityLimiter(8)
 
@@ -107,7 +96,7 @@ class FileStore:
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
-        return await self._groups.commit(encode_commit(commit))
+        return await self._queue.commit(encode_commit(commit))
 
     async def get(self, key: Key) -> Document | None:
         """See `Store.get`."""
@@ -134,11 +123,11 @@ class FileStore:
         seen, pause = HighWaterMark(0, 0, 0), _POLL_FASTEST
         try:
             while True:
-                with self._translate_errors():
-                    news = self._groups.news()
+                news = self._queue.committed
+                with translated(self._directory):
                     mark = self._journal.log.lock.read()
                 if mark is None or mark == seen:
-                    with self._translate_errors():
+                    with translated(self._directory):
                         self._journal.log.lock.check_not_replaced()
                     with anyio.move_on_after(pause):
                         await news.wait()
@@ -146,7 +135,7 @@ class FileStore:
                     continue
                 read = partial(read_records, self._directory, cursor, mark, after)
                 if cursor.is_near(mark):
-                    with self._translate_errors():
+                    with translated(self._directory):
                         records, is_at_mark = read()
                 else:
                     records, is_at_mark = await self._in_thread(read)
@@ -202,8 +191,7 @@ class FileStore:
         report = await self.verify()
         if report.damage or report.damaged:
             async with self._exclusive():
-                keys = {*report.damaged, *await self._in_thread(self._journal.documents_to_repair)}
-                self._journal.begin_segment()
+                keys = {*report.damaged, *await self._in_thread(self._journal.begin_repair)}
                 commit = _repair_commit(self._journal.log.table, sorted(keys), len(report.damage), self._clock.now())
                 await self.commit(commit)
                 await self._in_thread(partial(self._journal.replace_damaged, report.damage))
@@ -218,12 +206,13 @@ class FileStore:
             end = await self._in_thread(self._journal.end)
             first = await self._in_thread(lambda: pruned_through(self._directory))
             with closing(await self._in_thread(partial(LogCursor, self._directory))) as cursor:
-                yield Dump(end.position, first, self._dumped(cursor, end))
 
-    async def _dumped(self, cursor: LogCursor, end: HighWaterMark) -> AsyncGenerator[DumpedCommit]:
-        while commits := await self._in_thread(partial(read_dumped_commits, cursor, end)):
-            for commit in commits:
-                yield commit
+                async def commits() -> AsyncGenerator[DumpedCommit]:
+                    while part := await self._in_thread(partial(read_dumped_commits, cursor, end)):
+                        for commit in part:
+                            yield commit
+
+                yield Dump(end.position, first, commits())
 
     async def load(self, dump: Dump) -> None:
         """See `Store.load`.
@@ -232,33 +221,24 @@ class FileStore:
         """
         await self._in_thread(self._journal.check_empty)
         if dump.position == 0:
-            async with aclosing(read_dump_lines(dump)) as lines:
-                async for _ in lines:  # there is no log yet; otherwise this raises RefusedError
+            async with aclosing(read_dump_parts(dump)) as parts:
+                async for _ in parts:  # there is no log yet; otherwise this raises RefusedError
                     pass
             return
         async with self._exclusive():
             await self._in_thread(self._journal.check_empty)
             staging = Staging(self._directory, dump.first, self._segment_bytes)
             try:
-                await self._stage(staging, dump)
+                await self._in_thread(staging.begin)
+                async with aclosing(read_dump_parts(dump)) as parts:
+                    async for lines in parts:
+                        await self._in_thread(partial(staging.add, lines))
+                await self._in_thread(staging.finish)
                 await self._in_thread(partial(self._journal.put, staging))
             finally:
                 with anyio.CancelScope(shield=True):
                     await self._in_thread(staging.discard)
-        self._groups.announce()
-
-    async def _stage(self, staging: Staging, dump: Dump) -> None:
-        await self._in_thread(staging.begin)
-        lines, size = list[LogLine](), 0
-        async with aclosing(read_dump_lines(dump)) as found:
-            async for line in found:
-                lines.append(line)
-                size += len(line.payload)
-                if size >= PART_BYTES:
-                    await self._in_thread(partial(staging.add, lines))
-                    lines, size = [], 0
-        await self._in_thread(partial(staging.add, lines))
-        await self._in_thread(staging.finish)
+        self._queue.announce()
 
     @property
     def damage(self) -> Sequence[Damage]:
@@ -266,29 +246,36 @@ class FileStore:
         return tuple(self._journal.log.replay.damage)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        with self._translate_errors():
+        with translated(self._directory):
             return await to_thread.run_sync(call, limiter=self._threads)
 
     @asynccontextmanager
     async def _exclusive(self, limit: float | None = None) -> AsyncIterator[None]:
         """Keep other processes from compacting. Raises LockHeld after `limit` seconds."""
         async with AsyncExitStack() as stack:
-            with self._translate_errors():
+            with translated(self._directory):
                 await stack.enter_async_context(self._compacting.hold(limit))
             yield
 
-    @contextmanager
-    def _translate_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise to_store_error(self._directory, error) from error
-
     async def _refresh(self) -> None:
-        with self._translate_errors():
+        with translated(self._directory):
             if self._journal.try_refresh_inline():
                 return
         await self._in_thread(self._journal.catch_up)
+
+
+async def _commit_group(
+    journal: Journal, in_thread: Callable[[Callable[[], None]], Awaitable[None]], pending: deque[PendingCommit]
+) -> None:
+    """Append all pending commits, without a thread if that needs no waiting."""
+    for pause in _PAUSES:
+        done = journal.try_commit_inline(pending)
+        if done is InlineResult.DONE:
+            return
+        if done is InlineResult.TOO_MUCH:
+            break
+        await anyio.sleep(pause)
+    await in_thread(partial(journal.commit, pending))
 
 
 def _repair_commit(table: DocumentTable, keys: Sequence[Key], damage: int, now: float) -> Commit:
@@ -328,10 +315,8 @@ def open_file_store(url: str, clock: Clock, /) -> AbstractAsyncContextManager[St
 
 @asynccontextmanager
 async def _opened(folder: Path, clock: Clock) -> AsyncIterator[Store]:
-    try:
+    with translated(folder):
         log = await to_thread.run_sync(ensure_log, folder)
-    except OSError as error:
-        raise to_store_error(folder, error) from error
     async with FileStore.open(log, clock, folder=folder) as store:
         yield store
 

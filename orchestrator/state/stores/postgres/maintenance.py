@@ -1,19 +1,22 @@
-"""Verification and repair of the tables."""
+"""Verify, repair and dump the tables."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
+from typing import Any, Final
 
 from orchestrator.domain.events.state import StateLogRepaired, StateRepaired
-from orchestrator.protocols import Commit, Damage, Event, Key, VerificationReport, Write
+from orchestrator.protocols import Commit, Damage, DumpedCommit, Event, Key, VerificationReport, Write
 from orchestrator.state.log.codec import MAX_TTL
-from orchestrator.state.stores.postgres.records import unescape
-from orchestrator.state.stores.postgres.server import Connection, fetch
+from orchestrator.state.stores.postgres.records import to_commits, unescape
+from orchestrator.state.stores.postgres.server import Connection, Server, fetch
 
 Queries = Mapping[str, str]
+_ROWS: Final = 50
+"""The number of rows of a dump to fetch at once."""
 
 
 async def verify_state(connection: Connection, queries: Queries, name: str) -> VerificationReport:
@@ -53,3 +56,22 @@ async def repair_state(connection: Connection, queries: Queries, report: Verific
             writes.append(Write(key, 0 if known is None else version, known, ttl))
             events.append(Event.of(StateRepaired(key=str(key), lost_version=version, is_known=known is not None)))
     return Commit(writes, [*events, Event.of(StateLogRepaired(damage=len(report.damage)))])
+
+
+async def read_dumped(
+    server: Server, connection: Connection, query: str, position: int
+) -> AsyncGenerator[DumpedCommit]:
+    """Yield the commits up to a position; `query` is `dump`."""
+    rows = list[tuple[Any, ...]]()
+    with server.translated():
+        async with connection.cursor("dump", binary=True) as cursor:
+            cursor.itersize = _ROWS
+            await cursor.execute(query, {"position": position})
+            async for row in cursor:
+                if rows and row[0] != rows[0][0]:
+                    (commit,) = to_commits(rows)
+                    yield commit
+                    rows = []
+                rows.append(row)
+    for commit in to_commits(rows):
+        yield commit

@@ -55,10 +55,10 @@ def check_names(keys: Iterable[Key]) -> None:
             raise InvalidDocument(f"{str(key)[:50]}…", f"its name has {size} bytes (limit: {MAX_NAME_BYTES})")
 
 
-def commit_parameters(commit: EncodedCommit, name: str, number: int) -> dict[str, Any]:
+def commit_parameters(commit: EncodedCommit, number: int) -> dict[str, Any]:
     """Return the parameters of the query `commit` for a commit by its group number."""
     columns = {
-        "id": name,
+        "id": commit.id,
         "events": b"[%b]" % split_events(commit.writes, commit.payload),
         "kinds": [escape(write.key.kind) for write in commit.writes],
         "ids": [escape(write.key.id) for write in commit.writes],
