@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 import pluggy
@@ -10,10 +10,15 @@ import pluggy
 from orchestrator.config.store import MEMORY
 from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterStore
-from orchestrator.protocols import Store
+from orchestrator.lazy import lazy_names
+from orchestrator.protocols import Store, StoreType
 from orchestrator.state.stores.file import open_file_store
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import Clock
+
+_server_stores = lazy_names(
+    "orchestrator.state.stores", {"postgres.store": ["PostgresStore"], "redis.store": ["RedisStore"]}
+)
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
@@ -26,30 +31,26 @@ async def open_memory_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:
     yield MemoryStore(clock)
 
 
-@asynccontextmanager
-async def open_redis_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:  # noqa: ARG001  (the signature of the protocol)
-    """Open the store on a Redis or Valkey server, which has its own clock."""
-    try:
-        from orchestrator.state.stores.redis.store import RedisStore  # noqa: PLC0415  (an extra)
-    except ModuleNotFoundError as error:
-        if error.name != "redis":
-            raise
-        raise RefusedError("the redis client is not installed", "`pip install 'cli-council[redis]'`") from None
-    async with RedisStore.open(url) as store:
-        yield store
+def open_server_store(name: str, clients: Collection[str], server: str, extra: str) -> StoreType:
+    """Return the type of the stores of class `name`; `clients` are the packages of its extra.
 
+    The server has its own clock.
+    """
 
-@asynccontextmanager
-async def open_postgres_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:  # noqa: ARG001  (the signature of the protocol)
-    """Open the store on a PostgreSQL server, which has its own clock."""
-    try:
-        from orchestrator.state.stores.postgres.store import PostgresStore  # noqa: PLC0415  (an extra)
-    except ModuleNotFoundError as error:
-        if error.name not in {"psycopg", "psycopg_pool"}:
-            raise
-        raise RefusedError("the postgresql client is not installed", "`pip install 'cli-council[postgres]'`") from None
-    async with PostgresStore.open(url) as store:
-        yield store
+    @asynccontextmanager
+    async def opened(url: str, clock: Clock, /) -> AsyncIterator[Store]:  # noqa: ARG001  (the signature of the protocol)
+        try:
+            store_class = _server_stores(name)
+        except ModuleNotFoundError as error:
+            if error.name not in clients:
+                raise
+            raise RefusedError(
+                f"the {server} client is not installed", f"`pip install 'cli-council[{extra}]'`"
+            ) from None
+        async with store_class.open(url) as store:
+            yield store
+
+    return opened
 
 
 @hookimpl
@@ -57,6 +58,7 @@ def council_register_stores(register: RegisterStore) -> None:
     """Register the schemes of the built-in stores."""
     register("file", open_file_store)
     register("memory", open_memory_store)
-    register("postgresql", open_postgres_store)
+    open_redis_store = open_server_store("RedisStore", {"redis"}, "redis", "redis")
+    register("postgresql", open_server_store("PostgresStore", {"psycopg", "psycopg_pool"}, "postgresql", "postgres"))
     register("redis", open_redis_store)
     register("rediss", open_redis_store)
