@@ -66,10 +66,7 @@ def _translates_errors(
 
 
 class RedisStore:
-    """A `Store` on a server, created by `open`.
-
-    More methods than most: 15 are the operations of `Store`.
-    """
+    """A `Store` on a server, created by `open`."""
 
     def __init__(self, server: Server, clock: Clock | None) -> None:
         self.address = server.address
@@ -81,7 +78,8 @@ class RedisStore:
         """All documents as of the last read."""
         self._known = 0
         """The newest known position: a server that is behind it has lost commits."""
-        self._damage: Sequence[Damage] = ()
+        self.damage: Sequence[Damage] = ()
+        """See `Store.damage`."""
 
     @classmethod
     @asynccontextmanager
@@ -117,23 +115,23 @@ class RedisStore:
         encoded = encode_commit(commit)
         with anyio.CancelScope(shield=True):
             for _ in range(_ATTEMPTS):
-                reply = await self._send(commit.id, encoded)
+                reply = await self._send(encoded)
                 match reply:
                     case int(position):
                         self._known = max(self._known, position)
                         return position
                     case [b"refused", time]:
-                        await self._refresh()
-                        CommitStage(self._current(), "").add(encoded, float(time))  # raises the reason
+                        table, _ = await self._refresh()
+                        CommitStage(table, "").add(encoded, float(time))  # raises the reason
                     case [b"damaged", key]:
                         raise StateLost(str(self.address), f"document {key.decode()} is damaged")
                     case [b"lost", position]:
                         raise self._lost(position, self._known)
         raise StoreUnavailable(str(self.address), "the documents of a commit keep changing", "try again")
 
-    async def _send(self, name: str, commit: EncodedCommit) -> Any:
+    async def _send(self, commit: EncodedCommit) -> Any:
         now = "" if self._clock is None else repr(self._clock.now())
-        arguments: list[Any] = [name, now, self._by, self._known, commit.payload, len(commit.guards)]
+        arguments: list[Any] = [commit.id, now, self._by, self._known, commit.payload, len(commit.guards)]
         for guard in commit.guards:
             arguments += (encode_key(guard.key), guard.epoch)
         arguments.append(len(commit.writes))
@@ -150,8 +148,8 @@ class RedisStore:
     def _lost(self, position: int, known: int) -> StateLost:
         return StateLost(str(self.address), f"it is at position {position}, after it was at {known}")
 
-    async def _refresh(self) -> float:
-        """Fetch the commits since the last read, and return the time."""
+    async def _refresh(self) -> tuple[DocumentTable, float]:
+        """Fetch the commits since the last read; return all documents and the time."""
         while True:
             known = self._known
             table = self._table = self._table or await self._log.read_table()
@@ -164,25 +162,21 @@ class RedisStore:
                 if commit.position == table.position + 1 and commit.line and not commit.line.is_damaged:
                     table.apply(commit.line)
             if table.position >= position:
-                return time if self._clock is None else self._clock.now()
+                return table, time if self._clock is None else self._clock.now()
             if table.position == before:  # the next commit was pruned or is damaged
                 self._table = None
-
-    def _current(self) -> DocumentTable:
-        assert self._table is not None, "it was refreshed"  # noqa: S101  (for the type checker)
-        return self._table
 
     @_translates_errors
     async def get(self, key: Key) -> Document | None:
         """See `Store.get`."""
-        now = await self._refresh()
-        return self._current().get(key, now)
+        table, now = await self._refresh()
+        return table.get(key, now)
 
     @_translates_errors
     async def list(self, kind: str, prefix: str = "") -> Sequence[Document]:
         """See `Store.list`."""
-        now = await self._refresh()
-        return self._current().documents(kind, now, prefix)
+        table, now = await self._refresh()
+        return table.documents(kind, now, prefix)
 
     @_translates_errors
     async def position(self) -> int:
@@ -214,8 +208,8 @@ class RedisStore:
     @_translates_errors
     async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
         """See `Store.history`."""
-        await self._refresh()
-        entry, lines = self._current().entry(key), dict[int, LogLine]()
+        table, _ = await self._refresh()
+        entry, lines = table.entry(key), dict[int, LogLine]()
         position = entry.position if entry else 0
         while position and len(lines) < limit and (line := await self._log.find(position)):
             lines[position] = line
@@ -249,9 +243,9 @@ class RedisStore:
     @_translates_errors
     async def statistics(self) -> StoreStatistics:
         """See `Store.statistics`."""
-        now = await self._refresh()
+        table, now = await self._refresh()
         server, problem = await self._log.describe_server()
-        found = self._current().statistics(await self._log.first(), await self._log.size(), now)
+        found = table.statistics(await self._log.first(), await self._log.size(), now)
         return replace(found, server=server, server_problem=problem)
 
     @_translates_errors
@@ -259,7 +253,7 @@ class RedisStore:
         """See `Store.verify`."""
         async with self._log.exclusive() as lock:
             report = (await examine(self._log, lock)).report
-        self._damage = report.damage
+        self.damage = report.damage
         return report
 
     @_translates_errors
@@ -268,10 +262,11 @@ class RedisStore:
         async with self._log.exclusive() as lock:
             found = await examine(self._log, lock)
             if not found.report.is_valid:
-                await repair_state(self._log, lock, found, self.commit, await self._refresh())
+                _, now = await self._refresh()
+                await repair_state(self._log, lock, found, self.commit, now)
                 found = await examine(self._log, lock)
                 self._table = None
-        self._damage = found.report.damage
+        self.damage = found.report.damage
         return found.report
 
     @asynccontextmanager
@@ -296,8 +291,3 @@ class RedisStore:
         """See `Store.load`; a later load removes the leftovers of a killed one."""
         async with self._log.exclusive() as lock:
             await load_dump(self._log, lock, dump)
-
-    @property
-    def damage(self) -> Sequence[Damage]:
-        """See `Store.damage`."""
-        return self._damage
