@@ -82,9 +82,9 @@ class RedisServer:
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def url(self, **options: str) -> str:
-        """Return the URL of an empty store."""
-        return make_url(f"redis://127.0.0.1:{self.port}/0", **options)
+    def url(self, *, port: int = 0, **options: str) -> str:
+        """Return the URL of an empty store, by default without a proxy."""
+        return make_url(f"redis://127.0.0.1:{port or self.port}/0", **options)
 
 
 def make_url(server: str, **options: str) -> str:
@@ -149,4 +149,4 @@ def empty_store_url(**options: str) -> str:
     if given := os.environ.get(URL):
         return make_url(given, **options)
     with skipping(URL):
-        return _shared().url(**options)
+        return _shared().url(port=0, **options)

@@ -10,7 +10,7 @@ import anyio
 import pytest
 from redis.asyncio import Redis
 
-from orchestrator.errors import RefusedError, StateLost, StoreUnavailable
+from orchestrator.errors import RefusedError, StateLost, StoreFull, StoreUnavailable
 from orchestrator.protocols import Commit, Event, Guard, Key, Write
 from orchestrator.state.stores.redis.records import encode_key
 from orchestrator.state.stores.redis.server import PASSWORD, PASSWORD_FILE, choose_wait, parse_url
@@ -217,6 +217,21 @@ async def test_newer_format_is_refused(server: RedisServer) -> None:
         await client.hset("newer:meta", "format", "2")
     with pytest.raises(RefusedError, match="upgrade"):
         await opens(server.url(prefix="newer"))
+
+
+async def test_full_memory_of_the_server_is_reported_and_changes_nothing(server: RedisServer) -> None:
+    """Commits succeed again once there is space."""
+    async with RedisStore.open(server.url()) as store:
+        await store.commit(Commit([Write(TASK, 0, {"n": 1})]))
+        client = store._log.client
+        try:
+            await client.config_set("maxmemory", "1")
+            with pytest.raises(StoreFull, match="memory is full"):
+                await store.commit(Commit([Write(TASK, 1, {"n": 2})]))
+        finally:
+            await client.config_set("maxmemory", "0")
+        assert await store.position() == 1
+        assert await store.commit(Commit([Write(TASK, 1, {"n": 2})])) == 2
 
 
 async def test_server_that_has_lost_commits_is_not_written_to(server: RedisServer) -> None:

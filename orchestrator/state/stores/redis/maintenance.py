@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 import anyio
@@ -21,6 +21,9 @@ from orchestrator.state.log.loading import not_empty_error, read_dump_lines
 from orchestrator.state.log.table import DocumentTable, TableEntry
 from orchestrator.state.stores.redis.records import UNREADABLE, decode_entry, encode_entry, encode_key, encode_record
 from orchestrator.state.stores.redis.server_log import PART, Replay, ServerLog
+
+_ID_SECONDS: Final = 3600
+"""How long the id of a commit is known: after an outage, its caller may send it again."""
 
 
 class Examination(NamedTuple):
@@ -124,8 +127,9 @@ async def prune(log: ServerLog, lock: Lock, is_old: Callable[[LogLine, int], boo
         return
     for key in deleted:  # only the version number is needed, to continue from
         versions[key] = deque([versions[key][-1]], VERSIONS_KEPT)
+    forgotten = (await log.client.time())[0] - _ID_SECONDS
     # Pruned records after `first` have no effect until `first` changes; only then are older versions superfluous.
-    await _rewrite(log, lock, first, cut, versions, is_live=True)
+    await _rewrite(log, lock, first, cut, versions, forgotten, is_live=True)
     async with log.client.pipeline() as pipeline:
         await pipeline.watch(lock.name)
         if not await lock.owned():
@@ -134,15 +138,25 @@ async def prune(log: ServerLog, lock: Lock, is_old: Callable[[LogLine, int], boo
         pipeline.hset(log.meta, "first", cut)
         pipeline.xtrim(log.log, minid=f"{cut + 1}-0", approximate=False)
         await pipeline.execute()
-    await _rewrite(log, lock, first, first, versions, is_live=False)
+    await _rewrite(log, lock, first, first, versions, forgotten, is_live=False)
+    if names := await log.client.zrangebyscore(log.settled, "-inf", forgotten):
+        await log.client.hdel(log.commits, *names)
+        await log.client.zrem(log.settled, *names)
 
 
 async def _rewrite(
-    log: ServerLog, lock: Lock, first: int, until: int, versions: dict[Key, deque[int]], *, is_live: bool
+    log: ServerLog,
+    lock: Lock,
+    first: int,
+    until: int,
+    versions: dict[Key, deque[int]],
+    forgotten: float,
+    *,
+    is_live: bool,
 ) -> None:
     """Write the pruned records of commits with these versions.
 
-    They are the commits after `first` (`is_live`), or those before.
+    They are the commits after `first` (`is_live`), or those before. Ids of commits since `forgotten` are kept.
     """
     async with log.client.pipeline(transaction=False) as pipeline:
         async for position, line, name in log.lines(first, until, lock):
@@ -154,7 +168,9 @@ async def _rewrite(
                 pipeline.hset(log.pruned, str(position), encode_record(prune_line(intact, wanted)))
             else:
                 pipeline.hdel(log.pruned, str(position))
-            if name:
+            if name and line and line.time > forgotten:
+                pipeline.zadd(log.settled, {name: line.time})
+            elif name:
                 pipeline.hdel(log.commits, name)
             await _execute_if_long(pipeline, lock)
         await pipeline.execute()

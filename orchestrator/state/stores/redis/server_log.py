@@ -3,7 +3,8 @@
 PREFIX:documents  hash: key (JSON `["KIND","ID"]`) -> newest version, also of deleted documents; `position` -> position
 PREFIX:log        stream: the commit at position N is the entry N-0, with its record and its id
 PREFIX:pruned     hash: position -> record of a pruned commit; those after `first` belong to an unfinished compaction
-PREFIX:commits    hash: id of a commit in the stream -> its position
+PREFIX:commits    hash: id of a commit -> its position; until it is pruned, and at least for an hour
+PREFIX:settled    sorted set: id of a pruned commit in PREFIX:commits -> time of the commit
 PREFIX:meta       hash: format; `first`, the position of the oldest state that can be reproduced; the last load
 PREFIX:lock       held by a process that reads or changes the whole log
 PREFIX:staged:…   an unfinished load
@@ -60,6 +61,7 @@ class ServerLog:
         self.server, self.client = server, server.client
         self.documents, self.log, self.pruned = self.key("documents"), self.key("log"), self.key("pruned")
         self.commits, self.meta, self.staged = self.key("commits"), self.key("meta"), self.key("staged")
+        self.settled = self.key("settled")
 
     def key(self, name: str) -> str:
         """Return the name of a key of the store."""

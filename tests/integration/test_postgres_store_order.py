@@ -1,0 +1,121 @@
+"""Late commits and watchers of a PostgreSQL server: each commit is applied once and seen in order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import psycopg
+import pytest
+
+from orchestrator.errors import VersionConflict
+from orchestrator.protocols import Commit, Event, Key, Write
+from orchestrator.state.stores.postgres.store import PostgresStore
+from tests.postgres_server import empty_store_url
+from tests.stores import numbers
+
+TASK = Key("task", "a")
+
+
+async def connect(url: str) -> psycopg.AsyncConnection[Any]:
+    """Return a connection of another program to the database of a store."""
+    return await psycopg.AsyncConnection.connect(url.partition("?")[0])
+
+
+async def test_attempt_that_arrives_after_a_rejected_repetition_is_not_applied() -> None:
+    """Its caller already knows that the commit was rejected."""
+    async with PostgresStore.open(empty_store_url()) as store:
+        await store.commit(Commit([Write(TASK, 0, {})]))
+        late = Commit([Write(TASK, 0, {})])
+        store._groups._unknown[late.id] = None  # as if the connection broke while the first attempt waited
+        with pytest.raises(VersionConflict):
+            await store.commit(late)
+        await store.commit(Commit([Write(TASK, 1, None)]))
+        call = store._queries["commit"].replace("{n}", "")
+        lists: dict[str, Any] = {name: [] for name in ("guard_kinds", "guard_ids", "epochs")}
+        lists |= {"kinds": ["task"], "ids": ["a"], "expected": [0], "ttls": [None], "values": [b"{}"]}
+        flags = {"is_repeated": False, "is_durable": True, "by": "", "seen": 0}
+        ((reply,),) = await store._server.fetch(
+            f"SELECT {call}", {**lists, **flags, "id": late.id, "attempt": 1, "events": b"[]"}
+        )
+        assert reply == ["late"]
+        assert await store.position() == 2
+
+
+async def test_commits_become_visible_in_order_while_a_transaction_is_open() -> None:
+    """A later commit waits for the transaction, so that a watcher never misses a position."""
+    url = empty_store_url()
+    async with PostgresStore.open(url) as store, await connect(url) as other:
+        await store.commit(Commit([], [Event("e", {"n": 1})]))
+        schema = store._server.address.schema
+        await other.execute(
+            f'SELECT "{schema}".commit(%s, 1, false, true, %s, 0, %s, ' + ", ".join(["'{}'"] * 8) + ")",
+            ("0" * 32, "other", b'[["e",{"n":2}]]'),
+        )
+        seen = list[int]()
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+
+                async def follow() -> None:
+                    async for record in store.watch():
+                        seen.append(record.position)
+                        if record.position == 3:
+                            return
+
+                tasks.start_soon(follow)
+                tasks.start_soon(store.commit, Commit([], [Event("e", {"n": 3})]))
+                blocked = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"
+                while not await _count(other, blocked):
+                    await anyio.sleep(0.01)
+                assert await store.position() == 1
+                await other.commit()
+        assert seen == [1, 2, 3]
+        assert await numbers(store) == [1, 2, 3]
+
+
+async def _count(connection: psycopg.AsyncConnection[Any], query: str) -> int:
+    cursor = await connection.execute(query)
+    row = await cursor.fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+async def test_watcher_whose_notifications_are_lost_gets_commits() -> None:
+    """As behind a pooler in transaction mode; polling finds them."""
+    url = empty_store_url()
+    async with PostgresStore.open(url) as store, PostgresStore.open(url) as theirs, await connect(url) as other:
+        await other.set_autocommit(True)
+        seen = list[int]()
+        with anyio.fail_after(30):
+            await theirs.commit(Commit([], [Event("e")]))
+            async for record in store.watch():
+                seen.append(record.position)
+                if record.position == 5:
+                    break
+                await other.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE %s", ("LISTEN %",)
+                )
+                await theirs.commit(Commit([], [Event("e")]))
+        assert seen == [1, 2, 3, 4, 5]
+
+
+async def test_many_watchers_share_a_connection() -> None:
+    """Each of them sees each commit, also if the one that waits for notifications ends."""
+    async with PostgresStore.open(empty_store_url()) as store:
+        seen = dict[int, list[int]]()
+
+        async def follow(name: int, until: int) -> None:
+            seen[name] = []
+            async for record in store.watch():
+                seen[name].append(record.position)
+                if record.position == until:
+                    return
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                for name in range(6):
+                    tasks.start_soon(follow, name, name + 1)
+                for _ in range(6):
+                    await anyio.sleep(0)
+                    await store.commit(Commit([], [Event("e")]))
+        assert seen == {name: list(range(1, name + 2)) for name in range(6)}
