@@ -1,17 +1,15 @@
-"""Stores for the contracts: each kind that needs no server, on a clock driven by tests."""
+"""Stores for the contracts: each kind, on a clock driven by tests."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from orchestrator.protocols import Store
-from orchestrator.state.stores.file import FileStore
-from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
+from tests.store_kinds import ALL_KINDS, open_kind
 
 
 @pytest.fixture
@@ -19,11 +17,8 @@ def clock() -> ManualClock:
     return ManualClock()
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=ALL_KINDS)
 async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
     """Return each kind of store."""
-    async with AsyncExitStack() as stack:
-        if request.param == "memory":
-            yield MemoryStore(clock)
-        else:
-            yield await stack.enter_async_context(FileStore.open(tmp_path / "state", clock))
+    async with open_kind(request.param, tmp_path / "state", clock) as store:
+        yield store

@@ -26,23 +26,24 @@ from orchestrator.state.documents.checkpoints import (
     read_checkpoint,
     read_contents,
 )
-from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
+from tests.store_kinds import ALL_KINDS, open_kind
 
 RUN = "20260102-030405-ab12"
 LEASE = Key("lease", f"run/{RUN}")
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=ALL_KINDS)
 async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[list[Store]]:
     """Return two instances of one store; in memory the same one twice."""
-    clock = ManualClock()
+    clock, kind = ManualClock(), request.param
     async with AsyncExitStack() as stack:
-        if request.param == "memory":
-            yield [MemoryStore(clock)] * 2
-        else:
-            yield [await stack.enter_async_context(FileStore.open(tmp_path / "state", clock)) for _ in range(2)]
+        found = [
+            await stack.enter_async_context(open_kind(kind, tmp_path / "state", clock))
+            for _ in range(1 if kind == "memory" else 2)
+        ]
+        yield found * 2 if kind == "memory" else found
 
 
 @pytest.fixture

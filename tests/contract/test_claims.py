@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import anyio
 import anyio.lowlevel
@@ -30,8 +26,6 @@ from orchestrator.locking.merge_lease import MergeLeaseQueue, merge_lease_key
 from orchestrator.locking.orchestrators import RunMembership, orchestrator_key
 from orchestrator.locking.takeovers import ClaimTakeovers
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
-from orchestrator.state.stores.file import FileStore
-from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import Clock, SystemClock
 from orchestrator.testing.clock import ManualClock
 
@@ -148,19 +142,13 @@ async def watch_for(process: Process, seconds: float, clock: ManualClock) -> Non
     await process.others.peers.find_gone()
 
 
-class ClaimsContract(ABC):
-    """The guarantees for orchestrators on a store."""
-
-    @abstractmethod
-    def open_store(self, clock: Clock) -> AbstractAsyncContextManager[Store]:
-        """Open an empty store."""
+class TestClaims:
+    """The guarantees for orchestrators on each kind of store."""
 
     @pytest.fixture
-    async def cluster(self) -> AsyncIterator[Cluster]:
+    def cluster(self, store: Store, clock: ManualClock) -> Cluster:
         """Return a shared store for orchestrators."""
-        clock = ManualClock()
-        async with self.open_store(clock) as store:
-            yield Cluster(store, clock)
+        return Cluster(store, clock)
 
     async def test_claim_belongs_to_the_first_until_released(self, cluster: Cluster) -> None:
         """A rejection names the owner. Each change raises the epoch and invalidates the former."""
@@ -612,23 +600,3 @@ class ClaimsContract(ABC):
         await self._hold(b)
         await self._hold(a)
         assert (await cluster.lease(a)).holder is None
-
-
-class TestClaimsInMemory(ClaimsContract):
-    """Claims in memory."""
-
-    @asynccontextmanager
-    async def open_store(self, clock: Clock) -> AsyncIterator[Store]:
-        """Return an empty store."""
-        yield MemoryStore(clock)
-
-
-class TestClaimsInFiles(ClaimsContract):
-    """Claims on disk."""
-
-    @asynccontextmanager
-    async def open_store(self, clock: Clock) -> AsyncIterator[Store]:
-        """Open a store in its own directory."""
-        with TemporaryDirectory() as directory:
-            async with FileStore.open(Path(directory) / "state", clock) as store:
-                yield store

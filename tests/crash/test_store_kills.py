@@ -18,7 +18,7 @@ import pytest
 from orchestrator.protocols import Key
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.integration import file_store_worker
+from tests.integration import store_worker
 from tests.waiting import wait_for
 
 NAMES = [f"w{number}" for number in range(4)]
@@ -28,7 +28,7 @@ class Writers:
     """Processes that commit until killed, and their acknowledged commits."""
 
     def __init__(self, place: Path) -> None:
-        argv = [sys.executable, file_store_worker.__file__, "churn", str(place)]
+        argv = [sys.executable, store_worker.__file__, "churn", str(place)]
         self._server = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )

@@ -1,4 +1,4 @@
-"""Many processes claim from one queue in a file store: each task runs once, whatever process is killed or stopped."""
+"""Many processes claim from one queue in a store: each task runs once, whatever process is killed or stopped."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from orchestrator.state.documents.log_reader import read_range
 from tests.claim_history import ClaimHistory
 from tests.integration import claim_worker
 from tests.integration.claim_worker import RUN, work_key
+from tests.store_kinds import SERVERS, empty_state
 from tests.stores import open_store
 
 WORKER = Path(claim_worker.__file__)
@@ -78,25 +79,26 @@ MANY = [*SOME, *SOME, *SOME, *SOME]
 
 
 @pytest.mark.parametrize(
-    ("fates", "tasks", "patience"),
+    ("kind", "fates", "tasks", "patience"),
     [
-        pytest.param(FEW, 150, 2.0, id="two"),
-        pytest.param(SOME, 300, 2.0, id="eight", marks=pytest.mark.slow),
+        pytest.param("file", FEW, 150, 2.0, id="file-two"),
+        pytest.param("postgres", FEW, 60, 2.0, id="postgres-two"),
+        pytest.param("redis", FEW, 60, 2.0, id="redis-two", marks=pytest.mark.extended),
         *(
-            pytest.param(fates, 5_000, 10.0, id=name, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
-            for fates, name in ((FEW, "two-long"), (SOME, "eight-long"), (MANY, "thirty-two-long"))
+            pytest.param(kind, SOME, 300, 2.0, id=f"{kind}-eight", marks=pytest.mark.slow)
+            for kind in ("file", *SERVERS)
+        ),
+        *(
+            pytest.param("file", fates, 5_000, 10.0, id=name, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
+            for fates, name in ((FEW, "file-two-long"), (SOME, "file-eight-long"), (MANY, "file-thirty-two-long"))
         ),
     ],
 )
 async def test_every_task_of_a_shared_queue_is_done_once(
-    tmp_path: Path, fates: list[str], tasks: int, patience: float
+    tmp_path: Path, kind: str, fates: list[str], tasks: int, patience: float
 ) -> None:
     """Killed processes are taken over at once, stopped ones in time; late writes of these are rejected."""
-    await run_queue(str(tmp_path / "state"), tmp_path / "locks", fates, tasks, patience)
-
-
-async def run_queue(state: str, locks: Path, fates: list[str], tasks: int, patience: float) -> None:
-    """Run a queue of tasks by processes with these fates, and check the outcome."""
+    state, locks = empty_state(kind, tmp_path / "state"), tmp_path / "locks"
     await claim_worker.seed(state, str(tasks))
     said = list[list[str]]()
     async with open_store(state) as store:

@@ -15,7 +15,7 @@ from orchestrator.protocols import VERSIONS_KEPT, Commit, Key, Write
 from orchestrator.state.log import snapshot
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.integration import file_store_worker
+from tests.integration import store_worker
 
 OWN = Key("own", "victim")
 STEPS = (
@@ -36,7 +36,7 @@ def run_killed(folder: Path, step: str) -> list[tuple[int, ...]]:
     """Let another process commit until it is killed at a step; return the acknowledged commits."""
     name, _, hit = step.partition("@")
     done = subprocess.run(
-        [sys.executable, file_store_worker.__file__, "snapshots", str(folder), "victim"],
+        [sys.executable, store_worker.__file__, "snapshots", str(folder), "victim"],
         env={**os.environ, "COUNCIL_FAILPOINTS": f"{name}=kill@{hit or 1}"},
         capture_output=True,
         text=True,

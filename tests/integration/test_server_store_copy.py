@@ -9,11 +9,11 @@ import pytest
 
 from orchestrator.protocols import Commit, Dump, DumpedCommit, DumpedDocument, Event, Key, Store
 from orchestrator.state.stores.file import FileStore
-from orchestrator.state.stores.redis.store import RedisStore
 from orchestrator.state.transfer.copying import copy_store
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.store_contract.suite import make_dump
-from tests.redis_server import empty_store_url
+from tests.store_kinds import SERVERS
+from tests.stores import open_store
 
 
 async def digest(store: Store) -> str:
@@ -41,15 +41,28 @@ def history(count: int) -> Dump:
     return make_dump(commits, count)
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.extended)])
-async def test_copy_to_a_server_and_back_has_an_equal_digest(tmp_path: Path, count: int) -> None:
-    """Also after a compaction on the server; the copies accept commits."""
+@pytest.mark.parametrize(
+    ("count", "kind", "other"),
+    [
+        (500, "redis", "redis"),
+        *(
+            pytest.param(count, *kinds, marks=pytest.mark.extended)
+            for count, *kinds in (
+                (500, "postgres", "postgres"),
+                (10_000, "redis", "postgres"),
+                (10_000, "postgres", "redis"),
+            )
+        ),
+    ],
+)
+async def test_copy_to_a_server_and_back_has_an_equal_digest(tmp_path: Path, count: int, kind: str, other: str) -> None:
+    """Also after a compaction on the server, and between servers; the copies accept commits."""
     clock = SystemClock()
     async with (
         FileStore.open(tmp_path / "source", clock) as source,
-        RedisStore.open(empty_store_url()) as server,
+        open_store(SERVERS[kind].empty_store_url()) as server,
         FileStore.open(tmp_path / "copy", clock) as copy,
-        RedisStore.open(empty_store_url()) as again,
+        open_store(SERVERS[other].empty_store_url()) as again,
     ):
         await source.load(history(count))
         await copy_store(source, server)

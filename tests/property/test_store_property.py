@@ -1,11 +1,11 @@
-"""Over random histories the file store behaves like a dict with history, despite closes, kills and truncation."""
+"""Over random histories each store behaves like a dict with history, despite closes, kills and truncation."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, aclosing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,10 +27,13 @@ from hypothesis.stateful import (
 )
 
 from orchestrator.errors import HistoryCompacted, LeaseLost, RefusedError, VersionConflict
-from orchestrator.protocols import VERSIONS_KEPT, Commit, CommitRecord, Event, Guard, JsonObject, Key, Write
+from orchestrator.protocols import VERSIONS_KEPT, Commit, CommitRecord, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.stores.file import FileStore
+from orchestrator.state.stores.memory import MemoryStore
+from orchestrator.state.stores.redis.store import RedisStore
 from orchestrator.testing.clock import ManualClock
 from tests.power_loss import lose_power
+from tests.store_kinds import SERVERS, Server, open_postgres_store
 
 LEASE = Key("lease", "l")
 KEYS = [*(Key("task", name) for name in ("a", "ab", "b", "ü/c")), Key("run", "a"), LEASE]
@@ -65,7 +68,7 @@ guards = st.lists(st.builds(Guard, st.just(LEASE), st.integers(1, 3)), max_size=
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Two stores on one folder, and the model of their contents."""
+    """Two stores with the same contents, and the model of these."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,18 +76,23 @@ class StoreMachine(RuleBasedStateMachine):
         self.log: list[Happened] = []
         self.first = 0  # the position of the oldest available state
         self.kept: dict[Key, int] = {}  # the position from which versions of a document exist
-        self.durable = 0
-        self.durable_end: tuple[str, int] = ("", 0)  # the segment and the offset in it
-        self.marks: list[bytes] = []
         self.resources = ExitStack()
-        memory = Path("/dev/shm")
-        folder = TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None)
-        self.top = Path(self.resources.enter_context(folder))
         self.portal = self.resources.enter_context(start_blocking_portal())
-        self.places = 0
-        self.place = self.top / "0"
-        self.stores: list[FileStore] = []
-        self.closers: list[AbstractContextManager[FileStore]] = []
+        self.stores: list[Store] = []
+        self.closers: list[AbstractContextManager[Store]] = []
+
+    # What depends on the kind of store.
+
+    def opened(self) -> AbstractAsyncContextManager[Store]:
+        """Open another store with the contents."""
+        raise NotImplementedError
+
+    def die(self) -> None:
+        """Kill all processes, and open both stores again."""
+        raise NotImplementedError
+
+    def synced(self) -> None:
+        """Record what is durable."""
 
     # Test helpers.
 
@@ -97,8 +105,7 @@ class StoreMachine(RuleBasedStateMachine):
     def open(self) -> None:
         """Open both stores."""
         for _ in range(2):
-            opened = FileStore.open(self.place, self.clock, segment_bytes=SEGMENT_BYTES)
-            closer = self.portal.wrap_async_context_manager(opened)
+            closer = self.portal.wrap_async_context_manager(self.opened())
             self.stores.append(closer.__enter__())
             self.closers.append(closer)
 
@@ -151,22 +158,6 @@ class StoreMachine(RuleBasedStateMachine):
         }
         self.log.append(Happened(now, documents, list(commit.events)))
 
-    def synced(self) -> None:
-        """Record what is durable."""
-        newest = max(self.place.glob("*.jsonl"))
-        self.durable, self.durable_end = len(self.log), (newest.name, newest.stat().st_size)
-
-    def move(self, change: Callable[[Path], object]) -> None:
-        """Continue in a copy of the folder with a change, as if all processes had been killed."""
-        self.places += 1
-        place = self.top / str(self.places)
-        shutil.copytree(self.place, place)
-        self.close()
-        shutil.rmtree(self.place)
-        self.place = place
-        change(place)
-        self.open()
-
     # Rules.
 
     @rule(writes=writes, guards=guards, durable=st.booleans(), which=st.integers(0, 1))
@@ -199,7 +190,7 @@ class StoreMachine(RuleBasedStateMachine):
         commits = [self.commit_of([(key, 0, {"epoch": 1}, None)], [], 0, durable) for key in keys]
         positions: dict[int, Commit] = {}
 
-        async def commit(store: FileStore, one: Commit) -> None:
+        async def commit(store: Store, one: Commit) -> None:
             positions[await store.commit(one)] = one
 
         async def commit_all() -> None:
@@ -242,42 +233,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def kill(self) -> None:
         """Kill all processes."""
-        self.move(lambda _: None)
-
-    @rule(garbage=st.binary(min_size=1, max_size=60) | st.integers(1, 10_000), within=st.booleans())
-    def kill_within_a_write(self, garbage: bytes | int, within: bool) -> None:
-        """Leave a part of a write behind, or garbage."""
-
-        def leave(place: Path) -> None:
-            newest = max(place.glob("*.jsonl"), default=None)
-            lines = newest.read_bytes().splitlines(keepends=True) if newest else []
-            tail = (lines[-1] if lines else b"")[:-1] if isinstance(garbage, int) else garbage
-            tail = tail[: garbage % max(len(tail), 1)] if isinstance(garbage, int) else tail
-            if newest is not None and within:
-                with newest.open("ab") as log:
-                    log.write(tail)
-            elif newest is not None and lines:
-                (place / f"{len(self.log) + 1:020d}.jsonl").write_bytes(tail)
-
-        self.move(leave)
-
-    @precondition(lambda self: self.log)
-    @rule(seed=st.integers(0, 1 << 30), mark=st.integers(0, 1 << 30))
-    def lose_power(self, seed: int, mark: int) -> None:
-        """Keep the durable commits and possibly the first of the others."""
-        older = self.marks[-1 - mark % min(len(self.marks), 4)] if self.marks else None
-
-        def lose(place: Path) -> None:
-            name, end = self.durable_end
-            newest = max(place.glob("*.jsonl")).name
-            lose_power(place, end if name == newest else 0, Random(seed), older)
-
-        self.move(lose)
-        position = self.call(self.stores[0].position)
-        assert self.durable <= position <= len(self.log)
-        assert position >= self.first
-        del self.log[position:]
-        self.synced()
+        self.die()
 
     # Invariants.
 
@@ -286,7 +242,6 @@ class StoreMachine(RuleBasedStateMachine):
         """Both stores return each document without damage."""
         if not self.stores:
             return
-        self.marks.append((self.place / "lock").read_bytes())
         expected = self.state(self.clock.now())
         for store in self.stores:
             for key in KEYS:
@@ -358,10 +313,128 @@ class StoreMachine(RuleBasedStateMachine):
         assert found.position == len(self.log)
 
 
+class FileStoreMachine(StoreMachine):
+    """Two stores on one folder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.durable = 0
+        self.durable_end: tuple[str, int] = ("", 0)  # the segment and the offset in it
+        self.marks: list[bytes] = []
+        memory = Path("/dev/shm")
+        folder = TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None)
+        self.top = Path(self.resources.enter_context(folder))
+        self.places = 0
+        self.place = self.top / "0"
+
+    def opened(self) -> AbstractAsyncContextManager[Store]:
+        """Open the folder."""
+        return FileStore.open(self.place, self.clock, segment_bytes=SEGMENT_BYTES)
+
+    def die(self) -> None:
+        """Kill all processes."""
+        self.move(lambda _: None)
+
+    def synced(self) -> None:
+        """Record what is durable."""
+        newest = max(self.place.glob("*.jsonl"))
+        self.durable, self.durable_end = len(self.log), (newest.name, newest.stat().st_size)
+
+    def move(self, change: Callable[[Path], object]) -> None:
+        """Continue in a copy of the folder with a change, as if all processes had been killed."""
+        self.places += 1
+        place = self.top / str(self.places)
+        shutil.copytree(self.place, place)
+        self.close()
+        shutil.rmtree(self.place)
+        self.place = place
+        change(place)
+        self.open()
+
+    @invariant()
+    def has_a_mark(self) -> None:
+        """Keep the marks, for a later loss of power."""
+        if self.stores:
+            self.marks.append((self.place / "lock").read_bytes())
+
+    @rule(garbage=st.binary(min_size=1, max_size=60) | st.integers(1, 10_000), within=st.booleans())
+    def kill_within_a_write(self, garbage: bytes | int, within: bool) -> None:
+        """Leave a part of a write behind, or garbage."""
+
+        def leave(place: Path) -> None:
+            newest = max(place.glob("*.jsonl"), default=None)
+            lines = newest.read_bytes().splitlines(keepends=True) if newest else []
+            tail = (lines[-1] if lines else b"")[:-1] if isinstance(garbage, int) else garbage
+            tail = tail[: garbage % max(len(tail), 1)] if isinstance(garbage, int) else tail
+            if newest is not None and within:
+                with newest.open("ab") as log:
+                    log.write(tail)
+            elif newest is not None and lines:
+                (place / f"{len(self.log) + 1:020d}.jsonl").write_bytes(tail)
+
+        self.move(leave)
+
+    @precondition(lambda self: self.log)
+    @rule(seed=st.integers(0, 1 << 30), mark=st.integers(0, 1 << 30))
+    def lose_power(self, seed: int, mark: int) -> None:
+        """Keep the durable commits and possibly the first of the others."""
+        older = self.marks[-1 - mark % min(len(self.marks), 4)] if self.marks else None
+
+        def lose(place: Path) -> None:
+            name, end = self.durable_end
+            newest = max(place.glob("*.jsonl")).name
+            lose_power(place, end if name == newest else 0, Random(seed), older)
+
+        self.move(lose)
+        position = self.call(self.stores[0].position)
+        assert self.durable <= position <= len(self.log)
+        assert position >= self.first
+        del self.log[position:]
+        self.synced()
+
+
+class MemoryStoreMachine(StoreMachine):
+    """The same store twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = MemoryStore(self.clock)
+
+    def opened(self) -> AbstractAsyncContextManager[Store]:
+        """Return the only store."""
+        return nullcontext(self.store)
+
+    def die(self) -> None:
+        """Keep the process: the contents end with it."""
+
+
+class ServerStoreMachine(StoreMachine):
+    """Two stores on one server."""
+
+    server: Server
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.url = self.server.url()
+
+    def opened(self) -> AbstractAsyncContextManager[Store]:
+        """Connect to the server."""
+        if self.url.startswith("redis:"):
+            return RedisStore.open(self.url, clock=self.clock)
+        return open_postgres_store(self.url, self.clock)
+
+    def die(self) -> None:
+        """Kill the server and restart it."""
+        self.close()
+        self.server.kill()
+        self.server.start()
+        self.open()
+
+
 def run(
-    examples: int, steps: int, phases: Sequence[Phase] = tuple(Phase), machine: type[StoreMachine] = StoreMachine
+    machine: type[StoreMachine], examples: int, steps: int, phases: Sequence[Phase] = (Phase.reuse, Phase.generate)
 ) -> None:
-    """Run that many histories of that many steps."""
+    """Run that many histories of that many steps; by default without shrinking, which may exceed the time of a test."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     bounds = settings(
         phases=phases,
@@ -373,13 +446,34 @@ def run(
     run_state_machine_as_test(machine, settings=bounds)
 
 
-def test_store_behaves_like_a_dict_with_history() -> None:
-    """A few short histories, without shrinking, which would exceed the time of a test."""
-    run(10, 30, (Phase.reuse, Phase.generate))
+@pytest.mark.parametrize("machine", [FileStoreMachine, pytest.param(MemoryStoreMachine, marks=pytest.mark.extended)])
+def test_store_behaves_like_a_dict_with_history(machine: type[StoreMachine]) -> None:
+    """A few short histories."""
+    run(machine, 10, 30)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_store_behaves_like_a_dict_with_history_for_long() -> None:
     """Many long ones."""
-    run(1500, 60)
+    run(FileStoreMachine, 1500, 60, tuple(Phase))
+
+
+@pytest.mark.parametrize(
+    ("kind", "examples", "steps", "phases"),
+    [
+        ("redis", 8, 25, (Phase.reuse, Phase.generate)),
+        pytest.param("postgres", 8, 25, (Phase.reuse, Phase.generate), marks=pytest.mark.extended),
+        *(
+            pytest.param(kind, 300, 60, tuple(Phase), marks=[pytest.mark.slow, pytest.mark.timeout(1200)])
+            for kind in SERVERS
+        ),
+    ],
+)
+def test_store_on_a_server_behaves_like_a_dict_with_history(
+    kind: str, examples: int, steps: int, phases: Sequence[Phase]
+) -> None:
+    """Also when the server is killed."""
+    with SERVERS[kind].started_server() as server:
+        machine: Any = type("Machine", (ServerStoreMachine,), {"server": server})
+        run(machine, examples, steps, phases)

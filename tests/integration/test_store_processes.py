@@ -1,4 +1,4 @@
-"""Many processes on one file store: nothing lost or repeated, one order for all, whatever process dies."""
+"""Many processes on one store: nothing lost or repeated, one order for all, whatever process dies, also the server."""
 
 import fcntl
 import os
@@ -17,12 +17,12 @@ import pytest
 from orchestrator.protocols import Commit, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
+from tests.store_kinds import SERVERS, Server, empty_state
 from tests.stores import open_store
 
-WORKER = Path(__file__).with_name("file_store_worker.py")
+WORKER = Path(__file__).with_name("store_worker.py")
 SHARED = Key("counter", "shared")
 PATIENCE = 60  # seconds
-
 
 Worker = subprocess.Popen[str]
 Start = Callable[..., Worker]
@@ -57,9 +57,9 @@ def finish(process: Worker) -> list[str]:
     return output.splitlines()
 
 
-async def check_log(state: Path | str, acknowledged: dict[int, str]) -> dict[int, str]:
+async def check_log(state: str, acknowledged: dict[int, str]) -> dict[int, str]:
     """Check that the log has each acknowledged commit once, by its author, without gaps."""
-    async with open_store(str(state)) as store:
+    async with open_store(state) as store:
         assert not any(one.keys is None or one.keys for one in store.damage)
         end = await store.position()
         authors: dict[int, str] = {}
@@ -88,37 +88,94 @@ def parse(lines: Iterable[str]) -> dict[int, str]:
     return found
 
 
-@pytest.mark.parametrize(("writers", "readers"), [(3, 15), pytest.param(8, 50, marks=pytest.mark.slow)])
-async def test_writers_and_readers_agree(start: Start, tmp_path: Path, writers: int, readers: int) -> None:
+@pytest.fixture
+def state(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the folder or URL of an empty store."""
+    return empty_state(request.param, tmp_path)
+
+
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Return a server of the test's own."""
+    with SERVERS[request.param].started_server() as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("state", "writers", "readers"),
+    [
+        ("file", 3, 15),
+        ("postgres", 3, 6),
+        pytest.param("redis", 3, 6, marks=pytest.mark.extended),
+        *(pytest.param(kind, 8, 50, marks=pytest.mark.slow) for kind in ("file", *SERVERS)),
+    ],
+    indirect=["state"],
+)
+async def test_writers_and_readers_agree(start: Start, state: str, writers: int, readers: int) -> None:
     """Writers lose nothing and repeat nothing; concurrent followers all read one same sequence."""
     each = 20
-    reading = start("read", tmp_path, writers * each, readers)
-    writing = [start("write", tmp_path, f"w{number}", each) for number in range(writers)]
+    reading = start("read", state, writers * each, readers)
+    writing = [start("write", state, f"w{number}", each) for number in range(writers)]
     acknowledged = parse(line for process in writing for line in finish(process))
     assert Counter(acknowledged.values()) == {f"w{number}": each for number in range(writers)}
-    assert await check_log(tmp_path, acknowledged) == acknowledged
-    assert len(list(tmp_path.glob("*.jsonl"))) > 2
+    assert await check_log(state, acknowledged) == acknowledged
+    if "://" not in state:
+        assert len(list(Path(state).glob("*.jsonl"))) > 2
     seen = finish(reading)
     assert len(seen) == readers
     assert len(set(seen)) == 1
     assert seen[0].startswith("True ")
 
 
-async def test_killed_writer_loses_and_blocks_nothing(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "state", ["file", "postgres", pytest.param("redis", marks=pytest.mark.extended)], indirect=True
+)
+async def test_killed_writer_loses_and_blocks_nothing(start: Start, state: str) -> None:
     """No acknowledged commit is lost; the others finish."""
-    survivor = start("write", tmp_path, "survivor", 150)
+    survivor = start("write", state, "survivor", 150)
     lines: list[str] = []
     for number in range(4):
-        victim = start("write", tmp_path, f"victim{number}", 1_000_000)
+        victim = start("write", state, f"victim{number}", 1_000_000)
         assert victim.stdout
         lines += [victim.stdout.readline() for _ in range(5 + 3 * number)]
         victim.kill()
         lines += victim.stdout.readlines()  # with the lines that were read before, which `communicate` does not return
         victim.wait(PATIENCE)
     acknowledged = parse(lines + finish(survivor))
-    authors = await check_log(tmp_path, acknowledged)
+    authors = await check_log(state, acknowledged)
     # For each killed author there may be one commit that it could not acknowledge.
     assert len(authors) - len(acknowledged) <= 4
+
+
+@pytest.mark.extended_but_first
+async def test_killed_server_keeps_every_acknowledged_commit(start: Start, server: Server) -> None:
+    """Writers that lose their connection fail with one error; what they printed is in the log once."""
+    state = server.url()
+    lines: list[str] = []
+    for turn in range(4):
+        writer = start("write", state, f"w{turn}", 1_000_000)
+        assert writer.stdout
+        lines += [writer.stdout.readline() for _ in range(5 + 7 * turn)]
+        server.kill()
+        lines += writer.stdout.readlines()
+        writer.wait(PATIENCE)
+        server.start()
+    acknowledged = parse(lines)
+    authors = await check_log(state, acknowledged)
+    # For each kill there may be one commit that was not acknowledged.
+    assert len(authors) - len(acknowledged) <= 4
+
+
+@pytest.mark.extended_but_first
+async def test_stopped_server_delays_writers_only(start: Start, server: Server) -> None:
+    """After a stop that is shorter than the time limit, writers continue."""
+    state = server.url()
+    writer = start("write", state, "w", 50)
+    assert writer.stdout
+    lines = [writer.stdout.readline() for _ in range(5)]
+    server.signal(signal.SIGSTOP)
+    server.signal(signal.SIGCONT)
+    assert await check_log(state, parse(lines + finish(writer))) != {}
 
 
 async def test_follower_sees_commits_of_another_store_immediately(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Workers for the tests of a store across processes: `python file_store_worker.py JOB ARGS…`."""
+"""Workers for the tests of a store across processes: `python store_worker.py JOB ARGS…`."""
 
 import hashlib
 import itertools
