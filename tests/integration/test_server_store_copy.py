@@ -45,14 +45,9 @@ def history(count: int) -> Dump:
     ("count", "kind", "other"),
     [
         (500, "redis", "redis"),
-        *(
-            pytest.param(count, *kinds, marks=pytest.mark.extended)
-            for count, *kinds in (
-                (500, "postgres", "postgres"),
-                (10_000, "redis", "postgres"),
-                (10_000, "postgres", "redis"),
-            )
-        ),
+        pytest.param(500, "postgres", "postgres", marks=pytest.mark.extended),
+        pytest.param(10_000, "redis", "postgres", marks=pytest.mark.extended),
+        pytest.param(10_000, "postgres", "redis", marks=pytest.mark.slow),
     ],
 )
 async def test_copy_to_a_server_and_back_has_an_equal_digest(tmp_path: Path, count: int, kind: str, other: str) -> None:
