@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import shutil
 import ssl
 import subprocess
 import tempfile
@@ -108,7 +110,9 @@ class CuttingProxy:
 @cache
 def create_certificate() -> Path:
     """Return a file with a new certificate of 127.0.0.1 and its key."""
-    path = Path(tempfile.mkdtemp(prefix="council-tls-")) / "certificate.pem"
+    folder = Path(tempfile.mkdtemp(prefix="council-tls-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "certificate.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", path, "-out", path, "-days", "2",
          "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],

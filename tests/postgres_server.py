@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
@@ -19,8 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
-from tests.processes import servers
-from tests.servers import NOBODY, MissingServer, skipping
+from tests.servers import NOBODY, MissingServer, skipping, start_server
 
 URL = "COUNCIL_TEST_POSTGRES_URL"
 _SESSION = uuid4().hex[:12]
@@ -64,25 +62,13 @@ class PostgresServer:
         if sys.platform == "linux" and int((self.data / "PG_VERSION").read_text()) >= 14:
             settings["recovery_init_sync_method"] = "syncfs"  # after a kill; a sync of each file takes seconds
         options = [word for name, value in (settings | self.settings).items() for word in ("-c", f"{name}={value}")]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [str(self.programs / "postgres"), "-D", str(self.data), "-p", str(self.port), *options],
-                stdout=log, stderr=log, cwd=self.folder, start_new_session=True,
-                user=self.user, group=self.user, extra_groups=None if self.user is None else [],
-            )  # fmt: skip
-        servers.add(self.process.pid)
-        until = time.monotonic() + 60
-        while not self._is_ready():
-            if self.process.poll() is not None or time.monotonic() > until:
-                raise AssertionError(f"the server has not started: {(self.folder / 'log').read_text()}")
-            time.sleep(0.02)
+        argv = [str(self.programs / "postgres"), "-D", str(self.data), "-p", str(self.port), *options]
+        self.process = start_server(argv, self.folder, self._is_ready, user=self.user, ended_by=signals.SIGQUIT)
 
-    def _is_ready(self) -> bool:
-        lines = (self.data / "postmaster.pid").read_text().splitlines() if self._has_pid_file() else []
-        return len(lines) > 7 and lines[7].strip() == "ready" and lines[0] == str(self.process and self.process.pid)
-
-    def _has_pid_file(self) -> bool:
-        return (self.data / "postmaster.pid").exists()
+    def _is_ready(self, pid: int, _: str) -> bool:
+        file = self.data / "postmaster.pid"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return len(lines) > 7 and lines[7].strip() == "ready" and lines[0] == str(pid)
 
     def signal(self, number: signals.Signals) -> None:
         """Send a signal to all processes of the server."""

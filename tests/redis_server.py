@@ -19,8 +19,7 @@ from uuid import uuid4
 
 from redis.asyncio import Redis
 
-from tests.processes import servers
-from tests.servers import NOBODY, MissingServer, skipping
+from tests.servers import NOBODY, MissingServer, skipping, start_server
 
 URL = "COUNCIL_TEST_REDIS_URL"
 _SESSION = uuid4().hex
@@ -40,25 +39,16 @@ class RedisServer:
         self.user = NOBODY if os.geteuid() == 0 else None
         if self.user is not None:
             os.chown(self.folder, NOBODY, NOBODY)
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
         """Start the server, and wait until it accepts connections."""
         arguments = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder), **self.settings}
         argv = [str(self.program), *(word for name, value in arguments.items() for word in (f"--{name}", value))]
-        self.process = subprocess.Popen(
-            argv, stdout=subprocess.PIPE, text=True, cwd=self.folder, user=self.user, group=self.user,
-            extra_groups=None if self.user is None else [],
-        )  # fmt: skip
-        servers.add(self.process.pid)
-        assert self.process.stdout is not None
-        said = ""
-        for line in self.process.stdout:
-            said += line
-            if "eady to accept connections" in line:
-                return
-        raise AssertionError(f"the server has not started: {said}")
+        self.process = start_server(
+            argv, self.folder, lambda _, said: "eady to accept connections" in said, user=self.user
+        )
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the server."""
@@ -74,7 +64,7 @@ class RedisServer:
         """Kill the server."""
         if self.process is not None:
             self.process.kill()
-            self.process.communicate()
+            self.process.wait()
             self.process = None
 
     def close(self) -> None:
