@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import anyio.to_thread
 import pytest
 
 from orchestrator.cli.core.error_boundary import ErrorLog, error_boundary
@@ -34,6 +36,21 @@ async def test_lock_timeout_is_not_an_internal_error(
     with pytest.raises(SystemExit), error_boundary(Output(as_json=False), ErrorLog()):
         raise raised
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def read_head(path: Path) -> bytes:
+    """Read from an open file."""
+    with path.open("rb") as file:
+        return file.read(10)
+
+
+def read_descriptor(path: Path) -> bytes:
+    """Read without a file object."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, 10)
+    finally:
+        os.close(descriptor)
 
 
 def test_read_only_file_system_is_unavailable(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +81,19 @@ def test_input_output_error_is_reported_but_not_waited_for(
     assert end.value.code == 1
     reported = f"council: {subject}: input/output error: check the disk and its file system; no recorded work is lost\n"
     assert capsys.readouterr().err == reported
+
+
+@pytest.mark.parametrize("read", [Path.read_bytes, Path.read_text, read_head, read_descriptor])
+async def test_failed_read_names_its_file(capsys: pytest.CaptureFixture[str], read: Callable[[Path], object]) -> None:
+    """Also in a thread, where the error has no file name."""
+    memory = Path("/proc/self/mem")  # nothing is mapped at its start
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        await anyio.to_thread.run_sync(read, memory)
+    assert raised.value.filename is None
+    with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=False), ErrorLog()):
+        raise raised.value
+    reported = f"council: {memory}: input/output error: check the disk and its file system; no recorded work is lost\n"
+    assert (end.value.code, capsys.readouterr().err) == (1, reported)
 
 
 @pytest.mark.parametrize("is_grouped", [False, True])

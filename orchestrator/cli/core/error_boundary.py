@@ -10,11 +10,13 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
+from io import IOBase
+from pathlib import Path, PurePath
 
 import click
 
@@ -94,6 +96,8 @@ def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
 def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tuple[int, JsonObject, str]:
     """Return the exit code, JSON object and text of an error; log internal errors."""
     if isinstance(error, OSError):
+        if error.errno is not None and error.filename is None:
+            error.filename = _find_file(error)
         error = to_permission_refusal(error) or error
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted"
@@ -116,6 +120,20 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tup
     details = "" if path is None else f" Details: {path}"
     failure = {"status": "error", "error": what, "log": None if path is None else str(path)}
     return EXIT_INTERNAL_ERROR, failure, f"council: {what}\n{state}{details}"
+
+
+def _find_file(error: OSError) -> str | None:
+    """Return the file that failed to be read or written, from the frames that the error passed, or None.
+
+    Unlike the error of an `open`, that of a `read` names no file: innermost, a frame has the open file or its path.
+    """
+    for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
+        values = frame.f_locals.values()
+        names = [getattr(value, "name", None) for value in values if isinstance(value, IOBase)]
+        names += [value for value in values if isinstance(value, PurePath)]
+        if found := [name for name in names if isinstance(name, str | PurePath)]:  # that of a descriptor is a number
+            return str(found[0])
+    return None
 
 
 def _root_cause(error: BaseException) -> BaseException:
