@@ -201,6 +201,24 @@ def test_halt_is_wrapped_between_words() -> None:
     assert shown[-1].endswith(command)
 
 
+def test_joined_commands_are_broken_where_a_shell_continues() -> None:
+    """No line is too wide, and the lines together are the command."""
+    ours, base = "council/20260102-030405-ab12", "release-candidate-2026"
+    command = f"git switch {ours} && git merge --no-edit {base} && git switch -"
+    halted = str(
+        HaltReason("checks fail", remedy=(f"fix {base} and merge that into {ours} (`{command}`), then resume",))
+    )
+    shown = summary_lines(replace(run(task("pending")), halted=halted, halt_cause=HaltCause.BASE))
+    assert [line for line in shown if cell_len(line) > COLUMNS] == []
+    assert f"(`{command}`)" in " ".join(shown)
+    assert any(line.endswith("&&") for line in shown)
+    conflict = task("conflict", id="merge", reason="merge conflict in a")
+    merged = replace(run(conflict), merges=ours.removeprefix("council/"), target=base)
+    shown = summary_lines(merged)
+    assert [line for line in shown if cell_len(line) > COLUMNS] == []
+    assert f"next: git switch {ours} && git merge {base}" in " ".join(map(str.strip, shown))
+
+
 def test_halt_with_a_long_last_line_shows_the_end() -> None:
     """Interpreters name the missing module there, after their own path."""
     reason = HaltReason("it failed", (f"/{'long/' * 20}python: No module named pytest",), "/logs/check1", ("fix main",))

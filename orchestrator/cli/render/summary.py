@@ -30,6 +30,7 @@ from orchestrator.cli.render.text import (
     pluralize,
     printable,
     short_name,
+    split_commands,
     truncate_end,
     truncate_start,
     wrapped,
@@ -141,10 +142,16 @@ def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> _Entry:
     what = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
     text = printable(": ".join(filter(None, [f"{short_name(task.id)} {format_state(task.status, report)}", what])))
     steps = task_steps(task, report, is_newest=is_newest)
-    fixed = [printable(f"    {step}") for step in (steps if report.merges is not None else steps[:1])]
+    fixed = [line for step in (steps if report.merges is not None else steps[:1]) for line in _step_lines(str(step))]
     # These reasons end with the cause or the fix.
     is_long = task.failure == FailureClass.SETUP_FAILED or task.status == TaskStatus.QUEUED
     return _Entry(text, fixed, "  ", MAX_LINES // 2 if is_long else 1)
+
+
+def _step_lines(step: str) -> Iterator[str]:
+    first, *others = split_commands(printable(f"    {step}"))
+    yield first
+    yield from (f"      {one}" for one in others)
 
 
 def _shortened(text: str) -> str:
@@ -157,7 +164,7 @@ def _shortened(text: str) -> str:
     lost = [one for one in re.finditer(r"`[^`]*`", text) if cell_len(text[: one.end()]) >= COLUMNS]
     commands = " ".join(one.group() for one in lost)
     prose = text[: lost[0].start()] if lost else text
-    room = max(COLUMNS - 1 - cell_len(commands), COLUMNS // 2)
+    room = max(COLUMNS - 1 - cell_len(commands), COLUMNS // 4)
     kept = set_cell_size(prose, room - 2) if cell_len(prose) > room - 2 else prose
     clauses = [one.start() for one in _CLAUSE_ENDS.finditer(f"{kept} ")]
     if lost and clauses and clauses[-1] > len(kept) // 2:  # a shorter clause is better than half a sentence

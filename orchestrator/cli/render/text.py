@@ -72,6 +72,7 @@ COLUMNS = 80
 _LONGEST_NAME = 24
 #: Words that are never broken; a command in backticks is one word.
 _WORDS = re.compile(r"[^\s`]*`[^`]*`\S*|\S+")
+_AFTER_AND = re.compile(r"(?<=&&) ")
 
 
 def short_name(name: str) -> str:
@@ -90,9 +91,10 @@ def _width(text: str) -> int:
 def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
     """Yield text wrapped between words, the first line after `head`, others indented.
 
-    Never breaks a path, or a command in backticks.
+    Never breaks a path, or a command in backticks, except after the `&&` of commands that don't fit on a line.
     """
     words = _WORDS.findall(text) if "`" in text else text.split()
+    words = [part for word in words for part in split_commands(word, indent)]
     whole = head + " ".join(words)
     if _width(whole) <= COLUMNS:
         words, head = [], whole
@@ -104,6 +106,11 @@ def wrapped(text: str, *, head: str = "", indent: str = "") -> Iterator[str]:
         line, gap = f"{line}{gap}{word}", " "
     if line:
         yield line.rstrip()
+
+
+def split_commands(text: str, indent: str = "") -> Sequence[str]:
+    """Split commands joined by `&&` that don't fit on a line; a shell accepts the lines as they are."""
+    return [text] if _width(f"{indent}{text}") <= COLUMNS else _AFTER_AND.split(text)
 
 
 def described(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
