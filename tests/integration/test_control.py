@@ -16,6 +16,7 @@ import pytest
 
 from orchestrator import Council, RequestTimeout
 from orchestrator.api.execution import control
+from orchestrator.domain.events.runs import describe_file_changes
 from orchestrator.errors import describe_shortage
 from tests.command_server import StartedCommand
 from tests.conftest import CommandResult, Repository
@@ -743,14 +744,76 @@ def test_printed_reload_of_a_blocked_task_works(repository: Repository) -> None:
     resumed = repository.council("resume")
     [event] = [line for line in resumed.stdout.splitlines() if "has changed" in line]
     [reload] = printed_commands(event)
-    assert reload[:3] == ["retry", "b", "--reload"], event
+    assert (reload[0], reload[-1]) == ("resume", "--reload"), event
     assert event.endswith("; to use changes of `owns`, start a new run")
-    reloaded = repository.council(*reload, "--json")
-    assert (reloaded.code, reloaded.states["b"]) == (0, "blocked"), reloaded
+    reloaded = repository.council(*reload)
+    assert (reloaded.code, "b: reloaded prompt from" in reloaded.stderr) == (1, True), reloaded
+    assert repository.council("status", "--json").states["b"] == "blocked"
     _file(repository, [{**tasks[0], "prompt": "write a.txt a"}, *changed[1:]])
     assert repository.council("retry", "a", "--reload").code == 0
     assert set(repository.council("resume", "--json").states.values()) == {"landed"}
     assert (repository.top / "b.txt").read_text() == "new\n"
+
+
+def test_printed_reload_of_a_resume_works_after_a_stop(repository: Repository) -> None:
+    """For a task that the resume has started, and one that has landed since; a retry of a live run says the same."""
+    gate = repository.spawns.parent / "gate"
+    tasks: list[dict[str, Any]] = [
+        {"id": "t", "prompt": f"await {gate}\nwrite t.txt old"},
+        {"id": "landing", "prompt": "attempt 1 exit 1\nwrite landing.txt old", "attempts": 1},
+        {"id": "failing", "prompt": "exit 1", "attempts": 1},
+    ]
+    child = repository.start("run", _file(repository, tasks))
+    has_begun(repository, "t")
+    wait_for(lambda: repository.council("status", "--json").states["failing"] == "failed")
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)
+    assert repository.council("retry", "landing").code == 0
+    changed = [
+        {**tasks[0], "prompt": "write t.txt new"},
+        {**tasks[1], "timeout": "50s"},
+        {**tasks[2], "timeout": "50s"},
+    ]
+    _file(repository, changed)
+    child = repository.start("resume")
+    wait_for(lambda: repository.council("status", "--json").states["landing"] == "landed")
+    retried = repository.council("retry", "failing")
+    assert printed_commands(retried.stderr)[0] == ["resume", "--reload"], retried
+    child.send_signal(signal.SIGINT)
+    stdout, _ = child.communicate(timeout=60)
+    [event] = [line for line in stdout.splitlines() if "has changed" in line]
+    assert "to adopt them: stop the run, then `council resume " in event
+    [reload] = printed_commands(event)
+    resumed = repository.council(*reload, "--json")
+    assert resumed.states == {"t": "landed", "landing": "landed", "failing": "failed"}, resumed
+    assert (repository.top / "t.txt").read_text() == "new\n"
+    assert "run.file_changed" not in resumed.stdout
+
+
+@pytest.mark.extended
+def test_printed_reload_of_a_task_that_a_resume_does_not_start_works(repository: Repository) -> None:
+    """While the run is active."""
+    gate = repository.spawns.parent / "gate"
+    tasks: list[dict[str, Any]] = [
+        {"id": "t", "prompt": f"await {gate}\nwrite t.txt t"},
+        {"id": "failing", "prompt": "exit 1", "attempts": 1},
+    ]
+    child = repository.start("run", _file(repository, tasks))
+    has_begun(repository, "t", "failing")
+    wait_for(lambda: repository.council("status", "--json").states["failing"] == "failed")
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)
+    _file(repository, [tasks[0], {**tasks[1], "prompt": "write failing.txt x"}])
+    child = repository.start("resume", "--json")
+    assert child.stdout is not None
+    events = (json.loads(line) for line in child.stdout)
+    changed = next(line for line in events if line.get("event") == "run.file_changed")
+    assert (changed["tasks"], changed["stop_first"]) == ({"failing": ["prompt"]}, [])
+    [reload] = printed_commands(describe_file_changes(changed["file"], changed["tasks"], [], changed["run"]))
+    assert repository.council(*reload).code == 0
+    gate.touch()
+    child.communicate(timeout=60)
+    assert set(repository.council("status", "--json").states.values()) == {"landed"}
 
 
 @pytest.mark.extended

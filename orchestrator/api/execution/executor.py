@@ -22,6 +22,7 @@ from orchestrator.api.run_reader import RunReader
 from orchestrator.config.coordination import CoordinationOverrides, resolve_coordination
 from orchestrator.domain.events.runs import RunFileChanged, RunInterrupted, RunWorkerLeft
 from orchestrator.domain.runs.model import HaltCause, RunDocument
+from orchestrator.domain.runs.statuses import FINAL_STATUSES
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
 from orchestrator.domain.settings.run_settings import Budget, CoordinationSettings
 from orchestrator.engine.cleanup.imported_tasks import write_unfinished_tasks
@@ -37,6 +38,7 @@ from orchestrator.engine.scheduler.loop import Scheduler
 from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import read_entries, read_requests, read_run
+from orchestrator.engine.state.reload import is_adoptable_while_active
 from orchestrator.errors import LockHeld
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.sessions.supervision.supervisor_client import open_fork_server
@@ -140,9 +142,17 @@ class RunExecutor:
     async def _note_file_changes(self, ledger: Ledger) -> None:
         if await has_same_config_file(ledger.run):
             return
-        changes = await compare_with_config_file(self._context, ledger.run, ledger.statuses())
+        statuses = ledger.statuses()
+        changes = await compare_with_config_file(self._context, ledger.run, statuses)
         if changes:
-            await ledger.note(RunFileChanged(file=changes.file, tasks=changes.tasks, keys=changes.keys))
+            stop_first = [
+                task
+                for task, keys in changes.tasks.items()
+                if statuses[task] not in FINAL_STATUSES or not is_adoptable_while_active(keys)
+            ]
+            await ledger.note(
+                RunFileChanged(file=changes.file, tasks=changes.tasks, keys=changes.keys, stop_first=stop_first)
+            )
 
     async def _execute(
         self,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import anyio.to_thread
 
 from orchestrator.api.execution.control import RunController
-from orchestrator.api.execution.file_comparison import compare_with_config_file
+from orchestrator.api.execution.file_comparison import apply_config_file, compare_with_config_file
 from orchestrator.api.topics.logs import TaskLogs
 from orchestrator.api.topics.reports import find_landing_times, mark_interrupted
 from orchestrator.api.topics.topic import Topic
+from orchestrator.domain.events.runs import FIXED_KEYS
 from orchestrator.domain.runs.model import RequestAction, RunDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.reports.report import RunReport
@@ -66,6 +68,18 @@ class Tasks(Topic):
         Raises RefusedError, with the reason for each key that can't change.
         """
         return await self._request(run, RequestAction.RETRY, tasks, phase=from_phase, reload=reload)
+
+    async def reload(self, changes: FileChanges, *, run: str | None = None) -> Sequence[str]:
+        """Apply the settings of a run's file to all tasks that have not succeeded, and return these tasks.
+
+        `changes` are from `file_changes`. Tasks whose `needs`, `owns` or `workflow` differ keep their settings. Raises
+        RefusedError, with the reason for each other key that can't change.
+        """
+        name = await self._find(run)
+        await self._context.check_writable()
+        tasks = [task for task, keys in changes.tasks.items() if FIXED_KEYS.keys().isdisjoint(keys)]
+        await apply_config_file(self._context, name, tasks, changes)
+        return tasks
 
     async def approve(self, *tasks: str, note: str | None = None, run: str | None = None) -> RunReport:
         """Approve the phase result of each task, so that the task continues.

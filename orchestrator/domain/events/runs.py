@@ -197,25 +197,35 @@ class RunFileChanged(RunEvent):
     """The keys that differ, by task."""
     keys: Sequence[str]
     """The keys of the whole run that differ."""
+    stop_first: Sequence[str] = ()
+    """The tasks that can adopt the changes only while no process is active in the run."""
 
     @property
     def changes(self) -> str:
         """A description of the differences, with the command that adopts them."""
-        return describe_file_changes(self.file, self.tasks, self.keys, self.run or None)
+        return describe_file_changes(self.file, self.tasks, self.keys, self.run or None, stop_first=self.stop_first)
 
 
 def describe_file_changes(
-    file: str, tasks: Mapping[str, Sequence[str]], keys: Sequence[str], run: str | None = None
+    file: str,
+    tasks: Mapping[str, Sequence[str]],
+    keys: Sequence[str],
+    run: str | None = None,
+    *,
+    stop_first: Sequence[str] = (),
 ) -> str:
     """Return the settings that only a run's file has, and how to adopt them.
 
-    For None, describe the newest run.
+    For None, describe the newest run. `stop_first` are the tasks that can't adopt them while the run is active.
     """
     each = [*(f"{name} ({', '.join(changed)})" for name, changed in tasks.items()), *keys]
-    option = "" if run is None else f" --run {run}"
     adoptable = [name for name, changed in tasks.items() if FIXED_KEYS.keys().isdisjoint(changed)]
     names = " ".join(adoptable) if len(adoptable) <= _MAX_NAMED_TASKS else "TASK..."
-    remedy = f"to adopt them: `council retry {names} --reload{option}`" if adoptable else "to use them, start a new run"
+    remedy = "to use them, start a new run"
+    if not set(stop_first).isdisjoint(adoptable):
+        remedy = f"to adopt them: stop the run, then `council resume{'' if run is None else f' {run}'} --reload`"
+    elif adoptable:
+        remedy = f"to adopt them: `council retry {names} --reload{'' if run is None else f' --run {run}'}`"
     if adoptable and len(adoptable) < len(tasks):
         fixed = dict.fromkeys(f"`{key}`" for changed in tasks.values() for key in changed if key in FIXED_KEYS)
         remedy += f"; to use changes of {' and '.join(fixed)}, start a new run"

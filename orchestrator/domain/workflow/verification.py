@@ -272,9 +272,9 @@ def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
             )
         elif attempt.ended is None and is_done and facts.now - session.updated > IDLE_LIMIT:
             what = "reported to be done but has not ended, and its task still waits for it"
-            yield Violation(
-                "sessions.idle", location, what, f"stop it with `council cancel {facts.task}`, then `council retry`"
-            )
+            task = f"{facts.task} --run {facts.run}"
+            remedy = f"stop it with `council cancel {task}`, then `council retry {task}`"
+            yield Violation("sessions.idle", location, what, remedy)
 
 
 _RULES: Final[Sequence[Constraint]] = (

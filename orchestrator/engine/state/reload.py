@@ -140,6 +140,11 @@ def build_reload(
     return writes, events
 
 
+def is_adoptable_while_active(keys: Sequence[str]) -> bool:
+    """Return True if no active process has read any of the changed keys at its start."""
+    return not any(key in _READ_AT_START or key.startswith(_ADAPTERS_PREFIX) for key in keys)
+
+
 def can_reload(run: RunDocument, spec: TaskSpec | DispatchEntry) -> bool:
     """Return True if a task of a run comes from its file."""
     return TASKS_KEY not in run.overrides and _source(spec) is None
@@ -170,7 +175,7 @@ def _find_problems(
         for key in keys:
             if key in FIXED_KEYS:
                 yield f"`{key}` of task {name!r} can't change: {FIXED_KEYS[key]}", "start a new run"
-            elif is_live and (key in _READ_AT_START or key.startswith(_ADAPTERS_PREFIX)):
+            elif is_live and not is_adoptable_while_active([key]):
                 message = f"`{key}` of task {name!r} can't change while the run is active"
                 yield message, "wait for its end, or stop it with SIGINT, then retry"
             elif key.startswith(_ADAPTERS_PREFIX) and (

@@ -111,7 +111,7 @@ async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, com
 async def _refuse_user_programs(git: Git, users: Git, checkout: Path, base: str, commit: str) -> None:
     """Raise RefusedError if a change would make the user's git run an agent's program."""
     repository, configuration = await find_repository(checkout, users), await read_git_config(users, checkout)
-    remedy = "review it with `council salvage show`, then run `council salvage apply --branch` and merge it manually"
+    remedy = "review it with `council salvage show NAME`, then add `--branch BRANCH` and merge that branch manually"
     if (unsafe := await find_unsafe_filter(repository, checkout, configuration)) is not None:
         raise RefusedError(*unsafe)
     paths = [change.path for change in await git.changes(base, commit)]

@@ -43,7 +43,7 @@ _SLOW_PUSH = 10.0
 _UNRELATED = "unrelated histories"
 _REWRITTEN = (
     "the history of {branch!r} was rewritten and has no commit in common with this work: restore it (the run started "
-    "at {start:.12}), or run `council salvage apply` and cancel the task"
+    "at {start:.12}), or cancel the task and apply its work, which `council salvage list` names"
 )
 
 #: Up to this many landings, git finds a merge base faster than we can construct one.

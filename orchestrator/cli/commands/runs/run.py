@@ -15,6 +15,7 @@ import click
 
 from orchestrator.api import execution
 from orchestrator.cli.commands.runs.run_options import coordination_options, parse_budget
+from orchestrator.cli.commands.runs.tasks import describe_reload, require_reload_trust
 from orchestrator.cli.core.command import (
     CommandContext,
     CouncilContext,
@@ -34,6 +35,7 @@ from orchestrator.cli.render.findings import finding_lines, findings_exit_code
 from orchestrator.cli.render.next_steps import needs_retry, own_branch
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.plan import flowchart, plan_text
+from orchestrator.cli.render.text import printable
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks, select_tasks, with_capacity, with_failing_base
 from orchestrator.config.store import MEMORY
@@ -192,6 +194,8 @@ def _show_plan(plan: DryRun, output: Output, *, mermaid: bool) -> int:
 @capacity_option
 @detach_option
 @allow_failing_base_option
+@click.option("--reload", "reloads", is_flag=True, help="Adopt the prompts, limits and adapters of the current file.")
+@trust_option
 @coordination_options
 @verbose_option
 @council_command()
@@ -202,15 +206,18 @@ async def resume(
     capacity: int | None,
     detach: bool,
     allow_failing_base: bool,
+    reloads: bool,
     coordination: CoordinationOverrides,
 ) -> int:
     """Resume an interrupted run.
 
-    RUN defaults to the newest run. LIMITS are tokens, cost (US dollars) and time, separated by commas.
+    RUN defaults to the newest run. LIMITS are tokens, cost (US dollars) and time, separated by commas. --reload adopts
+    the settings of the current file for all tasks that have not landed, like `council retry TASK --reload`.
 
     \b
     Examples:
       council resume
+      council resume --reload
       council resume 20260102-030405-ab12
       council resume --budget tokens=5M,cost=20,time=8h
     """
@@ -226,6 +233,8 @@ async def resume(
     others = [] if run else [one for one in interrupted if one != name]
     if others and (report is None or report.status is not RunStatus.RUNNING):  # a running one is refused below
         context.output.notice(_other_interrupted_runs(others))
+    if reloads and not await council.runs.is_live(name):  # a running one is refused below
+        await _reload(context, name)
     if detach:
         limits = {} if budget is None else budget.model_dump(exclude_none=True)
         budget_text = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
@@ -245,6 +254,16 @@ async def resume(
         coordination=coordination,
     )
     return await _execute(context, name, after, resumed, was_finished=is_finished)
+
+
+async def _reload(context: CouncilContext, run: str) -> None:
+    """Adopt the settings of a run's file for its tasks, and print which tasks have changed."""
+    changes = await context.council.tasks.file_changes(run)
+    await require_reload_trust(changes)
+    for task in await context.council.tasks.reload(changes, run=run):
+        context.output.notice(printable(describe_reload(task, changes)))
+    if not changes:
+        context.output.notice(printable(f"{changes.file} has no changes"))
 
 
 @click.command()

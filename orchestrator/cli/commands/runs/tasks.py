@@ -135,16 +135,25 @@ async def retry(
     changes = await council.tasks.file_changes(run)
     kept = {} if reloads else {name: keys for name, keys in changes.tasks.items() if name in tasks}
     if kept or changes.keys:
-        context.output.notice(printable(describe_file_changes(changes.file, kept, changes.keys, run)))
-    if reloads and changes.has_tasks and changes.config is not None:
-        await require_trust(changes.config, is_named=False)
+        starts_them = bool(kept) and await council.runs.is_live(await council.runs.find(run))
+        stop_first = tuple(kept) if starts_them else ()
+        message = describe_file_changes(changes.file, kept, changes.keys, run, stop_first=stop_first)
+        context.output.notice(printable(message))
+    if reloads:
+        await require_reload_trust(changes)
     report = await council.tasks.retry(*tasks, run=run, from_phase=phase, reload=changes if reloads else None)
     for name in tasks if reloads else ():
-        context.output.notice(printable(_describe_reload(name, changes)))
+        context.output.notice(printable(describe_reload(name, changes)))
     return await context.show_result(report, code=0)
 
 
-def _describe_reload(task: str, changes: FileChanges) -> str:
+async def require_reload_trust(changes: FileChanges) -> None:
+    """Have the user confirm the permissions that a file requests before tasks adopt its settings."""
+    if changes.has_tasks and changes.config is not None:
+        await require_trust(changes.config, is_named=False)
+
+
+def describe_reload(task: str, changes: FileChanges) -> str:
     """Return a line with the settings that a task has adopted from the file."""
     keys = changes.tasks.get(task, ())
     return (
