@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.cli.core.command import CommandContext, open_council
+from orchestrator.cli.core.error_boundary import name_failed_file
 from orchestrator.cli.render.result import enable_adapter_command
 from orchestrator.cli.render.text import one_line, printable
 from orchestrator.domain.settings.failures import FailureClass
@@ -70,6 +71,7 @@ async def read_adapter_state(context: CommandContext) -> AdapterState:
     except RefusedError:
         return AdapterState()
     except (CouncilError, OSError) as error:
+        name_failed_file(error)
         context.output.notice(printable(f"council: can't read the newest run: {one_line(str(error))}"))
         return AdapterState()
 

@@ -96,8 +96,7 @@ def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
 def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tuple[int, JsonObject, str]:
     """Return the exit code, JSON object and text of an error; log internal errors."""
     if isinstance(error, OSError):
-        if error.errno is not None and error.filename is None:
-            error.filename = _find_file(error)
+        name_failed_file(error)
         error = to_permission_refusal(error) or error
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted"
@@ -122,18 +121,20 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tup
     return EXIT_INTERNAL_ERROR, failure, f"council: {what}\n{state}{details}"
 
 
-def _find_file(error: OSError) -> str | None:
-    """Return the file that failed to be read or written, from the frames that the error passed, or None.
+def name_failed_file(error: BaseException) -> None:
+    """Add to the error of a read or a write its file, if the frames that it has passed have it.
 
-    Unlike the error of an `open`, that of a `read` names no file: innermost, a frame has the open file or its path.
+    Unlike the error of an `open`, it names none: the innermost frame that has an open file or a path is where it began.
     """
+    if not isinstance(error, OSError) or error.errno is None or error.filename is not None:
+        return
     for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
         values = frame.f_locals.values()
         names = [getattr(value, "name", None) for value in values if isinstance(value, IOBase)]
         names += [value for value in values if isinstance(value, PurePath)]
         if found := [name for name in names if isinstance(name, str | PurePath)]:  # that of a descriptor is a number
-            return str(found[0])
-    return None
+            error.filename = str(found[0])
+            return
 
 
 def _root_cause(error: BaseException) -> BaseException:

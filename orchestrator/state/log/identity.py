@@ -44,7 +44,7 @@ def find_log(folder: Path) -> Path | None:
     except OSError as error:
         if not os.path.lexists(path):
             return None
-        raise RefusedError(f"{path} can't be read: {error.strerror}", "make it a readable file") from None
+        raise to_unusable_error(error, f"{path} can't be read", "make it a readable file") from None
     if found is None:
         remedy = f"write the name of the log's folder (see `ls {folder}`) to it"
         raise RefusedError(f"{path} does not contain a log identity", remedy)
