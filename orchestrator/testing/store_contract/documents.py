@@ -224,6 +224,24 @@ class DocumentContract(StoreSuite):
             assert sorted(positions) == list(range(1, 41))
             assert len(await store.list("task")) == 40
 
+    async def test_position_during_commits_never_decreases(self) -> None:
+        """Replies to concurrent calls arrive in any order."""
+        async with self.open_store() as store:
+
+            async def read() -> None:
+                newest = 0
+                while newest < 100:
+                    position = await store.position()
+                    assert newest <= position <= 100
+                    newest = position
+                    await anyio.lowlevel.checkpoint()
+
+            async with anyio.create_task_group() as group:
+                for _ in range(3):
+                    group.start_soon(read)
+                for number in range(100):
+                    await store.commit(Commit(events=[Event("e", {"n": number})], durable=False))
+
     async def test_cancelled_commit_is_complete_or_absent(self) -> None:
         """The store stays usable afterwards."""
         async with self.open_store() as store:

@@ -9,11 +9,12 @@ from typing import Any, Final
 
 import psycopg
 
-from orchestrator.errors import LeaseLost, StateLost, StoreUnavailable, VersionConflict
+from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
 from orchestrator.state.log.codec import get_writer_name
 from orchestrator.state.log.commit_queue import PendingCommit
 from orchestrator.state.stores.postgres.records import commit_parameters, escape, unescape
 from orchestrator.state.stores.postgres.server import Connection, Server, fetch, is_disconnected
+from orchestrator.state.stores.servers import KnownPosition
 
 _GROUP: Final = 50
 """The maximum number of commits in a transaction."""
@@ -28,8 +29,7 @@ class CommitGroups:
     def __init__(self, server: Server, queries: Mapping[str, str]) -> None:
         self._server, self._query = server, queries["commit"]
         self._by = escape(get_writer_name())
-        self._seen = 0
-        """The newest known position: a server that is behind it has lost commits."""
+        self.position = KnownPosition(str(server.address))
         self._unknown: dict[str, None] = {}
         """Ids of commits that may have been applied although their caller got an error."""
 
@@ -57,7 +57,7 @@ class CommitGroups:
 
         async def send(connection: Connection) -> Sequence[Any]:
             # A later attempt has a higher number, also that of a caller who tries again.
-            parameters.update(attempt=time.time_ns(), seen=self._seen)
+            parameters.update(attempt=time.time_ns(), seen=self.position.newest)
             try:
                 (replies,) = await fetch(connection, query, parameters)
             except psycopg.Error:
@@ -82,7 +82,7 @@ class CommitGroups:
         commit = pending.commit
         match reply:
             case ["ok", position]:
-                self._seen = max(self._seen, position)
+                self.position.note(position, 0)
                 pending.position = position
             case ["conflict", number, found, by, when]:
                 write = commit.writes[number - 1]
@@ -93,15 +93,6 @@ class CommitGroups:
                 guard = commit.guards[number - 1]
                 pending.failure = LeaseLost(str(guard.key), guard.epoch, epoch)
             case ["lost", position]:
-                pending.failure = self._lost(position)
+                pending.failure = self.position.lost(position)
             case _:
                 raise AssertionError(reply)
-
-    def note_position(self, position: int) -> None:
-        """Record the position of the server. Raises StateLost if it was beyond that before."""
-        if position < self._seen:
-            raise self._lost(position)
-        self._seen = position
-
-    def _lost(self, position: int) -> StateLost:
-        return StateLost(str(self._server.address), f"it is at position {position}, after it was at {self._seen}")

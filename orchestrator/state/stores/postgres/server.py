@@ -20,7 +20,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from orchestrator.domain.wording import quote_text
 from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable
-from orchestrator.state.stores.passwords import read_password
+from orchestrator.state.stores.servers import read_password
 
 T = TypeVar("T")
 

@@ -108,8 +108,9 @@ class PostgresStore:
 
     async def position(self) -> int:
         """See `Store.position`."""
+        known = self._groups.position.newest
         ((position, _, _),) = await self._fetch("head")
-        self._groups.note_position(position)
+        self._groups.position.note(position, known)
         return int(position)
 
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:

@@ -38,11 +38,11 @@ from orchestrator.protocols import (
 from orchestrator.state.log.codec import EncodedCommit, LogLine, encode_commit, get_writer_name, to_dumped, to_record
 from orchestrator.state.log.loading import check_intact, damaged_log_error
 from orchestrator.state.log.table import CommitStage, DocumentTable, read_versions, rebuild_state
-from orchestrator.state.stores.passwords import read_password
 from orchestrator.state.stores.redis.maintenance import examine, load_dump, prune, repair_state
 from orchestrator.state.stores.redis.records import encode_key
 from orchestrator.state.stores.redis.server import PASSWORD, SET_PASSWORD, Server, connect, parse_url, translated
 from orchestrator.state.stores.redis.server_log import ServerLog
+from orchestrator.state.stores.servers import KnownPosition, read_password
 from orchestrator.system.clock import Clock
 
 P = ParamSpec("P")
@@ -76,8 +76,7 @@ class RedisStore:
         self._by = orjson.dumps(get_writer_name())
         self._table: DocumentTable | None = None
         """All documents as of the last read."""
-        self._known = 0
-        """The newest known position: a server that is behind it has lost commits."""
+        self._known = KnownPosition(str(server.address))
         self.damage: Sequence[Damage] = ()
         """See `Store.damage`."""
 
@@ -94,7 +93,7 @@ class RedisStore:
             store = cls(server, clock)
             with translated(address):
                 await store._check_format()
-                store._known = await store._log.position()
+                await store.position()
             yield store
 
     async def _check_format(self) -> None:
@@ -118,7 +117,7 @@ class RedisStore:
                 reply = await self._send(encoded)
                 match reply:
                     case int(position):
-                        self._known = max(self._known, position)
+                        self._known.note(position, 0)
                         return position
                     case [b"refused", time]:
                         table, _ = await self._refresh()
@@ -126,12 +125,12 @@ class RedisStore:
                     case [b"damaged", key]:
                         raise StateLost(str(self.address), f"document {key.decode()} is damaged")
                     case [b"lost", position]:
-                        raise self._lost(position, self._known)
+                        raise self._known.lost(position)
         raise StoreUnavailable(str(self.address), "the documents of a commit keep changing", "try again")
 
     async def _send(self, commit: EncodedCommit) -> Any:
         now = "" if self._clock is None else repr(self._clock.now())
-        arguments: list[Any] = [commit.id, now, self._by, self._known, commit.payload, len(commit.guards)]
+        arguments: list[Any] = [commit.id, now, self._by, self._known.newest, commit.payload, len(commit.guards)]
         for guard in commit.guards:
             arguments += (encode_key(guard.key), guard.epoch)
         arguments.append(len(commit.writes))
@@ -145,19 +144,14 @@ class RedisStore:
             await self._apply(keys, arguments, pipeline)
             return (await self._log.run_durably(pipeline))[0]
 
-    def _lost(self, position: int, known: int) -> StateLost:
-        return StateLost(str(self.address), f"it is at position {position}, after it was at {known}")
-
     async def _refresh(self) -> tuple[DocumentTable, float]:
         """Fetch the commits since the last read; return all documents and the time."""
         while True:
-            known = self._known
+            known = self._known.newest
             table = self._table = self._table or await self._log.read_table()
             before = table.position
             time, position, found = await self._log.read_after(before)
-            if position < known:
-                raise self._lost(position, known)
-            self._known = max(self._known, position)
+            self._known.note(position, known)
             for commit in found:
                 if commit.position == table.position + 1 and commit.line and not commit.line.is_damaged:
                     table.apply(commit.line)
@@ -181,10 +175,8 @@ class RedisStore:
     @_translates_errors
     async def position(self) -> int:
         """See `Store.position`."""
-        known, position = self._known, await self._log.position()
-        if position < known:
-            raise self._lost(position, known)
-        self._known = max(self._known, position)
+        known, position = self._known.newest, await self._log.position()
+        self._known.note(position, known)
         return position
 
     async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
