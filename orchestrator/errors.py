@@ -22,6 +22,7 @@ A message ends with the remedy.
         HandoffCorrupted     a phase's input differs from the submitted handoff
       StoreUnavailable       the store can't be read or written at present         exit 1
         StoreFull            its disk is full
+        StoreUnreachable     its server does not answer
         StateLost            acknowledged commits are missing from the store       exit 3
       LockHeld               a file lock was not free in time
       RequestTimeout         a run's process did not perform a request in time     exit 1
@@ -292,6 +293,10 @@ class StoreUnavailable(CouncilError):
 
 class StoreFull(StoreUnavailable):
     """The disk of the store is full; commits succeed again once there is free space."""
+
+
+class StoreUnreachable(StoreUnavailable):
+    """The server of the store does not answer, for example while it restarts."""
 
 
 class StateLost(StoreUnavailable):

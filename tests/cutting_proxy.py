@@ -1,4 +1,4 @@
-"""A proxy in front of a server that cuts connections after some bytes or requests, and loses or delays replies."""
+"""A proxy in front of a server that delays replies, cuts connections, or accepts everything and answers nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class CuttingProxy:
         self.target, self.port = port, 0
         self.budget: dict[str, int | None] = {"request": None, "reply": None}
         self.passed = {"request": 0, "reply": 0}
-        self.refuses = self.loses_replies = False
+        self.refuses = False
+        self.silent = frozenset[str]()
+        """The directions in which bytes are lost. A connection that has lost some stays silent."""
         self.delay = 0.0
         """Seconds by which replies are delayed."""
         self.outage = 0.0
@@ -39,6 +41,10 @@ class CuttingProxy:
     def reset(self) -> None:
         """Count from zero, and cut nothing."""
         self.passed, self.budget = {"request": 0, "reply": 0}, {"request": None, "reply": None}
+
+    def blackhole(self) -> None:
+        """Accept connections and requests, and answer nothing, until `silent` is empty."""
+        self.silent = frozenset({"request", "reply"})
 
     def accept(self) -> None:
         """Accept connections again."""
@@ -71,17 +77,19 @@ class CuttingProxy:
             await asyncio.gather(self._pass("request", reader, their_writer), self._pass("reply", their_reader, writer))
 
     async def _pass(self, direction: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        is_silent = False
         with suppress(OSError):
             while data := await reader.read(65_536):
+                is_silent = is_silent or direction in self.silent
+                if is_silent:
+                    continue
                 if direction == "request" and self.requests_left >= 0:
                     self.requests_left -= 1
                     if self.requests_left < 0:
-                        self._cut()
+                        self.cut()
                         return
                 if direction == "reply":
                     await asyncio.sleep(self.delay)
-                    if self.loses_replies:
-                        continue
                 left = self.budget[direction]
                 part = data if left is None else data[:left]
                 is_last = left is not None and left <= len(data)
@@ -91,11 +99,11 @@ class CuttingProxy:
                 writer.write(part)
                 await writer.drain()
                 if is_last:
-                    self._cut()
+                    self.cut()
                     return
             writer.close()
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
         """Close all connections after delivering the forwarded bytes."""
         self.cuts += 1
         self.reset()

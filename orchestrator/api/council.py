@@ -72,6 +72,7 @@ class Council:
         state: str | None = None,
         clock: Clock | None = None,
         environ: Mapping[str, str] = os.environ,
+        waits_for_server: bool = False,
     ) -> AsyncIterator[Self]:
         """Open a project's state for the body of the `async with`.
 
@@ -87,10 +88,14 @@ class Council:
         If the state is empty and `.worktrees` has state in an earlier format, that state is imported and `notices`
         reports it, but not into a store from `state`.
 
+        With `waits_for_server`, waits while the store's server does not answer, and logs a warning; otherwise raises
+        StoreUnreachable.
+
         Raises ConfigError, with all problems of the file; RefusedError if there is nothing to open, or if the store was
         created on another machine and `adopt_state` has not accepted it.
         """
-        opening = open_project(source, plugins, state, clock or SystemClock(), environ)
+        clock = clock or SystemClock()
+        opening = open_project(source, plugins, state, clock, environ, waits_for_server=waits_for_server)
         async with opening as (context, config, notices):
             yield cls(context, config, await context.store.position(), notices)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from orchestrator.api.context import LazyPlugins, ProjectContext
 from orchestrator.config.store import folder_url, to_store_url
-from orchestrator.errors import CouncilError, RefusedError
+from orchestrator.errors import CouncilError, RefusedError, StoreUnreachable
 from orchestrator.project import (
     LEGACY_RECORD,
     Project,
@@ -42,6 +42,8 @@ async def open_project(
     state: str | None,
     clock: Clock,
     environ: Mapping[str, str],
+    *,
+    waits_for_server: bool = False,
 ) -> AsyncIterator[tuple[ProjectContext, RunConfig | None, Sequence[str]]]:
     """Open a project and its store during the body; see `Council.open`.
 
@@ -63,7 +65,7 @@ async def open_project(
     is_named = chosen is not None or config is not None or url == folder_url(project.state_folder)
     await anyio.to_thread.run_sync(partial(check_trusted, url, council_home(environ), is_named=is_named))
     lazy_plugins = LazyPlugins(plugins, environ, [project.top])
-    async with _open_store(url, lazy_plugins, clock) as store:
+    async with _open_store(url, lazy_plugins, clock, waits_for_server=waits_for_server) as store:
         notices = await _import_legacy_state(store, project, clock, environ) if state is None else ()
         context = ProjectContext(project, store, url, clock, environ, lazy_plugins, follows_file=chosen is None)
         yield context, config, notices
@@ -111,10 +113,22 @@ async def _import_legacy_state(
 
 
 @asynccontextmanager
-async def _open_store(url: str, plugins: LazyPlugins, clock: Clock) -> AsyncIterator[Store]:
+async def _open_store(url: str, plugins: LazyPlugins, clock: Clock, *, waits_for_server: bool) -> AsyncIterator[Store]:
     """Open the store at a URL, without loading plugins if it is a built-in one."""
-    opened = open_without_plugins(url, clock)
-    if opened is None:
-        opened = (await plugins.load()).open_store(url, clock)
-    async with opened as store:
+    async with AsyncExitStack() as stack:
+
+        async def enter() -> Store:
+            opened = open_without_plugins(url, clock)
+            if opened is None:
+                opened = (await plugins.load()).open_store(url, clock)
+            return await stack.enter_async_context(opened)
+
+        try:
+            store = await enter()
+        except StoreUnreachable as error:
+            if not waits_for_server:
+                raise
+            from orchestrator.state.offline.outage import wait_for_server  # noqa: PLC0415  (slow, and rarely needed)
+
+            store = await wait_for_server(enter, error, clock)
         yield store

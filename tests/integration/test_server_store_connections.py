@@ -118,10 +118,10 @@ async def test_commit_whose_reply_is_lost_or_late_is_applied_once(server: Server
     """Without an answer in time it fails, and can be repeated; a late answer is one."""
     async with opened(server) as (proxy, store):
         commit = Commit([], [Event("e", {"n": 0})])
-        proxy.loses_replies = True
+        proxy.silent = frozenset({"reply"})
         with pytest.raises(StoreUnavailable, match="no answer in 5 s"):
             await store.commit(commit)
-        proxy.loses_replies, proxy.delay = False, 0.2
+        proxy.silent, proxy.delay = frozenset(), 0.2
         assert await store.commit(commit) == 1
         assert await store.commit(Commit([], [Event("e", {"n": 1})])) == 2
         assert await numbers(store) == [0, 1]

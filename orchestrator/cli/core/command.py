@@ -28,7 +28,7 @@ from orchestrator.cli.render.text import printable
 from orchestrator.cli.streams import write_error_message
 from orchestrator.config.store import to_store_url
 from orchestrator.engine.reports.report import RunReport
-from orchestrator.errors import CouncilError, RefusedError, describe_shortage
+from orchestrator.errors import CouncilError, RefusedError, StoreUnavailable, describe_shortage
 from orchestrator.state.stores.file import require_store
 
 if TYPE_CHECKING:
@@ -139,7 +139,9 @@ class CouncilContext(CommandContext):
         if whole and commits and not output.as_json:
             with suppress(CouncilError, OSError):
                 changes = await council.reports.landed_changes(report.run, dict(islice(commits.items(), _MAX_COUNTED)))
-        is_newest = output.as_json or await council.runs.newest() == report.run
+        is_newest = True
+        with suppress(StoreUnavailable):
+            is_newest = output.as_json or await council.runs.newest() == report.run
         output.result(report, code, changes=changes, is_newest=is_newest, whole=whole, was_finished=was_finished)
         top = council.project.top.resolve()
         if not output.as_json and not explicit_store_url() and not Path.cwd().is_relative_to(top):
@@ -161,7 +163,11 @@ class CouncilContext(CommandContext):
 
 @asynccontextmanager
 async def open_council(
-    context: CommandContext, source: Path | RunConfig | None = None, plugins: Plugins | None = None
+    context: CommandContext,
+    source: Path | RunConfig | None = None,
+    plugins: Plugins | None = None,
+    *,
+    waits_for_server: bool = False,
 ) -> AsyncIterator[CouncilContext]:
     """Open the council of a run or a folder, by default of the current folder.
 
@@ -169,7 +175,9 @@ async def open_council(
     """
     if source is None and (url := explicit_store_url()):
         await anyio.to_thread.run_sync(require_store, url)
-    async with Council.open(source, plugins=plugins, state=store_option_url()) as council:
+    async with Council.open(
+        source, plugins=plugins, state=store_option_url(), waits_for_server=waits_for_server
+    ) as council:
         context.log.path = council.project.log_file
         for notice in council.notices:
             Output(as_json=False).notice(printable(notice))
@@ -198,13 +206,16 @@ def async_command(
 
 
 def council_command(
-    *, is_short_lived: bool = False, prints_json: bool = True
+    *, is_short_lived: bool = False, prints_json: bool = True, waits_for_server: bool = False
 ) -> Callable[[Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]], Callable[P, None]]:
-    """Extend `async_command` for a command that needs a project; add `--state`."""
+    """Extend `async_command` for a command that needs a project; add `--state`.
+
+    With `waits_for_server`, the command waits until the server of the store answers.
+    """
 
     def decorate(body: Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]) -> Callable[P, None]:
         async def with_council(context: CommandContext, /, *args: P.args, **kwargs: P.kwargs) -> int | None:
-            async with open_council(context) as opened:
+            async with open_council(context, waits_for_server=waits_for_server) as opened:
                 return await body(opened, *args, **kwargs)
 
         update_wrapper(with_council, body)

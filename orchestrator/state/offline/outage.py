@@ -6,6 +6,7 @@ The wrapped stores fulfil the `Store` contract and cost one extra call while the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from orchestrator.domain.events.base import TypedEvent
 from orchestrator.domain.events.state import OutageEnded, OutageStarted
-from orchestrator.errors import LeaseLost, StateLost, StoreFull, StoreUnavailable, VersionConflict
+from orchestrator.errors import LeaseLost, StateLost, StoreFull, StoreUnavailable, StoreUnreachable, VersionConflict
 from orchestrator.protocols import (
     VERSIONS_KEPT,
     Commit,
@@ -34,6 +35,8 @@ from orchestrator.system.clock import Clock
 T = TypeVar("T")
 
 EventHandler = Callable[[TypedEvent], None]
+
+_log = logging.getLogger("orchestrator.outage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +270,18 @@ class PausingStore(StoreWrapper):
     async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
         self._begin_outage(error)
         await self.position()
+
+
+def log_event(event: TypedEvent) -> None:
+    """Log an event of an outage, which is recorded only when the store is reachable again."""
+    _log.warning(event.sentence.format(**event.data()))
+
+
+async def wait_for_server(open_store: Callable[[], Awaitable[T]], error: StoreUnreachable, clock: Clock) -> T:
+    """Return the result of `open_store`, which failed with `error`, once the server answers."""
+    outage = Outage(clock, DEFAULT_INTERVALS, log_event, "pause", lambda found: isinstance(found, StoreUnreachable))
+    outage.begin(error)
+    return await outage.retry_until_reached(open_store)
 
 
 def waiting_store(store: Store, clock: Clock) -> Store:

@@ -44,7 +44,7 @@ from orchestrator.domain.settings.names import check_branch
 from orchestrator.domain.settings.run_settings import MAX_CAPACITY, Budget
 from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.report import RunReport, RunStatus
-from orchestrator.errors import NothingToMerge, RefusedError
+from orchestrator.errors import NothingToMerge, RefusedError, StoreUnavailable
 from orchestrator.system.process import start_detached
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _show_plan(plan: DryRun, output: Output, *, mermaid: bool) -> int:
 @trust_option
 @coordination_options
 @verbose_option
-@council_command()
+@council_command(waits_for_server=True)
 async def resume(
     context: CouncilContext,
     run: str | None,
@@ -320,7 +320,7 @@ def _other_interrupted_runs(others: Sequence[str]) -> str:
 @click.option("--follow", is_flag=True, help="Also join runs that start later.")
 @partial(coordination_options, joins=True)
 @verbose_option
-@council_command()
+@council_command(waits_for_server=True)
 async def work(
     context: CouncilContext, run: str | None, capacity: int | None, follow: bool, coordination: CoordinationOverrides
 ) -> int:
@@ -401,7 +401,8 @@ async def _execute(
             await anyio.to_thread.run_sync(_remove_background_error, council.project.background_log(run))
     async with show_progress(council, run, context.output, after) as progress:
         report = await execute()
-        await progress.reach(await council.history.position())
+        with suppress(StoreUnavailable):  # the report is complete without the last events
+            await progress.reach(await council.history.position())
     # Work that the user has merged is recorded as landed only by this execution.
     return await context.show_result(report, was_finished=was_finished and needs_retry(report))
 

@@ -56,7 +56,8 @@ class Notifications:
             if self._connection is None:
                 connection = await self._server.open_connection()
                 self._connection = connection
-                await connection.execute(self._server.sql('LISTEN "{channel}"'))
+                with self._server.time_limit(connection):
+                    await connection.execute(self._server.sql('LISTEN "{channel}"'))
                 return  # a commit may have been announced before
             async for _ in self._connection.notifies(timeout=self._interval, stop_after=1):
                 pass

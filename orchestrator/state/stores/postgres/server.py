@@ -19,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from orchestrator.domain.wording import quote_text
-from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable
+from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable, StoreUnreachable
 from orchestrator.state.stores.servers import read_password
 
 T = TypeVar("T")
@@ -127,6 +127,7 @@ class Server:
             options["password"] = password
         server = cls(address, options)
         await server._retry(server.check_reachable)
+        server._is_down = False
         try:
             await server._pool.open()
             yield server
@@ -154,17 +155,26 @@ class Server:
     async def open_connection(self) -> Connection:
         """Return a new connection that is not part of the pool. Raises StoreUnavailable."""
         with self.translated():
-            return await psycopg.AsyncConnection.connect(**self._options)
+            try:
+                return await psycopg.AsyncConnection.connect(**self._options)
+            except psycopg.Error:
+                self._is_down = True
+                raise
 
     async def check_reachable(self) -> None:
         """Raise the error of a new connection, if any.
 
         Errors of the pool do not have the cause.
         """
-        self._is_down = True
         connection = await self.open_connection()
-        self._is_down = False
         await connection.close()
+
+    async def _reconnect(self) -> None:
+        """Replace all connections; a check of a silent one would wait. Raises StoreUnavailable."""
+        await self.check_reachable()
+        if self._is_down:
+            self._is_down = False
+            await self._pool.drain()
 
     @asynccontextmanager
     async def connection(self, limit: float = TIMEOUT) -> AsyncIterator[Connection]:
@@ -173,21 +183,34 @@ class Server:
         Raises StoreUnavailable.
         """
         if self._is_down:
-            await self.check_reachable()
-            await self._pool.check()  # the other connections to a restarted server are closed, too
+            await self._reconnect()
         with self.translated():
             try:
                 connection = await self._pool.getconn()
             except PoolTimeout:
                 await self.check_reachable()
                 raise
-            deadline = asyncio.get_running_loop().call_later(limit, _interrupt, connection)
             try:
-                yield connection
+                with self.time_limit(connection, limit):
+                    yield connection
             finally:
-                deadline.cancel()
                 with anyio.CancelScope(shield=True):
                     await self._pool.putconn(connection)
+
+    @contextmanager
+    def time_limit(self, connection: Connection, seconds: float = TIMEOUT) -> Iterator[None]:
+        """Raise StoreUnavailable if the statements of the block take longer."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_later(seconds, _interrupt, connection)
+        try:
+            yield
+        except (psycopg.OperationalError, psycopg.InterfaceError):
+            if loop.time() < deadline.when():
+                raise
+            self._is_down = True
+            raise _no_answer(self.address, seconds) from None  # no cause: another attempt would not help
+        finally:
+            deadline.cancel()
 
     async def run(self, call: Callable[[Connection], Awaitable[T]], limit: float = TIMEOUT) -> T:
         """Return the result of `call`, which is repeated on a new connection if its connection fails."""
@@ -262,7 +285,8 @@ _REPORTS: Final[Sequence[_Report]] = (
     ("25006", StoreUnavailable, "the server accepts no writes", "use the URL of the primary"),
     ("42501", StoreUnavailable, "user {user!r} lacks a privilege: {text}", "{grant}"),
     ("42P01", StoreUnavailable, "the tables of the store are missing: {text}", "restore them, or use another schema"),
-    ("57P03", StoreUnavailable, "it is starting or stopping", "wait for it"),
+    ("57P03", StoreUnreachable, "it is starting or stopping", "wait for it"),
+    ("the database system is", StoreUnreachable, "it is starting or stopping", "wait for it"),  # no state on connecting
     ("password authentication failed", StoreUnavailable, "the password of user {user!r} is wrong", _SET_PASSWORD),
     ("no password supplied", StoreUnavailable, "user {user!r} needs a password", _SET_PASSWORD),
     (
@@ -298,12 +322,14 @@ def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
     if isinstance(error, PoolTimeout):
         return StoreUnavailable(str(address), f"no free connection in {TIMEOUT:g} s", "check the load of the server")
     if isinstance(error, psycopg.errors.ConnectionTimeout) or "timeout" in text:
-        return StoreUnavailable(
-            str(address), f"no answer in {TIMEOUT:g} s", "check the network and the load of the server"
-        )
+        return _no_answer(address, TIMEOUT)
     if isinstance(error, psycopg.OperationalError):
-        return StoreUnavailable(str(address), f"unreachable: {text}", "start the server, or correct the URL")
+        return StoreUnreachable(str(address), f"unreachable: {text}", "start the server, or correct the URL")
     return StoreUnavailable(str(address), f"the server failed: {text}", "see its log")
+
+
+def _no_answer(address: Address, seconds: float) -> StoreUnreachable:
+    return StoreUnreachable(str(address), f"no answer in {seconds:g} s", "check the network and the load of the server")
 
 
 def _summary(error: Exception) -> str:

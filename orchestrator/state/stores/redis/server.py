@@ -16,7 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 
 from orchestrator.domain.wording import quote_text
-from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable
+from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable, StoreUnreachable
 
 PASSWORD: Final = "COUNCIL_REDIS_PASSWORD"  # noqa: S105  (the name of a variable)
 PASSWORD_FILE: Final = f"{PASSWORD}_FILE"
@@ -206,12 +206,12 @@ def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
         remedy = f"`redis-cli acl setuser {address.user} '~{address.prefix}:*' +@all`"
         return StoreUnavailable(name, f"user {address.user!r} lacks a privilege: {text}", remedy)
     if isinstance(error, exceptions.TimeoutError):
-        return StoreUnavailable(name, f"no answer in {TIMEOUT:g} s", "check the network and the load of the server")
+        return StoreUnreachable(name, f"no answer in {TIMEOUT:g} s", "check the network and the load of the server")
     if any(isinstance(one, socket.gaierror) for one in (error.__cause__, error.__context__)):
         host = address.options.get("host")
         return StoreUnavailable(name, f"unknown host {host!r}", "correct the host in the URL")
     if isinstance(error, (exceptions.LockError, exceptions.WatchError)):
         return StoreUnavailable(name, "another process changed the log in the meantime", "try again")
     if isinstance(error, exceptions.ConnectionError):
-        return StoreUnavailable(name, f"unreachable: {text}", "start the server, or correct the URL")
+        return StoreUnreachable(name, f"unreachable: {text}", "start the server, or correct the URL")
     return StoreUnavailable(name, f"the server failed: {text}", "see its log")
