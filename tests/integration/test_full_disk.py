@@ -8,18 +8,19 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.repo.landing.target_branch import DeferredLanding
+from tests import small_disk as small_disks
 from tests.conftest import Repository, hermetic_environ
 from tests.faults import SHELL_ADAPTER
 from tests.integration.test_interrupted_landings import Landing
 from tests.integration.test_shared_runs import states
 from tests.merge_leases import hold_merge_lease
+from tests.small_disk import mounted
 from tests.waiting import wait_for
 
 #: Space for a repository, a run and its sessions.
@@ -29,21 +30,13 @@ _SIZE = "32m"
 @pytest.fixture
 def small_disk(tmp_path: Path, environ: dict[str, str], template: Path) -> Iterator[Repository]:
     """A repository on a small disk, with its state and hub."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={_SIZE}", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.strip()}")
-    try:
+    with mounted(tmp_path / "disk", _SIZE) as disk:
         made = Repository(disk / "project", {**environ, **hermetic_environ(disk)}, disk / "ledger" / "spawns")
         made.spawns.parent.mkdir()
         shutil.copytree(template, made.top)
         made.git("update-index", "--refresh")
         made.remember()
         yield made
-    finally:
-        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def filler(repository: Repository) -> Path:
@@ -53,10 +46,7 @@ def filler(repository: Repository) -> Path:
 
 def fill(repository: Repository) -> None:
     """Fill the disk."""
-    for size in (1 << 16, 512, 1):
-        with suppress(OSError), filler(repository).open("ab", buffering=0) as file:
-            while file.write(bytes(size)):
-                pass
+    small_disks.fill(filler(repository))
 
 
 def fill_with_log(repository: Repository) -> None:

@@ -16,11 +16,12 @@ from orchestrator.domain.events.base import TypedEvent
 from orchestrator.errors import LeaseLost, RefusedError, StateLost, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.documents.log_reader import read_range
-from orchestrator.state.offline.fork import survive_outages
+from orchestrator.state.offline.fork import Mirror, survive_outages
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from tests.faulty_store import QUICK_PAUSES, DisconnectableStore, FailingStore
+from tests.small_disk import fill, mounted
 
 A, B, CLAIM = Key("task", "r/a"), Key("task", "r/b"), Key("claim", "r/a")
 PATIENCE = 20
@@ -220,44 +221,33 @@ async def test_lost_state_is_not_waited_for(tmp_path: Path, mode: Literal["pause
 @pytest.mark.parametrize("mode", ["pause", "continue"])
 async def test_full_disk_is_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
     """Also in fork mode, if the fork's disk is full, too; nothing is lost once there is space."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"can't mount a small file system here: {mounted.stderr.strip()}")
     began = anyio.Event()
 
     async def tell(event: TypedEvent) -> None:
         if event.type == "outage.started":
             began.set()
 
-    clock, number, ballast = SystemClock(), 0, disk / "ballast"
-    try:
-        with anyio.fail_after(PATIENCE):
-            async with (
-                FileStore.open(disk / "state", clock) as inner,
-                survive_outages(inner, mode, clock, disk / "outage", tell, intervals=QUICK_PAUSES) as store,
-            ):
-                await store.commit(writing(A, 0))
-                with suppress(OSError), ballast.open("wb", buffering=0) as file:
-                    while True:
-                        file.write(bytes(4096))
+    clock, number = SystemClock(), 0
+    with anyio.fail_after(PATIENCE), mounted(tmp_path / "disk", "128k") as disk:
+        async with (
+            FileStore.open(disk / "state", clock) as inner,
+            survive_outages(inner, mode, clock, disk / "outage", tell, intervals=QUICK_PAUSES) as store,
+        ):
+            await store.commit(writing(A, 0))
+            fill(disk / "ballast")
 
-                async def fill() -> None:
-                    nonlocal number
-                    for number in range(1, 20):
-                        await store.commit(writing(A, number, {"n": number, "x": "x" * 1000}))
+            async def fill_log() -> None:
+                nonlocal number
+                for number in range(1, 20):
+                    await store.commit(writing(A, number, {"n": number, "x": "x" * 1000}))
 
-                async with anyio.create_task_group() as group:
-                    group.start_soon(fill)
-                    await began.wait()
-                    ballast.unlink()
-                found = await inner.get(A)
-                assert found is not None
-                assert (found.version, found.value["n"]) == (20, 19)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+            async with anyio.create_task_group() as group:
+                group.start_soon(fill_log)
+                await began.wait()
+                (disk / "ballast").unlink()
+            found = await inner.get(A)
+            assert found is not None
+            assert (found.version, found.value["n"]) == (20, 19)
 
 
 async def test_work_continues_and_is_replayed_in_order(scene: Scene) -> None:
@@ -291,6 +281,18 @@ async def test_work_continues_and_is_replayed_in_order(scene: Scene) -> None:
         assert await scene.events() == ["done"] * 4
         await store.commit(writing(A, 3, None, Guard(CLAIM, 1)))
     assert list(scene.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_followed", [True, False])
+async def test_commit_read_from_the_log_before_its_reply_is_known_once(*, is_followed: bool) -> None:
+    """Otherwise its next version, and every commit that builds on it, would conflict in a fork."""
+    mirror, store, commit = Mirror(0), MemoryStore(SystemClock()), writing(A, 0)
+    position = await store.commit(commit)
+    if is_followed:
+        async for record in read_range(store, 0, position):
+            mirror.follow(record)
+    mirror.record_commit(commit, position, 0.0)
+    assert mirror.newest(A) == (1, {"n": 1})
 
 
 async def test_concurrent_changes_of_others_count(scene: Scene) -> None:

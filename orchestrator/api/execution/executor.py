@@ -70,18 +70,18 @@ class RunExecutor:
         settings = resolve_coordination(document.coordination, self._context.environ, coordination)
         hub = await RunIndex(self._context).hub(document)
         try:
-            async with hold_run_lock(hub, run) as lock, background_services(self._context, document):
-                reader = RunReader(self._context)
+            async with (
+                hold_run_lock(hub, run) as lock,
+                self._entry(document, hub, settings) as entry,
+                background_services(entry.context, document),
+            ):
+                reader = RunReader(entry.context)
                 before = await reader.record(run)
-                has_ended = before.is_over and not await read_requests(self._context.store, run)
+                has_ended = before.is_over and not await read_requests(entry.context.store, run)
                 may_be_landed = has_unlanded_work(before.tasks.values())
                 if has_ended and not may_be_landed:
                     return await reader.status(run)
-                async with (
-                    self._entry(document, hub, settings) as entry,
-                    entry.lead(lock) as (ledger, run_context),
-                ):
-                    reader = RunReader(entry.context)
+                async with entry.lead(lock) as (ledger, run_context):
                     if may_be_landed and await Reconciler(ledger, run_context).adopt_landings(frozenset()):
                         before = await reader.record(run)  # the user has landed something since
                     elif has_ended:
@@ -110,12 +110,12 @@ class RunExecutor:
             raise sharing_disabled_error(run, context.environ, coordination)
         hub = await RunIndex(context).hub(document)
         async with (
-            anyio.create_task_group() as group,
             self._entry(document, hub, settings) as entry,
+            anyio.create_task_group() as group,
             entry.join() as (ledger, run_context),
         ):
             ended = anyio.Event()
-            group.start_soon(self._run_services_as_leader, document, ledger, ended)
+            group.start_soon(_run_services_as_leader, entry, ledger, ended)
             disabled = await find_unusable_adapters(run_context.adapters, context.environ)
             reader = RunReader(entry.context)
             report = await self._execute(
@@ -133,11 +133,6 @@ class RunExecutor:
             self._context, run.id, settings, gives_up=lambda: self._stop.is_set
         ) as context:
             yield RunEntry(context, run, hub, settings)
-
-    async def _run_services_as_leader(self, run: RunDocument, ledger: Ledger, ended: anyio.Event) -> None:
-        await ledger.writer.became_leader.wait()
-        async with background_services(self._context, run):  # sinks need the event of the run's end
-            await ended.wait()
 
     async def _note_file_changes(self, ledger: Ledger) -> None:
         if await has_same_config_file(ledger.run):
@@ -190,6 +185,12 @@ class RunExecutor:
             PhaseStarter(ledger, inputs, context.clock, has_tools=run_context.session_service is not None),
             PhaseCompleter(ledger, inputs, run_context.git, context.clock, plugins.transformations),
         )
+
+
+async def _run_services_as_leader(entry: RunEntry, ledger: Ledger, ended: anyio.Event) -> None:
+    await ledger.writer.became_leader.wait()
+    async with background_services(entry.context, entry.run):  # sinks need the event of the run's end
+        await ended.wait()
 
 
 async def _record_end(

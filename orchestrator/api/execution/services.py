@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -24,13 +23,12 @@ from orchestrator.engine.views.export import export_views
 from orchestrator.errors import CouncilError
 from orchestrator.plugins import Plugins
 from orchestrator.protocols import Commit, Event
+from orchestrator.state.documents.validation import DOCUMENT_KINDS
 from orchestrator.state.offline.fork import survive_outages
-from orchestrator.state.offline.outage import is_full, is_outage
+from orchestrator.state.offline.outage import is_full, is_outage, log_event
 
 #: Seconds to update the views at the end of a run.
 _VIEWS_TIMEOUT = 10.0
-
-_log = logging.getLogger("orchestrator.outage")
 
 
 @asynccontextmanager
@@ -89,15 +87,20 @@ async def survive_store_outages(
     is_local = bool(context.store.local_paths())
 
     async def record_event(event: TypedEvent) -> None:
-        _log.warning(
-            event.sentence.format(**event.data())
-        )  # immediately: the event is recorded only when the store is reachable again
+        log_event(event)
         await survived.commit(Commit([], [Event.of(event.within(run=run))]))
 
     folder = context.project.folder / "outage"
     mode = "pause" if is_local else settings.when_unreachable
     is_temporary = is_full if is_local else is_outage
     async with survive_outages(
-        store, mode, clock, folder, record_event, is_temporary=is_temporary, gives_up=gives_up
+        store,
+        mode,
+        clock,
+        folder,
+        record_event,
+        is_temporary=is_temporary,
+        gives_up=gives_up,
+        kinds=DOCUMENT_KINDS,
     ) as survived:
         yield replace(context, store=survived)

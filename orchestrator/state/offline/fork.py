@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -115,7 +115,10 @@ class Mirror:
     def record_commit(self, commit: Commit, position: int, now: float) -> None:
         """Record a commit of this process."""
         for write in commit.writes:
-            version = self._seen.get(write.key, _NEVER).version if write.expected == 0 else write.expected
+            seen = self._seen.get(write.key, _NEVER)
+            if seen.position >= position:  # the log was faster
+                continue
+            version = seen.version if write.expected == 0 else write.expected
             encoded = None if write.value is None else encode_object(write.key, write.value)
             expires = None if write.ttl is None else now + write.ttl
             self._put(write.key, TableEntry(version + 1, encoded, position, False, now, self._by, expires))
@@ -544,12 +547,12 @@ class ForkingStore(StoreWrapper):
             if self._fork is not None:
                 return
             try:
-                await to_thread.run_sync(partial(self._folder.parent.mkdir, parents=True, exist_ok=True))
+                await to_thread.run_sync(partial(self._folder.parent.mkdir, 0o700, parents=True, exist_ok=True))
                 await self._held_lock.enter_async_context(_lock(self._folder).hold(0))
                 fork = await self._open_fork.enter_async_context(Fork.open(self._folder, self._clock))
                 await fork.begin(self._mirror.dump())
             except (OSError, StoreUnavailable):
-                await self._close()
+                await self.close()
                 raise error from None
             self._replayed, self._fork = ReplayResult(), fork
             self._outage.begin(error)
@@ -588,13 +591,13 @@ class ForkingStore(StoreWrapper):
             await self._wait_until_online()
             await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._intervals.first)
 
-    async def close(self) -> None:
-        """Close the fork, if any. The next process that opens the store replays it."""
+    def report_preserved(self) -> None:
+        """Report the fork, if any: the next process that opens the store replays it."""
         if self._fork is not None:
             self._on_event(OutagePreserved(folder=str(self._folder)))
-        await self._close()
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
+        """Close the fork, if any."""
         with anyio.CancelScope(shield=True):
             await self._open_fork.aclose()
             await self._held_lock.aclose()
@@ -612,16 +615,24 @@ def remove_fork(folder: Path) -> None:
 
 @asynccontextmanager
 async def continue_offline(
-    store: Store, outage: Outage, intervals: RetryIntervals, clock: Clock, folder: Path, on_event: EventHandler
-) -> AsyncIterator[Store]:
+    store: Store,
+    outage: Outage,
+    intervals: RetryIntervals,
+    clock: Clock,
+    folder: Path,
+    on_event: EventHandler,
+    kinds: Collection[str] = (),
+) -> AsyncIterator[ForkingStore]:
     """Wrap a store in a ForkingStore during the block.
 
-    Forks are created below `folder`. Forks of killed processes are replayed first.
+    Forks are created below `folder`. Forks of killed processes are replayed first. All documents of `kinds` are read.
     """
     for event in await _replay_leftovers(store, clock, folder):
         on_event(event)
     mirror = Mirror(await store.position())
     forking_store = ForkingStore(store, mirror, outage, intervals, clock, folder / token_hex(8), on_event)
+    for kind in kinds:
+        mirror.record_list(kind, "", await store.list(kind))
     try:
         async with run_in_background(forking_store.follow, forking_store.run_reconnect):
             yield forking_store
@@ -658,14 +669,15 @@ async def survive_outages(
     intervals: RetryIntervals = DEFAULT_INTERVALS,
     is_temporary: Callable[[BaseException], bool] = is_outage,
     gives_up: Callable[[], bool] = lambda: False,
+    kinds: Collection[str] = (),
 ) -> AsyncIterator[Store]:
     """Wrap an open store during the block, so that a run survives outages.
 
     With `pause`, commits and reads wait until the store can be reached. With `continue`, they use a fork below
-    `folder`, which starts with the documents that this process has seen. When the store is reachable again, the fork's
-    commits are replayed in order; conflicting changes of other processes take precedence. Forks of killed processes are
-    replayed first. `is_temporary` selects the errors that `pause` waits for. Once `gives_up` returns True, they are
-    raised.
+    `folder`, which starts with the documents of `kinds` and those that this process has seen. When the store is
+    reachable again, the fork's commits are replayed in order; conflicting changes of other processes take precedence.
+    Forks of killed processes are replayed first. `is_temporary` selects the errors that `pause` waits for. Once
+    `gives_up` returns True, they are raised.
 
     `send_event` receives an event when an outage begins (`OutageStarted`), when it ends (`OutageEnded`), and for each
     commit that is then refused (`OutageCommitRejected`). It may commit to the yielded store, which waits like any other
@@ -678,14 +690,19 @@ async def survive_outages(
             send_stream.send_nowait(event)
 
     sender = partial(_send_events, receive_stream, send_event)
-    async with run_in_background(sender, grace=_FLUSH_TIMEOUT), AsyncExitStack() as stack:
-        stack.enter_context(send_stream)
+    async with AsyncExitStack() as stack:
+        forking_store = None
         if mode == "continue":
             outage = Outage(clock, intervals, on_event, mode)
-            offline_store = continue_offline(store, outage, intervals, clock, folder, on_event)
-            store = await stack.enter_async_context(offline_store)
-        # If the local disk is full, the fork can't be written either, so `continue` also waits.
-        yield PausingStore(store, Outage(clock, intervals, on_event, "pause", is_temporary, gives_up))
+            offline_store = continue_offline(store, outage, intervals, clock, folder, on_event, kinds)
+            store = forking_store = await stack.enter_async_context(offline_store)
+        async with run_in_background(sender, grace=_FLUSH_TIMEOUT), send_stream:
+            try:
+                # If the local disk is full, the fork can't be written either, so `continue` also waits.
+                yield PausingStore(store, Outage(clock, intervals, on_event, "pause", is_temporary, gives_up))
+            finally:
+                if forking_store is not None:
+                    forking_store.report_preserved()
 
 
 async def _send_events(receive_stream: MemoryObjectReceiveStream[TypedEvent], send_event: EventSink) -> None:
