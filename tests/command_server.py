@@ -39,6 +39,7 @@ import adapters
 import orchestrator
 from orchestrator.cli.main import main
 from orchestrator.system.failpoints import arm
+from tests.faulty_store import fail_file_store
 
 _MAX_REQUEST: Final = 1 << 20
 #: Read at interpreter startup or on import of a library: with one of these set, a new interpreter is started.
@@ -237,6 +238,8 @@ def _become(request: Mapping[str, Any], fds: Sequence[int]) -> list[str]:
     added = os.environ.get("PYTHONPATH", "")
     sys.path[:1] = [request["cwd"], *filter(None, added.split(os.pathsep))]
     arm(os.environ.get("COUNCIL_FAILPOINTS", ""))
+    if failing := os.environ.get("COUNCIL_TEST_FAILING_CALL"):
+        fail_file_store(*failing.split(" ", 1))
     return list(request["arguments"])
 
 

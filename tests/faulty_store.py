@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import anyio
@@ -12,6 +13,8 @@ import anyio
 from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Commit, CommitRecord, Store
 from orchestrator.state.offline.outage import RetryIntervals, StoreWrapper
+from orchestrator.state.stores import file
+from orchestrator.system.clock import Clock
 
 T = TypeVar("T")
 
@@ -93,6 +96,12 @@ class FailingStore(StoreWrapper):
     async def commit(self, commit: Commit) -> int:
         return await self._read(partial(self._inner.commit, commit))
 
+    async def watch(self, after: int = 0) -> AsyncGenerator[CommitRecord]:
+        await self._read(self._inner.position)
+        async with aclosing(super().watch(after)) as records:
+            async for record in records:
+                yield record
+
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
         self.calls += 1
         if self.calls in self._failing:
@@ -100,3 +109,21 @@ class FailingStore(StoreWrapper):
                 await read()
             raise StoreUnavailable("the server", "it does not answer", "wait")
         return await read()
+
+
+def fail_file_store(call: str, marker: str) -> None:
+    """Fail the n-th call of each file store that this process opens, which creates the file `marker`."""
+    open_intact = file.open_file_store
+
+    @asynccontextmanager
+    async def open_failing(url: str, clock: Clock, /) -> AsyncIterator[Store]:
+        async with open_intact(url, clock) as store:
+            failing = FailingStore(store, answers_are_lost=False)
+            failing.fail(int(call), 1)
+            try:
+                yield failing
+            finally:
+                if failing.calls >= int(call):
+                    Path(marker).touch()
+
+    file.open_file_store = open_failing

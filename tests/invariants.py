@@ -47,6 +47,7 @@ from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import SystemClock
 from tests.claim_history import ClaimHistory
 from tests.fingerprint import Fingerprint
+from tests.stores import SERVER_SCHEMES, open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,9 @@ async def assert_invariants(scene: RunUnderTest) -> None:
 
 
 async def _read(scene: RunUnderTest) -> _State:
-    async with open_file_store(Project(scene.top).store(), SystemClock()) as store:
+    state = scene.environ.get("COUNCIL_STATE", "")
+    url = state if state.startswith(SERVER_SCHEMES) else ""
+    async with open_store(url) if url else open_file_store(Project(scene.top).store(), SystemClock()) as store:
         last, records = await store.position(), list[CommitRecord]()
         if last:
             async for record in store.watch():

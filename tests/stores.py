@@ -12,6 +12,8 @@ from orchestrator.state.stores.postgres.store import PostgresStore
 from orchestrator.state.stores.redis.store import RedisStore
 from orchestrator.system.clock import SystemClock
 
+SERVER_SCHEMES = ("postgresql:", "redis:")
+
 
 @asynccontextmanager
 async def open_store(state: str, *, segment_bytes: int = SEGMENT_BYTES) -> AsyncIterator[Store]:

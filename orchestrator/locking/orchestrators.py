@@ -8,6 +8,7 @@ later writes.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import socket
@@ -18,6 +19,7 @@ import anyio
 from pydantic import ValidationError
 
 from orchestrator.domain.scheduling.claims import (
+    MIN_WATCHED_HEARTBEATS,
     ClaimCounters,
     OrchestratorIdentity,
     OrchestratorLease,
@@ -109,6 +111,8 @@ class PeerObserver:
         """Heartbeats, keyed by run and name."""
         self._alive: dict[str, float] = {}
         """When a process was last checked and not proven dead (monotonic seconds), keyed by orchestrator."""
+        self._renewed = math.inf
+        """When our own heartbeat was last written (monotonic seconds); infinite if unknown."""
 
     async def all(self) -> dict[str, OrchestratorLease]:
         """Return the records of all orchestrators that ever joined the run, keyed by name."""
@@ -176,8 +180,23 @@ class PeerObserver:
         for orchestrator in orchestrators:
             self._alive.pop(orchestrator, None)
 
+    def mark_renewed(self) -> None:
+        """Record that our own heartbeat is written."""
+        self._forget_if_late()
+        self._renewed = self._clock.monotonic()
+
+    def _forget_if_late(self) -> None:
+        """Observe all peers from scratch if our own heartbeat is late.
+
+        Theirs may be late for the same reason: the store was unreachable, or the machine was suspended.
+        """
+        if self._clock.monotonic() - self._renewed > MIN_WATCHED_HEARTBEATS * self._timing.heartbeat_interval:
+            self._seen.clear()
+            self._renewed = math.inf  # once
+
     def _seconds_unchanged(self, run: str, record: OrchestratorLease) -> float:
         """Return for how many seconds a heartbeat was observed without a long gap."""
+        self._forget_if_late()
         now, seen = self._clock.monotonic(), self._seen.get((run, record.owner.id))
         # After a suspension of this process or machine, start again: the peer may also have been suspended.
         max_gap = max(self._timing.stale_after, 2 * self._timing.sweep_interval)
@@ -240,6 +259,7 @@ class RunMembership:
     def mark_joined(self) -> None:
         """Record that the write of `join_write` is committed."""
         self._version = 1
+        self.peers.mark_renewed()
 
     async def join(self) -> None:
         """Join the run."""
@@ -283,6 +303,7 @@ class RunMembership:
                     self._version = await self._own_version()
                 else:
                     self._version, self._record = self._version + 1, record
+                    self.peers.mark_renewed()
                     return
 
     async def _own_version(self) -> int:

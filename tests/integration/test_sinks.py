@@ -10,6 +10,8 @@ import pytest
 
 from tests.conftest import CommandResult, Repository
 from tests.distributions import REGISTER, install
+from tests.small_disk import fill, mounted
+from tests.waiting import wait_for
 
 _SINK = REGISTER + """
 import os
@@ -115,6 +117,49 @@ async def test_failing_sink_costs_nothing_and_gets_the_rest_on_resume(repository
     assert repository.council("resume").code == 0
     assert (moody / "arrived").read_bytes() == before
     await repository.assert_invariants(canaries=["correct-horse-battery"])
+
+
+@pytest.mark.extended
+async def test_full_disk_of_a_sink_delays_only_its_events(repository: Repository, tmp_path: Path) -> None:
+    """It is reported once; with space again, the file gets every event once."""
+    with mounted(tmp_path / "disk", "64k") as disk:
+        file, ballast = disk / "all.jsonl", disk / "ballast"
+        fill(ballast)
+        sinks = {"all": {"use": "jsonlines", "file": str(file)}}
+        config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], sinks=sinks)
+        ended = repository.council("run", str(config), "--json")
+        assert (ended.code, ended.states, ended.stderr) == (0, {"one": "landed"}, ""), ended
+        reported = [line for line in _events(ended) if line["event"].startswith("sink.")]
+        assert [line["event"] for line in reported] == ["sink.failing", "sink.undelivered"]
+        assert "No space left on device" in reported[0]["reason"]
+        ballast.unlink()
+        assert repository.council("resume").code == 0
+        received = [json.loads(line)["event"] for line in file.read_text().splitlines()]
+        assert received == [line["event"] for line in _events(ended) if not line["event"].startswith("sink.")]
+    await repository.assert_invariants()
+
+
+@pytest.mark.extended
+async def test_checklist_that_can_not_be_read_delays_only_its_ticks(repository: Repository, tmp_path: Path) -> None:
+    """The folder is gone while tasks land: work continues, and the items are ticked once it is back."""
+    folder, gate = tmp_path / "lists", repository.spawns.parent / "gate"
+    folder.mkdir()
+    todo = folder / "todo.md"
+    todo.write_text(f"- [ ] write one.txt 1 {{#one}}\n- [ ] x {{#two}}\n  await {gate}\n  write two.txt 2\n")
+    config = repository.configure([], trackers={"todo": {"use": "checklist", "file": str(todo)}})
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: repository.spawns.exists() and "two" in repository.spawns.read_text())
+    folder.rename(tmp_path / "moved")
+    wait_for(lambda: "tracker.failing" in repository.council("state", "log", "--json").stdout)
+    (tmp_path / "moved").rename(folder)
+    gate.touch()
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert (ended.code, ended.states, error) == (0, {"one": "landed", "two": "landed"}, ""), ended
+    reported = [line["event"] for line in _events(ended) if line["event"].startswith("tracker.")]
+    assert reported == ["tracker.failing", "tracker.recovered"]
+    assert "- [ ]" not in todo.read_text()
+    await repository.assert_invariants()
 
 
 @pytest.mark.slow
