@@ -1,4 +1,4 @@
-"""A run whose state is on a server survives restarts of the server."""
+"""A run whose state is on a server survives restarts of the server and faults of the network."""
 
 from __future__ import annotations
 
@@ -19,25 +19,20 @@ from orchestrator.domain.events.state import OutageEnded
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import CommitRecord
 from orchestrator.state.documents.log_reader import read_range
-from tests import postgres_server, redis_server
 from tests.conftest import CommandResult, Repository
 from tests.cutting_proxy import CuttingProxy
 from tests.integration.test_failing_store import COMMANDS
 from tests.integration.test_shared_runs import assert_each_landed_once, ended, shared, states
-from tests.postgres_server import PostgresServer
 from tests.redis_server import RedisServer
+from tests.store_kinds import SERVERS, Server
 from tests.stores import open_store
 from tests.waiting import wait_for
 
 #: Seconds after the start of a server until work continues.
 RESUMED = 5
-
-
 #: The seconds after which each server's store reports that it does not answer.
 TIMEOUT = 5
 
-Server = PostgresServer | RedisServer
-SERVERS = {"postgres": postgres_server, "redis": redis_server}
 Outage = Callable[[], Awaitable[None]]
 
 

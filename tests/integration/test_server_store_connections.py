@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import pytest
@@ -125,6 +126,32 @@ async def test_commit_whose_reply_is_lost_or_late_is_applied_once(server: Server
         assert await store.commit(commit) == 1
         assert await store.commit(Commit([], [Event("e", {"n": 1})])) == 2
         assert await numbers(store) == [0, 1]
+
+
+@pytest.mark.extended
+async def test_silent_server_fails_every_call_in_seconds(server: Server) -> None:
+    """It accepts connections and answers nothing; afterwards all calls succeed on new connections."""
+    async with opened(server) as (proxy, store):
+        await store.commit(Commit([Write(TASK, 0, {"n": 0})]))
+
+        async def fail(call: Callable[[], Awaitable[object]]) -> None:
+            with pytest.raises(StoreUnavailable, match=r"no answer in 5 s|no free connection"):
+                await call()
+
+        proxy.blackhole()
+        calls: list[Callable[[], Awaitable[object]]] = [
+            partial(store.commit, Commit([], [Event("e", {"n": number})])) for number in range(8)
+        ]
+        reads: list[Callable[[], Awaitable[object]]] = [*[partial(store.get, TASK)] * 8, partial(anext, store.watch(1))]
+        with anyio.fail_after(12):
+            async with anyio.create_task_group() as tasks:
+                for call in (*calls, *reads):
+                    tasks.start_soon(fail, call)
+        proxy.silent = frozenset()
+        with anyio.fail_after(2):
+            for call in calls:
+                await call()
+            assert await store.position() == 9
 
 
 async def test_restarted_server_is_used_again_by_an_open_store(server: Server) -> None:
