@@ -11,8 +11,8 @@ import anyio
 import anyio.lowlevel
 
 from orchestrator.engine.state.port_leases import PortLeases
-from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
+from tests.stores import open_store
 
 SPAN = 1000  # ports
 
@@ -36,7 +36,7 @@ async def work(leases: PortLeases, slot: Path, turns: int) -> None:
 async def main(*arguments: str) -> None:
     """Run the rounds for all slots concurrently."""
     state, first, count, turns, *slots = arguments
-    async with FileStore.open(Path(state), SystemClock()) as store, anyio.create_task_group() as group:
+    async with open_store(state) as store, anyio.create_task_group() as group:
         leases = PortLeases(store, SystemClock(), int(count), ports=range(int(first), int(first) + SPAN))
         for slot in slots:
             group.start_soon(work, leases, Path(slot), int(turns))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -31,9 +31,10 @@ from orchestrator.engine.state.port_leases import (
 )
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Commit, Key, Store, Write
-from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
+from tests.store_kinds import ALL_KINDS, SERVERS, empty_state, open_kind
+from tests.stores import open_store
 
 WORKER = Path(__file__).with_name("lease_worker.py")
 SPAN = 1000  # as in the worker
@@ -51,20 +52,10 @@ def ports() -> range:
     pytest.skip("no thousand consecutive ports are free")
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=ALL_KINDS)
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    """Return both stores of one machine."""
-    if request.param == "memory":
-        yield MemoryStore(SystemClock())
-    else:
-        async with opened(tmp_path / "state") as store:
-            yield store
-
-
-@asynccontextmanager
-async def opened(state: Path) -> AsyncIterator[Store]:
-    """Open a file store."""
-    async with FileStore.open(state, SystemClock()) as store:
+    """Return each kind of store."""
+    async with open_kind(request.param, tmp_path / "state", SystemClock()) as store:
         yield store
 
 
@@ -140,10 +131,10 @@ async def test_lease_lasts_as_long_as_its_slot(ports: range, tmp_path: Path) -> 
     """A repeated lease, even from a reopened store, returns the same and records nothing more."""
     home = tmp_path / "home"
     slots = [make_slot(home, number) for number in range(4)]
-    async with opened(tmp_path / "state") as store:
+    async with open_store(str(tmp_path / "state")) as store:
         before = await lease_all(leases_of(store, ports), slots)
         position = await store.position()
-    async with opened(tmp_path / "state") as store:
+    async with open_store(str(tmp_path / "state")) as store:
         assert await lease_all(leases_of(store, ports), slots[::-1]) == before
         assert await store.position() == position
 
@@ -363,11 +354,11 @@ async def test_damaged_lease_is_recorded_again(ports: range, tmp_path: Path) -> 
     """An unreadable document is ignored; the slots decide."""
     home, state = tmp_path / "home", tmp_path / "state"
     slot = make_slot(home, 1)
-    async with opened(state) as store:
+    async with open_store(str(state)) as store:
         lease = await leases_of(store, ports).lease(slot)
     (segment,) = state.glob("*.jsonl")
     segment.write_bytes(segment.read_bytes().replace(b'"name"', b'"nam\xff"'))
-    async with opened(state) as store:
+    async with open_store(str(state)) as store:
         assert all(one.damaged for one in await store.list("ports"))
         assert len(await find_stale_port_leases(store)) == 3
         assert await leases_of(store, ports).lease(slot) == lease
@@ -410,18 +401,25 @@ def finish(worker: Worker) -> dict[Path, tuple[int, ...]]:
     return {Path(slot): tuple(block) for slot, block in map(json.loads, output.splitlines())}
 
 
-@pytest.mark.parametrize(("stores", "count"), [(2, 2), *(pytest.param(n, 4, marks=pytest.mark.slow) for n in (1, 2))])
+@pytest.mark.parametrize(
+    ("kind", "stores", "count"),
+    [
+        ("file", 2, 2),
+        *(pytest.param(kind, 2, 2, marks=pytest.mark.extended) for kind in SERVERS),
+        *(pytest.param("file", stores, 4, marks=pytest.mark.slow) for stores in (1, 2)),
+    ],
+)
 async def test_processes_get_distinct_blocks(
-    start: ExitStack, ports: range, tmp_path: Path, stores: int, count: int
+    start: ExitStack, ports: range, tmp_path: Path, kind: str, stores: int, count: int
 ) -> None:
     """Processes with eight slots each, of one project or of two in one home, concurrently and repeatedly."""
     home = tmp_path / "home"
+    states = [empty_state(kind, tmp_path / f"state{number}") for number in range(stores)]
     workers = []
     for number in range(count):
         hub = f"repo-00000000000{number // 2}"
         slots = [make_slot(home, 8 * number + one, hub) for one in range(8)]
-        state = tmp_path / f"state{number % stores}"
-        workers.append(start_worker(start, state, ports[0], 3, 5, *slots))
+        workers.append(start_worker(start, states[number % stores], ports[0], 3, 5, *slots))
     found: dict[Path, tuple[int, ...]] = {}
     for worker in workers:
         found |= finish(worker)
@@ -429,7 +427,7 @@ async def test_processes_get_distinct_blocks(
     assert_disjoint(list(found.values()), 3)
     said: dict[int, str] = {}
     for number in range(stores):
-        async with opened(tmp_path / f"state{number}") as store:
+        async with open_store(states[number]) as store:
             assert await find_stale_port_leases(store) == []
             said |= await recorded(store)
     assert said == {port: str(slot) for slot, block in found.items() for port in block}
@@ -453,7 +451,7 @@ async def test_killed_processes_leave_no_overlap(start: ExitStack, ports: range,
     for slot in slots[::3]:
         shutil.rmtree(slot)
     left = [slot for slot in slots if slot.exists()]
-    async with opened(state) as store:
+    async with open_store(str(state)) as store:
         found = await lease_all(leases_of(store, ports), left)
         assert_disjoint([lease.ports for lease in found.values()], 3)
         await delete_port_leases(store, await find_stale_port_leases(store))

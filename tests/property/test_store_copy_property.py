@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import anyio
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import HistoryCompacted
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Store, Write
 from orchestrator.state.stores.file import FileStore
-from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.state.transfer.copying import export_to_stream, import_from_stream
 from orchestrator.testing.clock import ManualClock
 from orchestrator.testing.store_contract.suite import read_dump
 from tests.hypothesis_settings import example_settings
+from tests.store_kinds import SERVERS, open_kind
 
 _text = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
 _leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _text
@@ -65,8 +67,10 @@ async def moments(store: Store) -> list[object]:
     return found
 
 
-async def check(steps: Sequence[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int) -> None:
-    """Run the steps, and copy the store to a file and from it into both kinds of stores."""
+async def check(
+    steps: Sequence[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int, kinds: Sequence[str]
+) -> None:
+    """Run the steps, and copy the store to a file and from it into stores of some kinds."""
     clock = ManualClock()
     with TemporaryDirectory() as folder:
         async with FileStore.open(Path(folder) / "a", clock, segment_bytes=segment_bytes) as source:
@@ -75,15 +79,19 @@ async def check(steps: Sequence[tuple[list[_Change], JsonObject, float] | float]
             file = io.BytesIO()
             await export_to_stream(source, file, clock.now())
             expected, reported = await read_dump(source), await moments(source)
-        memory = MemoryStore(clock)
-        async with FileStore.open(Path(folder) / "b", clock, segment_bytes=segment_bytes) as target:
-            for store in (target, memory):
+            listed = [one.key for one in await source.list("task")]
+        async with AsyncExitStack() as stack:
+            file_target = FileStore.open(Path(folder) / "b", clock, segment_bytes=segment_bytes)
+            others = [open_kind(kind, Path(folder) / kind, clock) for kind in kinds]
+            for target in (file_target, *others):
+                store = await stack.enter_async_context(target)
                 await import_from_stream("FILE", partial(io.BytesIO, file.getvalue()), store)
                 assert await read_dump(store) == expected
                 assert await moments(store) == reported
+                assert [one.key for one in await store.list("task")] == listed
         async with FileStore.open(Path(folder) / "b", clock) as reopened:
             assert await read_dump(reopened) == expected
-            assert [one.key for one in await reopened.list("task")] == [one.key for one in await memory.list("task")]
+            assert [one.key for one in await reopened.list("task")] == listed
 
 
 @example_settings(40)
@@ -92,4 +100,12 @@ def test_copy_through_a_file_is_equal(
     steps: list[tuple[list[_Change], JsonObject, float] | float], segment_bytes: int
 ) -> None:
     """At every position, with gaps, deletions and expiry; also after reopening."""
-    anyio.run(check, steps, segment_bytes)
+    anyio.run(check, steps, segment_bytes, ["memory"])
+
+
+@pytest.mark.extended
+@example_settings(40)
+@given(st.lists(_steps, max_size=25))
+def test_copy_to_a_server_is_equal(steps: list[tuple[list[_Change], JsonObject, float] | float]) -> None:
+    """The same as of a copy to this machine."""
+    anyio.run(check, steps, 400, list(SERVERS))
