@@ -22,8 +22,8 @@ from orchestrator.state.documents.conflicts import (
     resolve_conflict,
 )
 from orchestrator.state.stores.file import FileStore
-from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
+from tests.store_kinds import ALL_KINDS, open_kind
 
 A, B, LEASE = Key("task", "r/a"), Key("task", "r/b"), Key("lease", "run/r")
 
@@ -34,14 +34,11 @@ def clock() -> ManualClock:
     return ManualClock()
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=ALL_KINDS)
 async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
     """An empty store of each kind."""
-    if request.param == "memory":
-        yield MemoryStore(clock)
-    else:
-        async with FileStore.open(tmp_path, clock) as opened:
-            yield opened
+    async with open_kind(request.param, tmp_path, clock) as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)

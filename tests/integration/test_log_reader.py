@@ -26,6 +26,7 @@ from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.testing.clock import ManualClock
 from tests.hypothesis_settings import example_settings
 from tests.recorded_run import RUN, make_orchestrators, record_run, run_document
+from tests.store_kinds import ALL_KINDS, open_kind
 
 TASK = Key("task", "r/a")
 
@@ -50,13 +51,16 @@ def clock() -> ManualClock:
     return ManualClock(1000.0)
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=ALL_KINDS)
 async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
     """Yield an empty store of each kind."""
     if request.param == "memory":
         yield ForgetfulStore(clock)
-    else:
+    elif request.param == "file":
         async with FileStore.open(tmp_path, clock, segment_bytes=2_000) as opened:
+            yield opened
+    else:
+        async with open_kind(request.param, tmp_path, clock) as opened:
             yield opened
 
 

@@ -20,23 +20,23 @@ from orchestrator.errors import LockUnavailable, RefusedError, UnreadableDocumen
 from orchestrator.locking.named_locks import NamedLocks
 from orchestrator.protocols import Commit, Key, Write
 from orchestrator.state.documents.validation import LOCK_KIND, find_unreadable
-from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.hypothesis_settings import example_settings
 from tests.programs import run_python
+from tests.store_kinds import SERVERS, empty_state
+from tests.stores import open_store
 
 #: Acquires a lock, reports it, and holds it until its standard input ends; may then acquire another.
 HOLDER = """
 import sys, anyio
-from pathlib import Path
 from orchestrator.system.clock import SystemClock
 from orchestrator.locking.named_locks import NamedLocks
-from orchestrator.state.stores.file import FileStore
+from tests.stores import open_store
 
-async def main(folder, owner, name, mode, then=""):
-    async with FileStore.open(Path(folder), SystemClock()) as store:
+async def main(state, owner, name, mode, then=""):
+    async with open_store(state) as store:
         locks = NamedLocks(store, SystemClock())
         await locks.acquire(name, mode=mode, owner=owner, timeout=20, expiry=60)
         print("held", flush=True)
@@ -51,25 +51,31 @@ anyio.run(main, *sys.argv[1:])
 """
 
 
+@pytest.fixture(params=["file", *(pytest.param(kind, marks=pytest.mark.extended) for kind in SERVERS)])
+def state(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the folder or URL of an empty store."""
+    return empty_state(request.param, tmp_path / "state")
+
+
 @pytest.fixture
-async def locks(tmp_path: Path) -> AsyncIterator[NamedLocks]:
-    """Return the locks of a store in a folder."""
-    async with FileStore.open(tmp_path / "state", SystemClock()) as store:
+async def locks(state: str) -> AsyncIterator[NamedLocks]:
+    """Return the locks of a store."""
+    async with open_store(state) as store:
         yield NamedLocks(store, SystemClock())
 
 
 @contextmanager
-def holder(folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+def holder(state: str, *words: str) -> Iterator[subprocess.Popen[str]]:
     """A process that holds a lock."""
-    with run_python(HOLDER, folder / "state", *words) as child:
+    with run_python(HOLDER, state, *words) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "held\n"
         yield child
 
 
-async def test_readers_share_and_a_writer_is_exclusive(locks: NamedLocks, tmp_path: Path) -> None:
+async def test_readers_share_and_a_writer_is_exclusive(locks: NamedLocks, state: str) -> None:
     """Between processes; the error names the holder, and a dead process holds nothing."""
-    with holder(tmp_path, "ada", "deploy", "read") as reader:
+    with holder(state, "ada", "deploy", "read") as reader:
         mine = await locks.acquire("deploy", mode="read", owner="bob", expiry=10)
         assert (mine.owner, mine.mode, mine.expires_at - mine.acquired_at) == ("bob", "read", 10)
         with pytest.raises(LockUnavailable, match=rf"held by ada \(process {reader.pid} on "):
@@ -123,9 +129,9 @@ async def test_waiters_are_served_in_order_without_starving_a_writer(locks: Name
     assert had == ["w", "r2"]
 
 
-async def test_deadlock_of_two_processes_is_broken_immediately(locks: NamedLocks, tmp_path: Path) -> None:
+async def test_deadlock_of_two_processes_is_broken_immediately(locks: NamedLocks, state: str) -> None:
     """The last waiter is rejected with the cycle; the other one gets its lock."""
-    with holder(tmp_path, "ada", "a", "write", "b") as theirs:
+    with holder(state, "ada", "a", "write", "b") as theirs:
         mine = await locks.acquire("b", owner="bob", expiry=60)
         assert theirs.stdin is not None
         assert theirs.stdout is not None

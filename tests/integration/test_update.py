@@ -14,21 +14,17 @@ from orchestrator.protocols import Commit, Event, JsonObject, Key, Store, Write
 from orchestrator.state.documents import update as module
 from orchestrator.state.documents.log_reader import DocumentChange, subscribe
 from orchestrator.state.documents.update import update_document
-from orchestrator.state.stores.file import FileStore
-from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
+from tests.store_kinds import ALL_KINDS, open_kind
 
 COUNT = Key("count", "r/a")
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=ALL_KINDS)
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     """Yield an empty store of each kind."""
-    if request.param == "memory":
-        yield MemoryStore(SystemClock())
-    else:
-        async with FileStore.open(tmp_path, SystemClock()) as opened:
-            yield opened
+    async with open_kind(request.param, tmp_path, SystemClock()) as opened:
+        yield opened
 
 
 @pytest.fixture(autouse=True)
