@@ -15,7 +15,7 @@ from typing import Final
 import anyio
 
 from orchestrator.domain.events.tasks import TaskChecking, TaskLanded, TaskLanding, TaskStarted
-from orchestrator.domain.runs.model import Attempt, LandingIntent, RunDocument
+from orchestrator.domain.runs.model import Attempt, PreparedMerge, RunDocument
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.scheduling.claims import Role
 from orchestrator.domain.security.secrets import Redactor
@@ -126,7 +126,7 @@ async def _record(ledger: Ledger, task: str, number: int, tasks: int) -> None:
     if failing is None:
         old, new = next(ids), next(ids)
         await ledger.change(task, Trigger.CHECK, TaskChecking(merge=new))
-        intent = LandingIntent(old=old, new=new, recorded=1767225800.0)
+        intent = PreparedMerge(old=old, new=new, recorded=1767225800.0)
         await ledger.change(task, Trigger.INTEND, TaskLanding(old=old, new=new), landing_intent=intent)
         await ledger.change(task, Trigger.LAND, TaskLanded(landed=new), landed=new, landing_intent=None, branch=None)
 

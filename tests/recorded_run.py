@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.domain.events.runs import RunInterrupted, RunPaused
 from orchestrator.domain.events.tasks import TaskLanded, TaskLanding, TaskQueued, TaskRetrying, TaskStarted
-from orchestrator.domain.runs.model import Attempt, LandingIntent, RunDocument
+from orchestrator.domain.runs.model import Attempt, PreparedMerge, RunDocument
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.scheduling.claims import OrchestratorIdentity, Role
 from orchestrator.domain.security.secrets import Redactor
@@ -124,7 +124,7 @@ async def record_run(
     await ledger.change(
         "models", Trigger.BUILD, TaskQueued(branch=branch), attempts=built, commit=NEW_COMMIT, branch=branch
     )
-    intent = LandingIntent(old=OLD_COMMIT, new=NEW_COMMIT, recorded=clock.now())
+    intent = PreparedMerge(old=OLD_COMMIT, new=NEW_COMMIT, recorded=clock.now())
     await ledger.change("models", Trigger.INTEND, TaskLanding(old=OLD_COMMIT, new=NEW_COMMIT), landing_intent=intent)
     clock.advance(2)
     await ledger.change(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from orchestrator.domain.runs.outcome import Failed, ProcessExit
+from orchestrator.domain.runs.outcome import Failed, Outcome, ProcessExit, classify_outcome
 from orchestrator.domain.security.secrets import secret_values
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.run_settings import PathAccess
@@ -32,20 +32,6 @@ from orchestrator.sessions.setup.worktree_setup import PreparedWorktree
 from orchestrator.sessions.socket.listener import SessionSocket
 from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
 from orchestrator.system.failpoints import failpoint
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramOutput:
-    """The output of an ended program, as read by its adapter."""
-
-    transcript: Transcript
-    verdict: Failed | None
-    """The failure that the adapter found."""
-    reported_failure: bool
-    """Whether the program may have reported a failure."""
-    answer: str
-    errors: str
-    """The end of standard error."""
 
 
 @dataclass(slots=True)
@@ -147,8 +133,13 @@ class SessionProgram:
             redact=self.tools.redactor.bytes_pattern,
         )
 
-    async def read_output(self, exit_: ProcessExit) -> ProgramOutput:
-        """Return the output of the ended program."""
+    async def judge(
+        self, exit_: ProcessExit, commit: str | None, refused: str | None
+    ) -> tuple[Outcome, Transcript, str]:
+        """Return the outcome of the ended program, its transcript, and its final message.
+
+        `commit` and `refused` are its collected work, see `classify_outcome`.
+        """
         adapter = self.assignment.adapter
         stdout, stderr = [await read_tail(self._log(name)) for name in ("stdout", "stderr")]
         try:
@@ -156,10 +147,23 @@ class SessionProgram:
                 transcript, events = await anyio.to_thread.run_sync(read_transcript, adapter, self._log("stdout"))
                 end = SessionEnd(exit_.exit, exit_.signal, self.tools.clock.now(), stdout, stderr, events)
                 verdict, reported_failure = adapter.verdict(end), has_reported_failure(events)
-                return ProgramOutput(transcript, verdict, reported_failure, extract_answer(events), stderr)
+                answer = extract_answer(events)
         except PluginFailed as failed:
             reason = f"the adapter could not parse the output: {failed}"
-            return ProgramOutput(EMPTY_TRANSCRIPT, Failed(FailureClass.CRASHED, reason), True, "", stderr)
+            verdict, reported_failure = Failed(FailureClass.CRASHED, reason), True
+            transcript, answer = EMPTY_TRANSCRIPT, ""
+        outcome = classify_outcome(
+            exit_,
+            self.assignment.limits,
+            commit,
+            refused,
+            verdict,
+            reported_failure=reported_failure,
+            writes=self.assignment.writes,
+            errors=stderr,
+            denials=transcript.denials,
+        )
+        return outcome, transcript, answer
 
     def _log(self, stream: str) -> Path:
         return log_path(self.tools.logs, self.assignment.worktree.task, self.assignment.worktree.attempt, stream)

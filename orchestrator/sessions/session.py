@@ -16,7 +16,6 @@ from orchestrator.domain.runs.outcome import (
     Outcome,
     ProcessExit,
     ResourcesExhausted,
-    classify_outcome,
 )
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.errors import GitError, LeaseLost, RefusedError, SessionError, is_resource_exhaustion
@@ -146,18 +145,7 @@ class Session:
         except (GitError, OSError) as error:
             reason = f"the work in {worktree.tree} could not be collected: {error}"
             return SessionResult(Failed(FailureClass.TRANSIENT, reason), collected=False)
-        output = await program.read_output(exit_)
-        outcome = classify_outcome(
-            exit_,
-            assignment.limits,
-            work.commit,
-            work.refused,
-            output.verdict,
-            reported_failure=output.reported_failure,
-            writes=assignment.writes,
-            errors=output.errors,
-            denials=output.transcript.denials,
-        )
+        outcome, transcript, message = await program.judge(exit_, work.commit, work.refused)
         if isinstance(outcome, Interrupted) and self._stopped_for is not None:
             outcome = self._stopped_for
         if isinstance(outcome, Failed) and is_full:
@@ -171,9 +159,9 @@ class Session:
             faults=tuple(faults),
             session_api_faults=() if program.socket is None else tuple(program.socket.faults),
             denied_hosts=program.denied_hosts,
-            transcript=output.transcript,
+            transcript=transcript,
             folder=worktree.tree,
-            message=output.answer,
+            message=message,
             discarded=discarded,
         )
 

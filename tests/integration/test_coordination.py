@@ -7,8 +7,9 @@ from pathlib import Path
 import anyio
 import pytest
 
+from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.sessions.contexts import SessionStatus, find_file_conflicts, summarize_task
-from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, Target
+from orchestrator.repo.landing.target_branch import Landed, Target
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import internal_ref_name
 from tests.conftest import Repository

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, StaleTarget, Target
+from orchestrator.repo.landing.target_branch import Landed, StaleTarget, Target
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from orchestrator.system.clock import SystemClock

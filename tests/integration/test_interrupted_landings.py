@@ -17,10 +17,11 @@ from pathlib import Path
 import anyio
 import pytest
 
+from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.errors import GitError, RefusedError, TargetMissing
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing import target_branch as landings
-from orchestrator.repo.landing.target_branch import DeferredLanding, Landed, NothingToLand, PreparedMerge, Target
+from orchestrator.repo.landing.target_branch import DeferredLanding, Landed, NothingToLand, Target
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import find_repository, lock_marker, recover_push
@@ -39,6 +40,11 @@ OURS: Mapping[str, str | None] = {
     "new.txt": "landed\n",
     "src/app.py": "def main():\n    return 1\n",
 }
+
+
+def recorded(merge: PreparedMerge, ago: float) -> PreparedMerge:
+    """Return a merge that was recorded as a landing intent some seconds ago."""
+    return merge.model_copy(update={"recorded": time.time() - ago})
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Landing:
         The clock shows that the intent is `ago` seconds old.
         """
         async with hold_merge_lease(self.source, "main") as lease:
-            settled: object = await self.target.recover(lease, self.merge, [self.merge.new], time.time() - ago)
+            settled: object = await self.target.recover(lease, recorded(self.merge, ago), [self.merge.new])
             intended = [self.merge.new]
             for _ in range(5):
                 if isinstance(settled, Landed | NothingToLand | DeferredLanding):
@@ -466,7 +472,7 @@ async def test_landing_with_a_running_push_stays_interrupted(
     async with hold_merge_lease(landing.source, "main") as lease:
         async with landing.target._landing_lock.hold(0):
             with pytest.raises(RefusedError, match="is moving the target"):
-                await landing.target.recover(lease, landing.merge, [landing.merge.new], time.time() - 60)
+                await landing.target.recover(lease, recorded(landing.merge, 60), [landing.merge.new])
             staged(landing)
         assert await landing.target.find_obstacle(landing.merge) is None
     await landing.finish()
@@ -586,7 +592,7 @@ async def test_removing_the_lock_of_a_killed_push_and_leaving_takes_nothing_alon
     repository.git(*leave.split())
     async with hold_merge_lease(landing.source, "main") as lease:
         with suppress(TargetMissing):
-            await landing.target.recover(lease, landing.merge, [landing.merge.new], time.time() - 60)
+            await landing.target.recover(lease, recorded(landing.merge, 60), [landing.merge.new])
     assert repository.git("status", "--porcelain").splitlines() == ["MM kept.txt", "A  user.txt"]
     if "--move" in leave:
         return
@@ -679,7 +685,7 @@ async def test_slow_push_is_reported(
     async with hold_merge_lease(landing.source, "main") as lease, anyio.create_task_group() as group:
         group.start_soon(landing.target.move, lease, [landing.merge])
         await reported(1)
-        group.start_soon(landing.target.recover, lease, landing.merge, [landing.merge.new], time.time())
+        group.start_soon(landing.target.recover, lease, recorded(landing.merge, 0), [landing.merge.new])
         await reported(2)
         free.touch()
     pushing, waiting = caplog.messages

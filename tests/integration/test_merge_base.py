@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing import target_branch
-from orchestrator.repo.landing.target_branch import Landed, PreparedMerge, Target
+from orchestrator.repo.landing.target_branch import Landed, Target
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from tests.conftest import Repository

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.engine.diagnostics.preflight import check_checkout
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.landing.target_branch import DeferredLanding, Landed, PreparedMerge, Target
+from orchestrator.repo.landing.target_branch import DeferredLanding, Landed, Target
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.source.user_programs import find_hooks_in_checkouts
 from orchestrator.repo.worktrees.hub import create_hub, locate_hub
@@ -48,7 +49,7 @@ async def land(
     new = await git.line("commit-tree", tree, "-p", start, input_=b"work\n")
     target = Target(hub, git, source, branch="main", start=start, ref="refs/council/target")
     await target.refresh()
-    merge = PreparedMerge(start, new)
+    merge = PreparedMerge(old=start, new=new)
     before()
     obstacle = await target.find_obstacle(merge)
     if obstacle is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.runs.model import Attempt, LandingIntent, TaskDocument
+from orchestrator.domain.runs.model import Attempt, PreparedMerge, TaskDocument
 from orchestrator.domain.runs.rollback import roll_back_task
 from orchestrator.domain.runs.statuses import TaskStatus
 
@@ -25,7 +25,7 @@ def test_landed_or_possibly_landed_work_stays(status: TaskStatus) -> None:
     landing = TaskDocument(
         status=TaskStatus.LANDING,
         attempts=(attempt(1),),
-        landing_intent=LandingIntent(old=BASE, new=COMMIT, recorded=1.0),
+        landing_intent=PreparedMerge(old=BASE, new=COMMIT, recorded=1.0),
     )
     assert roll_back_task(then, landed) == "it has landed"
     assert "may have landed" in str(roll_back_task(then, landing))
@@ -63,7 +63,7 @@ def test_outcome_of_an_attempt_is_restored(status: TaskStatus) -> None:
 
 def test_landing_in_progress_returns_to_the_queue() -> None:
     """Its move of the target was completed since: repeating it could overwrite files of others."""
-    intent = LandingIntent(old=BASE, new=COMMIT, recorded=1.0)
+    intent = PreparedMerge(old=BASE, new=COMMIT, recorded=1.0)
     then = TaskDocument(status=TaskStatus.LANDING, attempts=(attempt(1),), commit=COMMIT, landing_intent=intent)
     now = TaskDocument(status=TaskStatus.CONFLICT, attempts=(attempt(1, "conflict"),), commit=COMMIT)
     back = roll_back_task(then, now)

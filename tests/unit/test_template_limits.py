@@ -99,7 +99,7 @@ def test_useful_template_is_rendered() -> None:
         "{{ ['a', 'b'] | join(', ') | upper | indent(2) }} {{ 'a b' | replace(' ', '-') | center(9) }} "
         "{{ [1, 2] | sum }} {{ {'a': [1]} | tojson(indent=1) }} {{ 2 ** 10 * 3 + 7 % 4 }} {{ [3, 1] | sort | first }}"
     )
-    made = render(text, facts()).text
+    made = render(text, facts())[0]
     assert "299-300" in made
     assert made.rstrip().endswith('A, B    a-b    3 {\n "a": [\n  1\n ]\n} 3075 1')
 

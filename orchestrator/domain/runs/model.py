@@ -95,15 +95,13 @@ def sum_known_cost(attempts: Iterable[Attempt]) -> float | None:
     return sum(costs) if costs else None
 
 
-class LandingIntent(_Document):
-    """A landing in progress: the target moves from `old` to `new`.
-
-    `old` is None if the target does not exist.
-    """
+class PreparedMerge(_Document):
+    """A merge commit, ready to move the target from `old` (None: no target) to `new`."""
 
     old: str | None
     new: str
-    recorded: Instant
+    recorded: Instant = 0.0
+    """When it was recorded as the landing intent of its task; 0 until then."""
 
 
 class ImportedTask(_Document):
@@ -132,7 +130,8 @@ class TaskDocument(_Document):
     """The number of times that its work could not land; not reset by a completed phase."""
     commit: str | None = None
     """The commit to land."""
-    landing_intent: LandingIntent | None = None
+    landing_intent: PreparedMerge | None = None
+    """The move of the target that is in progress."""
     intended_merges: tuple[str, ...] = ()
     """Merges recorded before the target was moved, newest last; only these can be its landing."""
     landed: str | None = None

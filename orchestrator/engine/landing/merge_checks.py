@@ -7,6 +7,7 @@ from typing import assert_never
 
 from orchestrator.domain.events.tasks import TaskChecking
 from orchestrator.domain.runs.halts import HaltReason
+from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.statuses import TaskStatus, Trigger
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.landing.base_checks import describe_check_fix
@@ -15,7 +16,6 @@ from orchestrator.engine.landing.outcomes import LandingOutcomes
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.repo.landing.target_branch import PreparedMerge
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.setup.checks import CheckResult, CheckRunner, ChecksNotRun, ChecksPassed
 from orchestrator.sessions.setup.shell import CommandFailed

@@ -16,7 +16,7 @@ from typing import assert_never
 import anyio
 
 from orchestrator.domain.events.tasks import TaskLanding
-from orchestrator.domain.runs.model import LandingIntent
+from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.settings.run_settings import Backoff
@@ -33,7 +33,6 @@ from orchestrator.repo.landing.target_branch import (
     OWN_PUSH_DESCRIPTION,
     DeferredLanding,
     Landed,
-    PreparedMerge,
     StaleTarget,
     combine_merges,
 )
@@ -272,7 +271,7 @@ class MergeQueue:
     ) -> Landed | StaleTarget | DeferredLanding:
         """Record the intent, update the target, and record the result."""
         whole = combine_merges(merges.values())
-        intent = LandingIntent(old=whole.old, new=whole.new, recorded=self._clock.now())
+        intent = whole.model_copy(update={"recorded": self._clock.now()})
         updates = {
             task: TaskUpdate(
                 Trigger.INTEND,

@@ -10,6 +10,7 @@ from typing import Any, assert_never
 
 from orchestrator.domain.events.base import TaskEvent
 from orchestrator.domain.events.tasks import TaskDeferred, TaskFailed, TaskLanded, TaskLandingAborted, TaskRequeued
+from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.security.quoting import DATA_NOTICE, quote_block
@@ -29,7 +30,6 @@ from orchestrator.repo.landing.target_branch import (
     Landed,
     MergeConflict,
     NothingToLand,
-    PreparedMerge,
     StaleTarget,
     Target,
 )
@@ -138,8 +138,7 @@ class LandingOutcomes:
             document = self._ledger.task(task)
             intent = document.landing_intent
             assert intent is not None, "a task is landing only by an intent"  # noqa: S101  an invariant of the table
-            merge = PreparedMerge(intent.old, intent.new)
-            settled = await self._target.recover(lease, merge, document.intended_merges, intent.recorded)
+            settled = await self._target.recover(lease, intent, document.intended_merges)
             match settled:
                 case Landed(commit):
                     await self.record_landed(Trigger.LAND, {task: commit})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from orchestrator.domain.events.tasks import TaskOutOfScopeAllowed, TaskOwnershipExtended
+from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.path_ownership import escape_path
 from orchestrator.domain.settings.path_patterns import find_out_of_scope
@@ -22,7 +23,6 @@ from orchestrator.errors import RefusedError
 from orchestrator.locking.ownership import OwnershipRegistry
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.git.revert import revert_paths
-from orchestrator.repo.landing.target_branch import PreparedMerge
 from orchestrator.repo.worktrees.hub import internal_ref_name
 
 #: The maximum number of paths in a message and in a record: a session may change any number of files.

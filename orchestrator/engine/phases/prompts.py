@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from orchestrator.config.workflows.templates import compile_condition, compile_template, environment
-from orchestrator.domain.runs.phases import InputSummary
 from orchestrator.domain.security.quoting import DATA_NOTICE, format_value, quote_block, remove_control_characters
-from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
@@ -68,25 +66,12 @@ class PromptVariables:
         return describe_prompt_source(self.tracker, self.planner)
 
 
-@dataclass(frozen=True, slots=True)
-class SessionPrompt:
-    """The prompt of a session, without its notes."""
-
-    text: str
-    suffix: str | None = None
-    """Text to append if the session starts a conversation."""
-    follow_up: str | None = None
-    """The text that replaces `text` if the session continues a conversation; None: nothing new."""
-    inputs: InputSummary = field(default_factory=InputSummary)
-    received: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
-    """The handoffs passed to the session, by id, with their document versions."""
-
-
-def render(template: str, variables: PromptVariables) -> SessionPrompt:
+def render(template: str, variables: PromptVariables) -> tuple[str, str | None]:
     """Render the prompt of a phase's session.
 
-    Feedback and handoff instructions that the template does not print are appended. Raises RefusedError if the template
-    fails with these variables.
+    Return it, and the text that replaces it if the session continues a conversation (None: nothing new). Feedback and
+    handoff instructions that the template does not print are appended. Raises RefusedError if the template fails with
+    these variables.
     """
     # In reading order: the problems, then the handoff instructions.
     required = [part for part in (variables.feedback, variables.submit_handoff) if part is not None]
@@ -103,7 +88,7 @@ def render(template: str, variables: PromptVariables) -> SessionPrompt:
         what = f"the prompt of phase {variables.phase!r} has {len(text)} characters (limit: {MAX_PROMPT_LENGTH})"
         raise RefusedError(what, "list fewer values under `needs:`")
     follow_up = "\n\n".join(part.strip() for part in required) if variables.feedback is not None else None
-    return SessionPrompt(f"{text}\n", follow_up=follow_up and f"{follow_up}\n")
+    return f"{text}\n", follow_up and f"{follow_up}\n"
 
 
 def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> bool:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
 from orchestrator.domain.events.tasks import HandoffReceived, TaskDone, TaskQueued, TaskStarted, salvage_name
 from orchestrator.domain.runs.model import Attempt
-from orchestrator.domain.runs.phases import PhaseRecord
+from orchestrator.domain.runs.phases import InputSummary, PhaseRecord
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.wording import join_names
-from orchestrator.domain.workflow.handoffs import acknowledge
+from orchestrator.domain.workflow.handoffs import Handoff, acknowledge
 from orchestrator.domain.workflow.phase_context import get_phase_needs, select_values
 from orchestrator.domain.workflow.routing import (
     Workflow,
@@ -28,7 +28,6 @@ from orchestrator.domain.workflow.routing import (
 )
 from orchestrator.engine.phases.prompts import (
     PromptVariables,
-    SessionPrompt,
     describe_prompt_source,
     is_condition_met,
     render,
@@ -68,7 +67,7 @@ class ConflictingWork:
 
 @dataclass(frozen=True, slots=True)
 class NextPhase:
-    """The phase of a task's next session.
+    """The phase of a task's next session, and the session's prompt once it is built.
 
     `phases` are the task's visits so far, including skipped ones.
     """
@@ -82,11 +81,19 @@ class NextPhase:
     """The commit that its work is compared with, if not the start."""
     earlier: int | None = None
     """The attempt whose conversation it continues."""
-    prompt: SessionPrompt | None = None
     conflicting: ConflictingWork | None = None
     """The earlier work, if it conflicts and the session starts from scratch instead of fixing it."""
     is_newest: bool = True
     """Whether it starts from the newest state of its base."""
+    prompt: str = ""
+    """The prompt of the session, without its notes."""
+    suffix: str | None = None
+    """Text to append if the session starts a conversation."""
+    follow_up: str | None = None
+    """The text that replaces the prompt if the session continues a conversation; None: nothing new."""
+    inputs: InputSummary = field(default_factory=InputSummary)
+    received: Mapping[str, tuple[int, Handoff]] = field(default_factory=dict)
+    """The handoffs passed to the session, by id, with their document versions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +131,8 @@ class PhaseStarter:
             return replace(start, start=document.start, base=document.base)
         return start if work is None else replace(start, start=work.commit, base=work.base)
 
-    async def build_prompt(
-        self, task: str, spec: TaskSpec, following: NextPhase, diff: str | None = None
-    ) -> SessionPrompt:
-        """Return the prompt and inputs of a phase's session.
+    async def build_prompt(self, task: str, spec: TaskSpec, following: NextPhase, diff: str | None = None) -> NextPhase:
+        """Return a phase with the prompt and inputs of its session.
 
         `diff` shows the work that the session starts from, or that conflicts with the target.
         """
@@ -137,7 +142,7 @@ class PhaseStarter:
             feedback = render_restart(following.conflicting.paths, diff, feedback, secrets.token_hex(8))
             diff = None
         if following.workflow.is_default:
-            return SessionPrompt(render_plain_prompt(spec), suffix=feedback, follow_up=feedback)
+            return replace(following, prompt=render_plain_prompt(spec), suffix=feedback, follow_up=feedback)
         phase = following.phase
         values = await self.inputs.values(task, spec, following.workflow, phase)
         kind = submit_handoff = None
@@ -165,32 +170,32 @@ class PhaseStarter:
             owns=spec.owns,
             submit_handoff=submit_handoff,
         )
-        prompt = render(phase.prompt or _DEFAULT_TEMPLATE, variables)
-        follow_up = prompt.follow_up or prompt.text
-        return replace(prompt, follow_up=follow_up, inputs=measured, received=values.received(inputs))
+        prompt, follow_up = render(phase.prompt or _DEFAULT_TEMPLATE, variables)
+        received = values.received(inputs)
+        return replace(following, prompt=prompt, follow_up=follow_up or prompt, inputs=measured, received=received)
 
     def build_start_update(
         self, task: str, following: NextPhase, attempt: Attempt, attempts: Sequence[Attempt]
     ) -> TaskUpdate:
         """Return the update that records the start of an attempt at a phase."""
-        document, prompt, now = self.ledger.task(task), following.prompt, self.clock.now()
+        document, now = self.ledger.task(task), self.clock.now()
         event = TaskStarted(base=attempt.base, adapter=attempt.adapter)
         if attempt.restart_reason:
             event = event.replace(reason=attempt.restart_reason)
         changes: dict[str, Any] = {"attempts": tuple(attempts), "current": None}
-        if following.workflow.is_default or prompt is None:
+        if following.workflow.is_default:
             return TaskUpdate(Trigger.START, event, changes)
         before = document.model_copy(update={"phases": following.phases})
         phase = following.phase.name
         is_new = not has_open_visit(before)
-        recorded: dict[str, Any] = {"inputs": prompt.inputs, "received": tuple(prompt.received)} if is_new else {}
+        recorded: dict[str, Any] = {"inputs": following.inputs, "received": tuple(following.received)} if is_new else {}
         changes |= enter_phase(following.workflow, before, following.phase, attempt.number, now, **recorded)
         event = event.replace(phase=phase)
         if not is_new:
             return TaskUpdate(Trigger.START, event, changes)
         received = {
             id_: (version, acknowledge(handoff, phase, attempt.number, now))
-            for id_, (version, handoff) in prompt.received.items()
+            for id_, (version, handoff) in following.received.items()
         }
         events = [
             HandoffReceived(task=task, handoff=id_, phase=phase, digest=handoff.digest)

@@ -61,10 +61,11 @@ class AttemptRunner:
 
         Nothing is created yet.
         """
-        assert next_phase.base is not None, "its start is selected"  # noqa: S101  the caller has selected it
         document = self.ledger.task(task)
         notes = await self._notes(task, spec)
-        prompt = await self.phase_handlers.starter.build_prompt(task, spec, next_phase, await self._diff(next_phase))
+        diff = await self._diff(next_phase)
+        next_phase = await self.phase_handlers.starter.build_prompt(task, spec, next_phase, diff)
+        assert next_phase.base is not None, "its start is selected"  # noqa: S101  the caller has selected it
         conversation = None
         if Capability.RESUME in self.context.adapters[adapter].capabilities():
             conversation = None if next_phase.conflicting else _conversation(document, next_phase.earlier, adapter)
@@ -73,8 +74,8 @@ class AttemptRunner:
             worktree=Worktree(self.context.hub, self.ledger.run.id, task, len(document.attempts) + 1),
             base=next_phase.base,
             start=next_phase.start,
-            prompt=prompt.text,
-            context="\n\n".join(filter(None, (notes, prompt.suffix))) or None,
+            prompt=next_phase.prompt,
+            context="\n\n".join(filter(None, (notes, next_phase.suffix))) or None,
             adapter=self.context.adapters[adapter],
             adapter_name=adapter,
             reach=self.context.configs[adapter].access,
@@ -84,13 +85,13 @@ class AttemptRunner:
             mcp_servers=self.context.mcp_servers,
             max_cost=self.budgets.cost_left(task, spec),
             earlier_conversation=conversation,
-            follow_up="\n\n".join(filter(None, (notes, prompt.follow_up))) or None,
+            follow_up="\n\n".join(filter(None, (notes, next_phase.follow_up))) or None,
             task_prompt=spec.prompt,
             phase=None if next_phase.workflow.is_default else next_phase.phase.name,
             writes=next_phase.phase.writes,
         )
         session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm_claims, task))
-        return ActiveAttempt(task, spec, adapter, session, replace(next_phase, prompt=prompt))
+        return ActiveAttempt(task, spec, adapter, session, next_phase)
 
     async def _diff(self, next_phase: NextPhase) -> str | None:
         """Return the diff that a phase starts with, or that conflicts with the target.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.errors import GitError, LockHeld, RefusedError, TargetMissing
 from orchestrator.locking.merge_lease import HeldMergeLease
 from orchestrator.locking.ownership import ownership_scope
@@ -48,14 +49,6 @@ _REWRITTEN = (
 
 #: Up to this many landings, git finds a merge base faster than we can construct one.
 _MAX_WALKED_LANDINGS = 200
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedMerge:
-    """A merge commit, ready to move the target from `old` (None: no target) to `new`."""
-
-    old: str | None
-    new: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +88,7 @@ class DeferredLanding:
 def combine_merges(merges: Iterable[PreparedMerge]) -> PreparedMerge:
     """Return a single move that spans consecutive merges."""
     first, *others = merges
-    return PreparedMerge(first.old, [first, *others][-1].new)
+    return PreparedMerge(old=first.old, new=[first, *others][-1].new)
 
 
 class Target:
@@ -214,7 +207,7 @@ class Target:
         new = await commit_merge(self._git, tree, onto, commit, f"{title}\n\n{TASK_TRAILER}: {label}\n")
         self._trees = {merge: known for merge, known in self._trees.items() if merge == onto} | {new: tree}
         failpoint("landing.merged")
-        merge = PreparedMerge(old, new)
+        merge = PreparedMerge(old=old, new=new)
         # Check before recording the intent, so that no push starts that is bound to fail: then any changed files that
         # recovery finds after an interrupted landing did not change before it.
         obstacle = await self.find_obstacle(merge)
@@ -307,7 +300,7 @@ class Target:
             await anyio.to_thread.run_sync(remove_incoming_objects, self._checkouts.repository.git_dir, since)
 
     async def recover(
-        self, lease: HeldMergeLease, merge: PreparedMerge, intended: Sequence[str], since: float
+        self, lease: HeldMergeLease, merge: PreparedMerge, intended: Sequence[str]
     ) -> Landed | DeferredLanding | StaleTarget:
         """Finish or undo an interrupted move; StaleTarget means that it may be retried.
 
@@ -316,19 +309,17 @@ class Target:
         """
         self._check(lease)
         if self._checkouts is not None:
-            self._checkouts.unrecovered = (merge.old, merge.new), since
+            self._checkouts.unrecovered = (merge.old, merge.new), merge.recorded
         try:
             async with self._landing_lock.hold(_PUSH_TIMEOUT, awaited=_PUSH):
-                return await self._recover(merge, intended, since)
+                return await self._recover(merge, intended)
         except LockHeld as held:
             raise _describe_busy_target(held) from None
 
-    async def _recover(
-        self, merge: PreparedMerge, intended: Sequence[str], since: float
-    ) -> Landed | DeferredLanding | StaleTarget:
+    async def _recover(self, merge: PreparedMerge, intended: Sequence[str]) -> Landed | DeferredLanding | StaleTarget:
         foreign: list[str] = []
         if self._checkouts is not None:
-            foreign = await self._checkouts.recover((merge.old, merge.new), since, may_finish=True)
+            foreign = await self._checkouts.recover((merge.old, merge.new), merge.recorded, may_finish=True)
         await self.refresh(again=True)
         if (landed := self.find_landing(intended)) is not None:
             return Landed(landed)

@@ -91,29 +91,32 @@ class SpawnError(Exception):
 
 
 class CommandSpec:
-    """The command to run, in absolute paths, seconds and bytes, with its whole `env`."""
+    """The command to run: the fields of `SupervisedCommand` as JSON, with absolute paths."""
+
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+    stdin: str | None
+    stdout: str
+    stderr: str
+    cap: int
+    timeout: float
+    grace: float
+    interrupt: bool
+    lock: str
+    redact: str | None
+    idle_timeout: float | None
+    watched: list[str]
+    wrapped: bool
+    uses_loopback: bool
+    landlock: list[tuple[str, str]] | None
+    port: int | None
+    filter: bytes | None
+    limits: dict[str, int]
 
     def __init__(self, fields: dict[str, Any]) -> None:
-        self.argv: list[str] = fields["argv"]
-        self.env: dict[str, str] = fields["env"]
-        self.cwd: str = fields["cwd"]
-        self.stdin: str | None = fields["stdin"]
-        self.stdout: str = fields["stdout"]
-        self.stderr: str = fields["stderr"]
-        self.cap: int = fields["cap"]
-        self.timeout: float = fields["timeout"]
-        self.grace: float = fields["grace"]
-        self.interrupt: bool = fields["interrupt"]
-        self.lock: str = fields["lock"]
-        self.redact: str | None = fields["redact"]
-        self.idle_timeout: float | None = fields["idle_timeout"]
-        self.watched: list[str] = fields["watched"]
-        self.wrapped: bool = fields["wrapped"]
-        self.uses_loopback: bool = fields["passes_on"]
-        self.landlock: list[tuple[str, str]] | None = fields["landlock"]
-        self.port: int | None = fields["port"]
-        self.filter: bytes | None = None if fields["filter"] is None else bytes.fromhex(fields["filter"])
-        self.limits: dict[str, int] = fields["limits"]
+        sent = fields["filter"]
+        self.__dict__.update(fields, filter=None if sent is None else bytes.fromhex(sent))
 
 
 class Control:

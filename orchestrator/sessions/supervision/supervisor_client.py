@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO
 
@@ -193,29 +193,9 @@ def _forked() -> _Supervisor | None:
 
 
 def _spec(command: SupervisedCommand) -> bytes:
-    fields = {
-        "argv": list(command.argv),
-        "env": dict(command.env),
-        "cwd": os.fspath(command.cwd.absolute()),
-        "stdin": None if command.stdin is None else os.fspath(command.stdin.absolute()),
-        "stdout": os.fspath(command.stdout.absolute()),
-        "stderr": os.fspath(command.stderr.absolute()),
-        "cap": command.cap,
-        "timeout": command.timeout,
-        "grace": command.grace,
-        "interrupt": command.interrupt,
-        "lock": os.fspath(command.lock.absolute()),
-        "idle_timeout": command.idle_timeout,
-        "watched": [os.fspath(folder.absolute()) for folder in command.watched],
-        "redact": command.redact,
-        "wrapped": command.wrapped,
-        "passes_on": command.uses_loopback,
-        "landlock": command.landlock,
-        "port": command.port,
-        "filter": command.filter,
-        "limits": dict(command.limits),
-    }
-    return json.dumps(fields).encode() + b"\n"
+    values = {one.name: getattr(command, one.name) for one in fields(command)}
+    values |= {"env": dict(command.env), "limits": dict(command.limits)}
+    return json.dumps(values, default=lambda path: os.fspath(path.absolute())).encode() + b"\n"
 
 
 class _Supervisor:
