@@ -259,10 +259,10 @@ def _of_system(value: JsonObject, remedy: str) -> Iterator[SessionEvent]:
         name, reason = as_text(value.get("tool_name")) or "a tool", one_line(as_text(value.get("message")))
         yield ToolDenied(name, reason, remedy, as_text(value.get("tool_use_id")) or None)
     if value.get("subtype") == "api_retry":
-        what = as_text(value.get("error")) or "an error"
+        message = as_text(value.get("error")) or "an error"
         attempt, total = as_count(value.get("attempt")), as_count(value.get("max_retries"))
         status = as_count(value.get("error_status"))
-        yield CliWarning(f"{what}{f' ({status})' if status else ''}, retry {attempt} of {total}")
+        yield CliWarning(f"{message}{f' ({status})' if status else ''}, retry {attempt} of {total}")
 
 
 def _denied(denials: Any, remedy: str) -> Iterator[ToolDenied]:

@@ -300,11 +300,13 @@ def _server(server: McpServer) -> JsonObject:
 
 def _check_size(name: str, text: str, times: int) -> None:
     size = len(text.encode()) * times
-    what = "the prompt" if name == "prompt" else "`instructions`"
+    message = "the prompt" if name == "prompt" else "`instructions`"
     if size > _LARGEST_IN_ARGV:
-        raise RefusedError(f"{what} takes {size} bytes of argv (system limit: about {_LARGEST_IN_ARGV})", _LONG[name])
+        raise RefusedError(
+            f"{message} takes {size} bytes of argv (system limit: about {_LARGEST_IN_ARGV})", _LONG[name]
+        )
     if "\0" in text and times:
-        raise RefusedError(f"{what} contains a NUL character, which arguments can't contain", "remove it")
+        raise RefusedError(f"{message} contains a NUL character, which arguments can't contain", "remove it")
 
 
 def _instant(match: re.Match[str], now: float) -> float | None:

@@ -21,7 +21,7 @@ async def main(file: str) -> int:
         print(error)
         return 2
     except RefusedError as error:  # nothing was started
-        print(f"{error.what}: {error.remedy}")
+        print(f"{error.message}: {error.remedy}")
         return 2
     for task in report.tasks:
         print(f"{task.id}: {task.status}", f"as {task.landed[:10]}" if task.landed else task.reason or "")

@@ -66,13 +66,13 @@ class Problem:
     file: str
     line: int
     column: int
-    what: str
+    message: str
     remedy: str
     path: str | None = None
 
     def __str__(self) -> str:
         location = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        return ": ".join(filter(None, (location, self.path, self.what, self.remedy)))
+        return ": ".join(filter(None, (location, self.path, self.message, self.remedy)))
 
 
 class ConfigError(CouncilError):
@@ -86,25 +86,25 @@ class ConfigError(CouncilError):
 class RefusedError(CouncilError):
     """The request can't be served in the current state; nothing was started."""
 
-    def __init__(self, what: str, remedy: str) -> None:
-        self.what, self.remedy = what, remedy
-        super().__init__(f"{what}: {remedy}")
+    def __init__(self, message: str, remedy: str) -> None:
+        self.message, self.remedy = message, remedy
+        super().__init__(f"{message}: {remedy}")
 
 
 class InvalidValue(CouncilError, ValueError):
     """A value is invalid for its setting; plugin validators may raise ValueError."""
 
-    def __init__(self, what: str, remedy: str) -> None:
-        self.what, self.remedy = what, remedy
-        super().__init__(f"{what}: {remedy}")
+    def __init__(self, message: str, remedy: str) -> None:
+        self.message, self.remedy = message, remedy
+        super().__init__(f"{message}: {remedy}")
 
     @classmethod
     def of(cls, error: ValueError) -> InvalidValue:
         """Return an error as InvalidValue; other errors are split at the first colon."""
         if isinstance(error, cls):
             return error
-        what, _, remedy = str(error).partition(": ")
-        return cls(what, remedy or "correct it")
+        message, _, remedy = str(error).partition(": ")
+        return cls(message, remedy or "correct it")
 
 
 class NothingToMerge(RefusedError):
@@ -116,9 +116,9 @@ class RunActive(RefusedError):
 
     def __init__(self, run: str, pid: int, host: str) -> None:
         self.pid, self.host = pid, host
-        what = f"run {run} is active in process {pid} on {host}"
+        message = f"run {run} is active in process {pid} on {host}"
         stop = f"stop it with `kill {pid}`"
-        super().__init__(what, f"wait for it to end, {stop}, or join it with `council work {run}`")
+        super().__init__(message, f"wait for it to end, {stop}, or join it with `council work {run}`")
 
 
 class FileLocked(RefusedError):
@@ -252,8 +252,8 @@ class LeaseLost(StateError):
     ) -> None:
         """`owner` now holds the lease, and continues `work`."""
         self.subject, self.held, self.current = subject, held, current
-        what = f"{owner} took over {subject} (epoch {current}, expected {held}) and continues {work}"
-        super().__init__(f"{what}; to rejoin: `council work`")
+        message = f"{owner} took over {subject} (epoch {current}, expected {held}) and continues {work}"
+        super().__init__(f"{message}; to rejoin: `council work`")
 
 
 class ClaimLost(LeaseLost):
@@ -277,18 +277,18 @@ class OrchestratorFenced(LeaseLost):
     """Another orchestrator considered this one dead and took over all its tasks."""
 
     def __init__(self, run: str, orchestrator: str, reason: str) -> None:
-        what = f"this process ({orchestrator}) was removed from run {run} ({reason})"
+        message = f"this process ({orchestrator}) was removed from run {run} ({reason})"
         remedy = "other processes continue its tasks; to rejoin: `council work`"
         super().__init__(f"orchestrator {orchestrator}", 1, None)
-        self.args = (f"{what}: {remedy}",)
+        self.args = (f"{message}: {remedy}",)
 
 
 class StoreUnavailable(CouncilError):
     """The store can't be read or written at present; no acknowledged commit is lost."""
 
     def __init__(self, location: Path | str, reason: str, remedy: str) -> None:
-        self.what, self.remedy = f"{location}: {reason}", remedy
-        super().__init__(f"{self.what}: {remedy}")
+        self.message, self.remedy = f"{location}: {reason}", remedy
+        super().__init__(f"{self.message}: {remedy}")
 
 
 class StoreFull(StoreUnavailable):
@@ -312,25 +312,25 @@ class LockHeld(CouncilError):
 
     def __init__(self, path: Path, holder: str, *, pid: int | None = None, owner_lives: bool = True) -> None:
         self.path, self.holder, self.pid, self.owner_lives = path, holder, pid, owner_lives
-        self.what, self.remedy = f"{path} is locked by {holder}", "wait for it to end or stop it"
-        super().__init__(f"{self.what}: {self.remedy}")
+        self.message, self.remedy = f"{path} is locked by {holder}", "wait for it to end or stop it"
+        super().__init__(f"{self.message}: {self.remedy}")
 
 
 class ResourceShortage(CouncilError):
     """This machine currently lacks a resource, so nothing was started."""
 
-    def __init__(self, what: str, remedy: str) -> None:
-        self.what, self.remedy = what, remedy
-        super().__init__(f"{what}: {remedy}")
+    def __init__(self, message: str, remedy: str) -> None:
+        self.message, self.remedy = message, remedy
+        super().__init__(f"{message}: {remedy}")
 
 
 class RequestTimeout(CouncilError):
     """A request is recorded, but the responsible process has not performed it in time."""
 
     def __init__(self, holder: str, timeout: float) -> None:
-        self.what = f"no answer within {timeout:g} s from {holder}"
+        self.message = f"no answer within {timeout:g} s from {holder}"
         self.remedy = REQUEST_RECORDED
-        super().__init__(f"{self.what}: {self.remedy}")
+        super().__init__(f"{self.message}: {self.remedy}")
 
 
 #: The remedy of a request without an answer.
@@ -352,9 +352,9 @@ class GitKilled(GitError):
 
     def __init__(self, argv: Sequence[str], returncode: int, stderr: str) -> None:
         super().__init__(argv, returncode, stderr)
-        self.what = f"`{' '.join(argv)}` was killed ({self.stderr or f'exit code {returncode}'})"
+        self.message = f"`{' '.join(argv)}` was killed ({self.stderr or f'exit code {returncode}'})"
         self.remedy = "fix the cause, such as lack of memory, then repeat the command, or run `council resume`"
-        self.args = (f"{self.what}: {self.remedy}",)
+        self.args = (f"{self.message}: {self.remedy}",)
 
 
 class TargetMissing(GitError):
@@ -362,11 +362,11 @@ class TargetMissing(GitError):
 
     def __init__(self, branch: str, commit: str | None) -> None:
         """`commit` is the last known commit of the branch."""
-        self.what = f"the target branch {branch!r} was deleted or renamed"
+        self.message = f"the target branch {branch!r} was deleted or renamed"
         at = "" if commit is None else f" (`{shlex.join(['git', 'branch', branch, commit])}`)"
         self.remedy = f"create it again{at}, then `council resume`"
-        super().__init__(["rev-parse", branch], 1, self.what)
-        self.args = (f"{self.what}: {self.remedy}",)
+        super().__init__(["rev-parse", branch], 1, self.message)
+        self.args = (f"{self.message}: {self.remedy}",)
 
 
 class SessionError(CouncilError):
@@ -421,7 +421,7 @@ def describe_shortage(error: BaseException) -> tuple[str, str] | None:
     None for other causes.
     """
     if isinstance(error, _UNAVAILABLE) and not isinstance(error, StateLost):
-        return error.what, error.remedy
+        return error.message, error.remedy
     known = {**_SHORTAGES, **_FAULTS}
     if not isinstance(error, OSError | GitError) or (number := _find_errno(error, known)) is None:
         return None
@@ -429,13 +429,13 @@ def describe_shortage(error: BaseException) -> tuple[str, str] | None:
     return ": ".join(filter(None, (subject and str(subject), known[number][0].lower()))), known[number][1]
 
 
-def to_unusable_error(error: OSError | GitError, what: str, remedy: str) -> OSError | GitError | RefusedError:
-    """Return a refusal with the message `what`, or the error itself for a shortage.
+def to_unusable_error(error: OSError | GitError, message: str, remedy: str) -> OSError | GitError | RefusedError:
+    """Return a refusal with the message `message`, or the error itself for a shortage.
 
-    For example, `what` is "PATH is not writable".
+    For example, `message` is "PATH is not writable".
     """
     reason = error.stderr if isinstance(error, GitError) else error.strerror or str(error)
-    return RefusedError(f"{what}: {reason}", remedy) if describe_shortage(error) is None else error
+    return RefusedError(f"{message}: {reason}", remedy) if describe_shortage(error) is None else error
 
 
 def to_permission_refusal(error: OSError) -> RefusedError | None:

@@ -56,7 +56,7 @@ async def serve() -> None:
     try:
         session = find_session(os.environ, str(Path.cwd()))
     except SessionRequestError as error:
-        raise RefusedError(error.what, error.remedy) from None
+        raise RefusedError(error.message, error.remedy) from None
 
     async def call(_: Any, params: CallToolRequestParams) -> CallToolResult:
         return await anyio.to_thread.run_sync(partial(_call_tool, session, params.name, params.arguments or {}))

@@ -281,11 +281,11 @@ def _add_registered(plugins: Plugins, plugin: PluginInfo, registered: Mapping[st
         for name in registry:
             owner = plugins.providers.get((kind, name))
             if owner is not None:
-                what = (
+                message = (
                     f"the name {name!r} in {kind} is already registered by the plugin {owner.name!r} of"
                     f" {owner.distribution}"
                 )
-                raise PluginError(plugin.name, what)
+                raise PluginError(plugin.name, message)
     for kind, registry in registered.items():
         plugins.kinds()[kind].update(registry)
         plugins.providers.update({(kind, name): plugin for name in registry})

@@ -161,8 +161,8 @@ def find_project(start: Path) -> Project:
         if project.has_legacy():
             return project
     if not_in_repository_error(start) is not None:
-        what = f"there is no run in {start}, which is not in a git repository"
-        raise RefusedError(what, "cd to the repository of a run")
+        message = f"there is no run in {start}, which is not in a git repository"
+        raise RefusedError(message, "cd to the repository of a run")
     remedy = "start a run with `council run`, or cd to the repository of a run"
     raise RefusedError(f"there is no run in {start}", remedy)
 

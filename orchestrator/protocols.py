@@ -261,12 +261,12 @@ class Damage:
     path: Path
     offset: int | None
     keys: Sequence[Key] | None
-    what: str
+    message: str
 
     def describe(self) -> str:
         """Return a one-line description."""
         affected = ", ".join(map(str, self.keys)) or "nothing lost" if self.keys is not None else "unknown documents"
-        return f"{self.location}: {self.what} ({affected})"
+        return f"{self.location}: {self.message} ({affected})"
 
     @property
     def location(self) -> str:

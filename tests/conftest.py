@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seen = set[str]()
     for item in items:
         name = item.nodeid.partition("[")[0]
-        if name in seen and item.get_closest_marker("extended_but_first") is not None:
+        if name in seen and item.get_closest_marker("extended_variants") is not None:
             item.add_marker(pytest.mark.extended)
         seen.add(name)
 

@@ -25,7 +25,7 @@ def sandbox_problem(kind: SandboxKind, *, network: bool = True, hosts: Sequence[
         try:
             await choose_sandbox(kind.value, network=network, hosts=hosts, environ=_PATH)
         except RefusedError as refused:
-            return refused.what
+            return refused.message
         return None
 
     with ThreadPoolExecutor(1) as own_loop:  # the caller's loop may be running

@@ -283,8 +283,8 @@ async def _run_conversation(
         client_info=schema.Implementation(name="cli-council", title="CLI Council", version="1"),
     )
     if known.protocol_version != acp.PROTOCOL_VERSION:
-        what = f"the agent uses version {known.protocol_version} of the protocol, not {acp.PROTOCOL_VERSION}"
-        raise BridgeExit(f"{what}: install another version of it", "invalid")
+        message = f"the agent uses version {known.protocol_version} of the protocol, not {acp.PROTOCOL_VERSION}"
+        raise BridgeExit(f"{message}: install another version of it", "invalid")
     try:
         session = await _start_conversation(agent, known, client, top, asked)
         client.listen()

@@ -121,7 +121,7 @@ class Council:
 
     @cached_property
     def reports(self) -> topics.RunReports:
-        """The overview, metrics and usage of runs."""
+        """The summary, metrics and usage of runs."""
         return topics.RunReports(self._context)
 
     @cached_property

@@ -41,8 +41,8 @@ class RunIndex:
         """Return the id of the newest run, ignoring runs that merge another run's branch."""
         runs = await self.context.store.list("run")
         if not runs and self.context.damage:
-            what = f"no run can be read, the state log is damaged: {'; '.join(self.context.damage)}"
-            raise RefusedError(what, "start a new run; landed commits stay on their targets")
+            message = f"no run can be read, the state log is damaged: {'; '.join(self.context.damage)}"
+            raise RefusedError(message, "start a new run; landed commits stay on their targets")
         if not runs:
             raise RefusedError("there is no run in this project", "start one with `council run`")
         if len(runs) == 1:  # reading a run of thousands of tasks takes long
@@ -65,8 +65,8 @@ class RunIndex:
         if len(matching) == 1:
             return matching[0]
         if matching:
-            what = f"{len(matching)} runs begin with {name!r}"
-            raise RefusedError(what, f"name one of: {', '.join(matching[: -_MOST_NAMED - 1 : -1])}")
+            message = f"{len(matching)} runs begin with {name!r}"
+            raise RefusedError(message, f"name one of: {', '.join(matching[: -_MOST_NAMED - 1 : -1])}")
         raise RefusedError(f"there is no run {name!r}", suggest_similar(name, known) or "`council runs` lists them")
 
     async def hub(self, run: RunDocument) -> Hub:

@@ -157,8 +157,8 @@ def _stage_export(path: Path, force: bool) -> StagedFile:
         return StagedFile(path)
     except OSError as error:
         if error.errno in _IMPOSSIBLE_PATH:
-            what = f"{path} can't be created: {(error.strerror or str(error)).lower()}"
-            raise RefusedError(what, "name a file in an existing folder") from None
+            message = f"{path} can't be created: {(error.strerror or str(error)).lower()}"
+            raise RefusedError(message, "name a file in an existing folder") from None
         raise
 
 
@@ -213,8 +213,8 @@ class _TargetFolder:
             self._check(source)
             self._created = [one for one in (folder, *folder.parents) if not one.exists()]
         except OSError as error:
-            what = f"{folder} can't be used: {(error.strerror or str(error)).lower()}"
-            raise RefusedError(what, self._REMEDY) from None
+            message = f"{folder} can't be used: {(error.strerror or str(error)).lower()}"
+            raise RefusedError(message, self._REMEDY) from None
 
     def _check(self, source: Path | None) -> None:
         folder = self._folder

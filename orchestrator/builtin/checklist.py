@@ -124,8 +124,8 @@ class ChecklistTracker:
         items = read_items(await anyio.to_thread.run_sync(self._read))
         for item in items:
             if not item.done and not item.id:
-                what = f"{self._path}, line {item.line}: no id can be derived from {item.text[:60]!r}"
-                raise RefusedError(what, "add an id at its end, as in {#fix-login}")
+                message = f"{self._path}, line {item.line}: no id can be derived from {item.text[:60]!r}"
+                raise RefusedError(message, "add an id at its end, as in {#fix-login}")
         return [TrackedTask(item.id, item.text) for item in items if not item.done]
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
@@ -149,8 +149,8 @@ class ChecklistTracker:
             with open_regular_file(self._path) as file:
                 return file.read()
         except OSError as error:
-            what = f"{self._path} can't be read, {(error.strerror or str(error)).lower()}"
-            raise RefusedError(what, "name an existing checklist") from error
+            message = f"{self._path} can't be read, {(error.strerror or str(error)).lower()}"
+            raise RefusedError(message, "name an existing checklist") from error
 
     def _tick(self, done: set[str]) -> None:
         path = self._path.resolve()

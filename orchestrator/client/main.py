@@ -50,7 +50,7 @@ def run_session_command(typed: ParsedCommand) -> int:
     except SessionRequestError as error:
         code = EXIT_REFUSED if error.is_refused else EXIT_BAD_INPUT
         if typed.as_json:
-            _print({"status": "refused", "error": error.what, "remedy": error.remedy, "exit": code})
+            _print({"status": "refused", "error": error.message, "remedy": error.remedy, "exit": code})
         else:
             sys.stderr.write(strip_control_characters(f"council: {join_lines(str(error))}\n"))
         return code

@@ -41,14 +41,14 @@ _GONE_REMEDY = "continue without it: changes are checked when they land"
 
 
 class SessionRequestError(Exception):
-    """A failed request: `what` happened, and the `remedy`.
+    """A failed request: `message` happened, and the `remedy`.
 
     `is_refused` means that the orchestrator rejected the request; otherwise it could not be reached.
     """
 
-    def __init__(self, what: str, remedy: str, *, is_refused: bool = False) -> None:
-        self.what, self.remedy, self.is_refused = what, remedy, is_refused
-        super().__init__(f"{what}: {remedy}" if remedy else what)
+    def __init__(self, message: str, remedy: str, *, is_refused: bool = False) -> None:
+        self.message, self.remedy, self.is_refused = message, remedy, is_refused
+        super().__init__(f"{message}: {remedy}" if remedy else message)
 
 
 class SessionConnection:

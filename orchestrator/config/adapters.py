@@ -42,8 +42,8 @@ def read_path_access(node: Node, folder: Path, problems: Problems) -> dict[str, 
                 continue
             path = os.path.realpath(folder / Path(item.value).expanduser())
             if not Path(path).exists():
-                what = f"{quote_text(item.value)} does not exist"
-                problems.add(item.at, what, "create it first, or remove it here")
+                message = f"{quote_text(item.value)} does not exist"
+                problems.add(item.at, message, "create it first, or remove it here")
             access[key] += (path,)
     return access
 
@@ -203,7 +203,7 @@ def try_commands(
                 _try_command(name, made[name], request)
             except RefusedError as error:
                 prompt = task.get("prompt") or task.get("prompt_file") or task
-                problems.add(prompt.at, error.what, error.remedy)
+                problems.add(prompt.at, error.message, error.remedy)
 
 
 def _try_command(name: str, adapter: Adapter, request: SessionRequest) -> None:
@@ -212,8 +212,8 @@ def _try_command(name: str, adapter: Adapter, request: SessionRequest) -> None:
         with plugin_code(RefusedError):
             argv = adapter.command(request).argv
     except PluginFailed as failed:
-        what = f"the adapter {quote_text(name)} failed to build its command: {failed}"
-        raise RefusedError(what, "update its plugin, or use another adapter") from failed
+        message = f"the adapter {quote_text(name)} failed to build its command: {failed}"
+        raise RefusedError(message, "update its plugin, or use another adapter") from failed
     if not argv or not all(isinstance(part, str) for part in argv):
-        what = f"the adapter {quote_text(name)} built a command with values other than strings: {argv!r}"
-        raise RefusedError(what, "update its plugin, or use another adapter")
+        message = f"the adapter {quote_text(name)} built a command with values other than strings: {argv!r}"
+        raise RefusedError(message, "update its plugin, or use another adapter")

@@ -155,7 +155,7 @@ def _explain(conflict: DurationConflict, config: CoordinationSettings, names: Ma
     short, long = getattr(config, conflict.short), getattr(config, conflict.long)
     limit = {1: "", 3: "a third of "}[conflict.times]
     subject, other = (_named(key, config, names) for key in (conflict.short, conflict.long))
-    what = f"{subject} is more than {limit}{other}"
+    message = f"{subject} is more than {limit}{other}"
     # The remedy for each setting refers to the source of that setting, which the user can change.
     sources = (
         names.get(conflict.short, names.get(conflict.long, "")),
@@ -163,7 +163,7 @@ def _explain(conflict: DurationConflict, config: CoordinationSettings, names: Ma
     )
     at_most = math.floor(long * _MILLISECONDS / conflict.times) / _MILLISECONDS
     remedy = f"use at most {_written(conflict.short, at_most, sources[0])}"
-    return what, f"{remedy}, or at least {_written(conflict.long, short * conflict.times, sources[1])}"
+    return message, f"{remedy}, or at least {_written(conflict.long, short * conflict.times, sources[1])}"
 
 
 def _named(key: str, config: CoordinationSettings, names: Mapping[str, str]) -> str:

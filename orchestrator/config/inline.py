@@ -96,15 +96,15 @@ def check_adapter_choice(
         if default is None and not named and possible and not any(_is_installed(adapter_types[one]) for one in ready):
             raise no_program_error(possible)
         if default is None and len(named) != 1:
-            what = "the file has several adapters and no default" if named else "no file specifies an adapter"
-            raise RefusedError(what, _choices(possible))
+            message = "the file has several adapters and no default" if named else "no file specifies an adapter"
+            raise RefusedError(message, _choices(possible))
         return
     if wanted in possible:
         return
-    what = f"there is no adapter {wanted!r}"
+    message = f"there is no adapter {wanted!r}"
     if wanted in adapter_types:
-        what = f"{wanted!r} needs options, which only a file can provide"
-    raise RefusedError(what, suggest(wanted, possible, "possible ones") if possible else _choices([]))
+        message = f"{wanted!r} needs options, which only a file can provide"
+    raise RefusedError(message, suggest(wanted, possible, "possible ones") if possible else _choices([]))
 
 
 def no_program_error(adapters: Iterable[str]) -> RefusedError:

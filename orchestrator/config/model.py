@@ -94,8 +94,8 @@ def restore_options(
     try:
         return types[use], types[use].Options.model_validate(stored.options)
     except ValidationError as error:
-        what = f"{subject} was configured for another version of {use!r} ({error.error_count()} invalid options)"
-        raise RefusedError(what, "install that version again, or start a new run") from error
+        message = f"{subject} was configured for another version of {use!r} ({error.error_count()} invalid options)"
+        raise RefusedError(message, "install that version again, or start a new run") from error
 
 
 def restore_adapters(

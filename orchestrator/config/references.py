@@ -127,8 +127,8 @@ def _check_network(root: Node, problems: Problems) -> None:
     is_limited = network.value == "off" or isinstance(network.value, dict)
     if is_limited and sandbox.value == "off":
         written = "off" if network.value == "off" else "{allow: …}"
-        what = f"`network: {written}` needs a sandbox, but `sandbox: off` disables it"
-        problems.add(network.at, what, "use `sandbox: auto`, or `network: on`")
+        message = f"`network: {written}` needs a sandbox, but `sandbox: off` disables it"
+        problems.add(network.at, message, "use `sandbox: auto`, or `network: on`")
 
 
 def _check_copied_files(root: Node, problems: Problems) -> None:
@@ -143,10 +143,10 @@ def _check_copied_files(root: Node, problems: Problems) -> None:
             except ValueError:
                 continue
             if is_remote:
-                what = f"`{key}` needs a checkout, and a repository by URL has none"
+                message = f"`{key}` needs a checkout, and a repository by URL has none"
                 problems.add(
                     item.at,
-                    what,
+                    message,
                     "create the files with a command under `setup:`, or set `repo` to the path of a clone",
                 )
             elif path is not None and found.setdefault(path, item.at) != item.at:
@@ -177,10 +177,10 @@ def check_ids(root: Node, problems: Problems) -> None:
         name, at = first.setdefault(found.value.casefold(), (found.value, found.at))
         if at == found.at:
             continue
-        what = f"the task {quote_text(name)} is already defined {at}"
+        message = f"the task {quote_text(name)} is already defined {at}"
         if name != found.value:
-            what = f"{quote_text(found.value)} differs only in case from the task {quote_text(name)} {at}"
-        problems.add(found.at, what, "give each task a unique id")
+            message = f"{quote_text(found.value)} differs only in case from the task {quote_text(name)} {at}"
+        problems.add(found.at, message, "give each task a unique id")
 
 
 def check_needs(root: Node, problems: Problems) -> None:
@@ -251,25 +251,25 @@ def _check_mcp_servers(root: Node, problems: Problems) -> None:
     """Report servers without exactly one of command and URL, and recorded secrets."""
     servers = root.get("mcp_servers")
     if servers is not None and MCP_SERVER_NAME in servers.keys:
-        what = f"{MCP_SERVER_NAME!r} is reserved for the built-in server"
-        problems.add(servers.keys[MCP_SERVER_NAME], what, "choose another name")
+        message = f"{MCP_SERVER_NAME!r} is reserved for the built-in server"
+        problems.add(servers.keys[MCP_SERVER_NAME], message, "choose another name")
     for server in servers.children.values() if servers is not None else ():
         command, url = server.get("command"), server.get("url")
         if isinstance(server.value, dict) and (command is None) == (url is None):
-            what = (
+            message = (
                 "the server has neither command nor url" if command is None else "the server has both command and url"
             )
-            problems.add(server.at, what, "add `command:` or `url:`" if command is None else "keep one of the two")
+            problems.add(server.at, message, "add `command:` or `url:`" if command is None else "keep one of the two")
         for item in (*iter_items(command), *([] if url is None else [url])):
             if isinstance(item.value, str):
                 reject_secret(item, item.value, "server", "its `env`", problems)
 
 
-def reject_secret(node: Node, text: str, what: str, env: str, problems: Problems) -> None:
+def reject_secret(node: Node, text: str, message: str, env: str, problems: Problems) -> None:
     """Report an apparent secret in recorded text; `env` is the key to use instead."""
     if has_secret_key(text):
         remedy = f"remove the key, and pass a variable by name under {env}"
-        problems.add(node.at, f"the {what} seems to contain a secret key, and {what}s are recorded", remedy)
+        problems.add(node.at, f"the {message} seems to contain a secret key, and {message}s are recorded", remedy)
 
 
 def _refuse_key_in_prompt(node: Node, prompt: str, problems: Problems) -> None:
@@ -295,7 +295,7 @@ def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]
                 prompts[index] = read(folder / file.value)
                 _refuse_key_in_prompt(file, prompts[index], problems)
             except InvalidValue as error:
-                problems.add(file.at, error.what, error.remedy)
+                problems.add(file.at, error.message, error.remedy)
     return prompts
 
 

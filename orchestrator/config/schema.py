@@ -47,10 +47,10 @@ def _phase(value: Any) -> Any:
                 return value
             raise InvalidValue(f"the phase {quote_text(str(name))} is empty", f"use `- {name}`, or add its keys")
         case dict() if value and next(iter(value.values())) is None:
-            what = f"the keys of the phase {quote_text(str(next(iter(value))))} are at the level of its name"
-            raise InvalidValue(what, "indent them further")
-    what = f"a phase can't be {describe_value(value)}"
-    raise InvalidValue(what, "use `- NAME: {…}`, one name with the keys of the phase")
+            message = f"the keys of the phase {quote_text(str(next(iter(value))))} are at the level of its name"
+            raise InvalidValue(message, "indent them further")
+    message = f"a phase can't be {describe_value(value)}"
+    raise InvalidValue(message, "use `- NAME: {…}`, one name with the keys of the phase")
 
 
 _PHASE = BeforeValidator(

@@ -70,7 +70,7 @@ def require_local_folder(url: str) -> Path | None:
     try:
         return store_folder(url)
     except InvalidValue as error:
-        raise RefusedError(error.what, error.remedy) from None
+        raise RefusedError(error.message, error.remedy) from None
 
 
 def folder_url(folder: Path) -> str:

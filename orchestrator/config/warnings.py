@@ -35,11 +35,11 @@ class RepositoryPaths:
 class ConfigWarning:
     """A warning, and its remedy."""
 
-    what: str
+    message: str
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.remedy}"
+        return f"{self.message}: {self.remedy}"
 
 
 def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[str, Adapter]) -> list[ConfigWarning]:
@@ -48,36 +48,38 @@ def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[
     specs = [*config.tasks, *([] if config.template is None else [config.template])]
     is_checked = any(spec.checks for spec in specs)
     if config.target == config.base and around.target_checkout is not None:
-        what = f"the target {config.target!r} is the base, and is checked out in {around.target_checkout}"
+        message = f"the target {config.target!r} is the base, and is checked out in {around.target_checkout}"
         remedy = "each landing updates the files there, and is deferred if they are changed; set another `target`"
-        warnings.append(ConfigWarning(what, f"{remedy} unless this is intended"))
+        warnings.append(ConfigWarning(message, f"{remedy} unless this is intended"))
     for path in _open_repository(config, around):
-        what = f"`writable` lets sessions write to {path}, which contains the repository itself"
-        warnings.append(ConfigWarning(what, "list only the folders in it that sessions need, if any"))
+        message = f"`writable` lets sessions write to {path}, which contains the repository itself"
+        warnings.append(ConfigWarning(message, "list only the folders in it that sessions need, if any"))
     for path in _package_caches(config) if is_checked else ():
-        what = f"`writable` lets sessions write to {path}, from which setup and checks may run programs"
-        warnings.append(ConfigWarning(what, "list it under `writable` of the adapters whose sessions need it"))
+        message = f"`writable` lets sessions write to {path}, from which setup and checks may run programs"
+        warnings.append(ConfigWarning(message, "list it under `writable` of the adapters whose sessions need it"))
     if config.worktrees.max < config.capacity:
         limit = config.worktrees.max
-        what = f"`worktrees.max` is {limit} and `capacity` {config.capacity}: at most {limit} sessions can run at once"
+        message = (
+            f"`worktrees.max` is {limit} and `capacity` {config.capacity}: at most {limit} sessions can run at once"
+        )
         warnings.append(
-            ConfigWarning(what, f"set `max: {config.capacity}` under `worktrees:`, or a smaller `capacity`")
+            ConfigWarning(message, f"set `max: {config.capacity}` under `worktrees:`, or a smaller `capacity`")
         )
     limit = config.coordination.max_retries + 1
     if above := [spec for spec in specs if spec.attempts > limit and "attempts" in spec.model_fields_set]:
         name, attempts = above[0].id, above[0].attempts
-        what = f"task {name!r} has {attempts} `attempts`, but `coordination.max_retries` limits them to {limit}"
-        warnings.append(ConfigWarning(what, f"set `max_retries: {attempts - 1}` under `coordination:`"))
+        message = f"task {name!r} has {attempts} `attempts`, but `coordination.max_retries` limits them to {limit}"
+        warnings.append(ConfigWarning(message, f"set `max_retries: {attempts - 1}` under `coordination:`"))
     if not is_checked:
-        what = "no task has checks: work lands unverified"
-        warnings.append(ConfigWarning(what, "add your test command as `checks:` under `defaults:`"))
+        message = "no task has checks: work lands unverified"
+        warnings.append(ConfigWarning(message, "add your test command as `checks:` under `defaults:`"))
     warnings += _repeated_fallbacks(config)
     used = dict.fromkeys(name for spec in specs for name in config.adapters_of(spec))
     unable = [repr(name) for name in used if Capability.MCP not in adapters[name].capabilities()]
     if config.mcp_servers and unable:
         servers = join_names([*map(repr, config.mcp_servers)])
-        what = f"adapters {join_names(unable)} do not support `mcp_servers`: {servers}"
-        warnings.append(ConfigWarning(what, "use another adapter for tasks that need them"))
+        message = f"adapters {join_names(unable)} do not support `mcp_servers`: {servers}"
+        warnings.append(ConfigWarning(message, "use another adapter for tasks that need them"))
     return warnings
 
 
@@ -97,8 +99,8 @@ def _repeated_fallbacks(config: RunConfig) -> Iterator[ConfigWarning]:
             tasks.setdefault(adapters, []).append(task)
     for (first, *rest), whose in tasks.items():
         again = dict.fromkeys(repr(name) for index, name in enumerate(rest) if name in {first, *rest[:index]})
-        what = f"`fallback` of {join_names(whose)} repeats {join_names([*again])}, which has no effect"
-        yield ConfigWarning(what, f"list adapters other than `adapter: {first}`, each once")
+        message = f"`fallback` of {join_names(whose)} repeats {join_names([*again])}, which has no effect"
+        yield ConfigWarning(message, f"list adapters other than `adapter: {first}`, each once")
 
 
 def _package_caches(config: RunConfig) -> list[Path]:

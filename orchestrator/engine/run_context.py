@@ -264,8 +264,10 @@ async def _open_session_resources(
 
     async def lease(slot: Path) -> Mapping[str, str]:
         port_lease = await leases.lease(slot)
-        if port_lease.lost:
-            await record_event(SlotPortsChanged(slot=str(slot), lost_ports=port_lease.lost, ports=port_lease.ports))
+        if port_lease.conflicting:
+            await record_event(
+                SlotPortsChanged(slot=str(slot), conflicting_ports=port_lease.conflicting, ports=port_lease.ports)
+            )
         return port_lease.environment()
 
     environ = git.environ

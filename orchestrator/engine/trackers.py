@@ -30,7 +30,7 @@ async def _fetch(name: str, open_tracker: OpenTracker, limit: float) -> Sequence
             async with open_tracker() as tracker:
                 return [TrackedTask(task.id, task.prompt, tuple(task.needs)) for task in await tracker.tasks()]
     except RefusedError as error:
-        raise RefusedError(f"tracker {name!r}: {error.what}", error.remedy) from error
+        raise RefusedError(f"tracker {name!r}: {error.message}", error.remedy) from error
     except TimeoutError as error:
         raise RefusedError(f"tracker {name!r} did not list its tasks within {limit:g} s", remedy) from error
     except PluginFailed as failed:

@@ -50,7 +50,7 @@ async def check_worktree_sources(
             )
         provisions = make_provisions(worktrees, repository.top, (*hidden, repository.git_dir))
         provision_faults = await provisions.faults(base.commit, base.git, repr(base.branch))
-        problems += [(fault.what, fault.remedy) for fault in provision_faults]
+        problems += [(fault.message, fault.remedy) for fault in provision_faults]
     raise_combined_refusal(problems, _REMEDY)
 
 

@@ -88,10 +88,10 @@ def _check_descriptors(count: int) -> None:
     if count and resources.descriptor_limit is not None:
         left = resources.descriptor_limit - resources.descriptors_open
         if left < count + min(_RESERVE, resources.descriptor_limit // 2):
-            what = (
+            message = (
                 f"can't take {count} more locks: only {left} of {resources.descriptor_limit} file descriptors are free"
             )
-            raise RefusedError(what, "unlock files, lock a folder instead, or raise `ulimit -n`")
+            raise RefusedError(message, "unlock files, lock a folder instead, or raise `ulimit -n`")
 
 
 class FileLocks:

@@ -60,7 +60,7 @@ class LockStatus:
     name: str
     """The name for `break_lock`: `file/<path>`, `ownership/<session>` or `merge/<scope>`."""
     layer: LockLayer
-    what: tuple[str, ...]
+    resources: tuple[str, ...]
     """The file, the patterns, or the target's scope."""
     mode: Literal["exclusive", "shared"]
     holders: tuple[LockParty, ...]
@@ -102,7 +102,7 @@ class LockOverview:
 
     async def _break(self, lock: LockStatus, reason: str) -> None:
         holders = [party.owner for party in lock.holders]
-        event = LockBroken(lock=lock.name, layer=lock.layer, what=lock.what, holders=holders, reason=reason)
+        event = LockBroken(lock=lock.name, layer=lock.layer, resources=lock.resources, holders=holders, reason=reason)
         await self.store.commit(Commit(await self._writes(lock), [Event.of(event)]))
 
     async def _writes(self, lock: LockStatus) -> Sequence[Write]:
@@ -193,7 +193,7 @@ def read_broken_locks(record: CommitRecord) -> list[BrokenLock]:
     broken = []
     for event in record.events:
         if event.type == LockBroken.type and event.data["layer"] != LockLayer.MERGE:
-            paths = event.data["what"] if event.data["layer"] == LockLayer.FILE else ()
+            paths = event.data["resources"] if event.data["layer"] == LockLayer.FILE else ()
             broken.append(BrokenLock(tuple(event.data["holders"]), tuple(paths)))
     return broken
 

@@ -208,9 +208,9 @@ def _check(name: object, mode: object, owner: object, expiry: float, timeout: fl
     if mode not in get_args(LockMode):
         raise RefusedError(f"lock {name!r} has no mode {mode!r}", f"choose one of {', '.join(get_args(LockMode))}")
     if not name or not 0 < expiry <= MAX_TTL or not 0 <= timeout <= MAX_TTL:
-        what = f"invalid lock request: name {name!r}, expiry {expiry:g} s, timeout {timeout:g} s"
+        message = f"invalid lock request: name {name!r}, expiry {expiry:g} s, timeout {timeout:g} s"
         remedy = f"give it a name, an expiry above 0 and a timeout of at least 0, both at most {MAX_TTL:g} s"
-        raise RefusedError(what, remedy)
+        raise RefusedError(message, remedy)
 
 
 def _timed_out(name: str, blockers: Sequence[LockInfo], timeout: float) -> LockUnavailable:

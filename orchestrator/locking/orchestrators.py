@@ -199,7 +199,7 @@ class PeerObserver:
         self._forget_if_late()
         now, seen = self._clock.monotonic(), self._seen.get((run, record.owner.id))
         # After a suspension of this process or machine, start again: the peer may also have been suspended.
-        max_gap = max(self._timing.stale_after, 2 * self._timing.sweep_interval)
+        max_gap = max(self._timing.stale_after, 2 * self._timing.stale_check_interval)
         is_new = seen is None or seen.heartbeat != record.heartbeat or now - seen.checked > max_gap
         since = now if seen is None or is_new else seen.since
         self._seen[run, record.owner.id] = _Heartbeat(record.heartbeat, since, now)

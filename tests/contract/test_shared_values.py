@@ -68,7 +68,7 @@ async def test_put_with_an_outdated_version_overwrites_nothing(sharing: SharedVa
         try:
             await sharing.put("count", number, if_version=1)
         except RefusedError as error:
-            refused.append(error.what)
+            refused.append(error.message)
         else:
             done.append(number)
 

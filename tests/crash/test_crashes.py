@@ -265,7 +265,7 @@ def is_session(process: psutil.Process, task: str) -> bool:
         return False
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("at", [-3, pytest.param(30, marks=pytest.mark.slow)], ids=["payload", "header"])
 @pytest.mark.parametrize("line", [-1, 0, pytest.param(1, marks=pytest.mark.slow)])
 async def test_damaged_log_is_reported(repository: Repository, line: int, at: int) -> None:

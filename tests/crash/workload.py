@@ -82,7 +82,7 @@ def make_workload(dice: random.Random, holds: str, *, most: int = 30) -> Workloa
             "heartbeat_interval": "300ms",
             "stale_after": "2s",
             "owner_stale_after": "4s",
-            "sweep_interval": "400ms",
+            "stale_check_interval": "400ms",
             "max_retries": 99,
         },
     }

@@ -65,7 +65,7 @@ class Worker:
             heartbeat_interval=0.25,
             stale_after=patience,
             owner_stale_after=patience,
-            sweep_interval=0.25,
+            stale_check_interval=0.25,
             max_retries=99,
         )
         self.clock = SystemClock()
@@ -87,7 +87,7 @@ class Worker:
             try:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._again_and_again, others.renew, self.timing.heartbeat_interval)
-                    group.start_soon(self._again_and_again, takeovers.sweep, self.timing.sweep_interval)
+                    group.start_soon(self._again_and_again, takeovers.sweep, self.timing.stale_check_interval)
                     await self._empty(claims, others)
                     group.cancel_scope.cancel()
             except BaseExceptionGroup as errors:

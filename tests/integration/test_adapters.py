@@ -78,7 +78,7 @@ def write(use: str, path: str, text: str) -> str:
     return f"```file {path}\n{text}\n```\n" if use == "ollama" else f"write {path} {text}\n"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("sandbox", SANDBOX_PARAMS)
 @pytest.mark.parametrize("use", ADAPTERS)
 async def test_work_of_a_program_lands(bench: Bench, use: str, sandbox: str) -> None:
@@ -102,7 +102,7 @@ FAIL_AUTH = {"claude-code": "fail auth", "aider": "fail auth", "acp": "fail auth
 REMEDIES = {"claude-code": "claude auth login", "aider": "API_KEY", "acp": "agent login", "ollama": "OLLAMA_API_KEY"}
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("use", QUICK)
 async def test_failed_login_disables_the_adapter(bench: Bench, use: str) -> None:
     """No further session starts, no attempt is counted, and the reason says how to log in."""
@@ -151,7 +151,7 @@ DENIED = {
 }
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("use", DENIED)
 async def test_denied_tool_is_reported_by_each_command(bench: Bench, use: str) -> None:
     """A session that was denied everything has this as its reason; one that worked all the same shows it, too."""
@@ -169,7 +169,7 @@ async def test_denied_tool_is_reported_by_each_command(bench: Bench, use: str) -
     assert all(reported in story for story in stories), stories
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("use", ["claude-code", "aider"])
 async def test_half_work_of_a_failed_program_does_not_land(bench: Bench, use: str) -> None:
     """Files were changed before the error; aider even exits with 0."""
@@ -223,7 +223,7 @@ ENDS = {
 }
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("use", QUICK)
 async def test_failure_has_its_class(bench: Bench, use: str) -> None:
     """Output and exit code of the program decide the class and the reason."""

@@ -96,7 +96,7 @@ async def test_resume_checks_again_and_continues_on_a_fixed_base(repository: Rep
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("how", ["run", "resume", "file"])
 async def test_task_that_fixes_the_failing_base_can_run(repository: Repository, how: str) -> None:
     """By the option of either command, and by the key of the file."""
@@ -311,7 +311,7 @@ async def test_allowed_failing_base_is_checked_for_programs_only(repository: Rep
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
 async def test_missing_program_of_a_check_is_not_a_failure_of_the_task(
     repository: Repository, options: list[str]
@@ -384,7 +384,7 @@ def test_check_of_a_hidden_program_needs_a_new_run(repository: Repository) -> No
     assert correction.endswith(f"`council retry t1 --reload --run {ended.result['run']}`")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
 async def test_unexecutable_check_is_not_a_failure_of_the_task(repository: Repository, options: list[str]) -> None:
     """A committed script without the executable bit: the message says so, even if the base may fail."""
@@ -402,7 +402,7 @@ async def test_unexecutable_check_is_not_a_failure_of_the_task(repository: Repos
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
 async def test_unrunnable_checks_are_reported_at_once(repository: Repository, options: list[str]) -> None:
     """One message has all fixes; runnable checks are not named."""
@@ -459,7 +459,7 @@ async def test_task_that_removes_its_check_has_failed(repository: Repository) ->
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("checks", [[], ["true"]])
 async def test_missing_program_of_the_setup_is_not_a_failure_of_the_task(
     repository: Repository, checks: list[str]
@@ -474,7 +474,7 @@ async def test_missing_program_of_the_setup_is_not_a_failure_of_the_task(
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("options", [[], ["--allow-failing-base"]])
 @pytest.mark.parametrize(
     ("check", "script"),

@@ -106,7 +106,7 @@ async def test_process_does_not_wait_for_base_checks_of_a_stopped_one(gated: Gat
     await gated.repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("broken", [False, True])
 async def test_base_that_moves_during_its_checks_is_checked_again(gated: Gated, broken: bool) -> None:
     """Only the commit that sessions start from counts, whichever of the two passes."""

@@ -33,7 +33,7 @@ def repaired(path: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("path", "content", "reason"),
     [

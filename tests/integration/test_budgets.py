@@ -158,7 +158,7 @@ async def test_session_time_is_limited_over_all_attempts(claude: Repository) -> 
     assert 2 <= usage["total"]["seconds"] < 30
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [

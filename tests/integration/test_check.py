@@ -152,7 +152,7 @@ async def test_violation_is_found_and_named(repository: Repository) -> None:
             await write(repository, key, change)
             found = (await council.state.verify_run()).violations
             assert (rule, place.replace("RUN", run)) in {(one.rule, one.location) for one in found}, (name, found)
-            assert all(one.what and one.remedy for one in found)
+            assert all(one.message and one.remedy for one in found)
             await write(repository, key, partial(restore, before.value))
             assert (await council.state.verify_run()).is_valid
 
@@ -168,7 +168,7 @@ async def test_violation_is_printed_for_people_and_programs(repository: Reposito
     text = repository.council("check")
     assert text.code == 1
     assert text.stdout.splitlines() == [
-        f"{one['rule']}  {one['location']}: {one['what']}",
+        f"{one['rule']}  {one['location']}: {one['message']}",
         f"  → {one['remedy']}",
         f"run {run}: 1 task with a workflow, 2 handoffs: 1 violation",
     ]
@@ -238,7 +238,7 @@ async def test_plugin_rules_run_and_their_errors_are_reported(repository: Reposi
         ("names.short", "task 't'"),
         ("constraint.broken", "constraint 'broken'"),
     ]
-    assert "ZeroDivisionError" in found[1].what
+    assert "ZeroDivisionError" in found[1].message
 
 
 class Overtaking(MemoryStore):

@@ -90,7 +90,7 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("slots", [1, 2, 4])
 async def test_program_planted_in_kept_files_does_not_check_the_work(
     repository: Repository, outside: Path, slots: int
@@ -127,7 +127,7 @@ async def test_session_replaces_nothing_that_phase_checks_run(
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("slots", [1, 2, 4])
 async def test_code_of_one_task_replaces_nothing_in_the_next_checks(
     repository: Repository, outside: Path, slots: int

@@ -101,7 +101,7 @@ async def test_check_has_a_time_limit_and_leaves_no_process(repository: Reposito
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.sandbox
 @pytest.mark.parametrize("sandbox", [SandboxKind.BUBBLEWRAP, SandboxKind.LANDLOCK])
 async def test_check_can_not_reach_the_users_files(repository: Repository, sandbox: SandboxKind) -> None:
@@ -149,7 +149,7 @@ async def test_signal_ends_a_check_and_resume_repeats_it(repository: Repository)
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("name", ["FOO", "API_TOKEN"])
 async def test_checks_see_what_is_allowed(repository: Repository, name: str) -> None:
     """Variables are passed by name; a value that looks like a secret is in no log."""

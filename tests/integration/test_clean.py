@@ -137,7 +137,7 @@ async def test_worktree_of_an_ended_task_is_removed_once(repository: Repository)
     assert repository.council("salvage", "show", "done/1").code == 0
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "failpoint",
     [
@@ -491,7 +491,7 @@ def confirmation(repository: Repository) -> Iterator[tuple[subprocess.Popen[byte
         os.close(ours)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(("answer", "stays"), [("y", False), ("", True), ("no", True)])
 async def test_clean_on_a_terminal_asks_once(repository: Repository, answer: str, stays: bool) -> None:
     """Only `yes` removes."""

@@ -67,7 +67,7 @@ async def test_old_runs_are_removed_and_restored(repository: Repository) -> None
     async with later(repository, 6.9) as council:
         assert await statuses(council) == {}
     async with later(repository, 7.1) as council:
-        before = (await council.reports.overview(run)).to_json()
+        before = (await council.reports.summary(run)).to_json()
         assert await statuses(council) == {run: "left_over"}
         position = await council.history.position()
         assert await removed(council) == [None]
@@ -88,7 +88,7 @@ async def test_old_runs_are_removed_and_restored(repository: Repository) -> None
         assert [one.event.type async for one in council.runs.events(run, after=position)][-1] == "run.removed"
         restored = await council.checkpoints.restore(checkpoint)
         assert (restored.runs, f"run/{run}" in restored.written) == ([], True)
-        after = (await council.reports.overview(run)).to_json()
+        after = (await council.reports.summary(run)).to_json()
         assert {**after, "events": []} == {**before, "events": []}
     await repository.assert_invariants()
 

@@ -55,7 +55,7 @@ async def test_run_survives_clock_jumps(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("jump", [3 * HOUR, -3 * HOUR], ids=["forwards", "backwards"])
 async def test_clock_jump_during_a_session_is_no_part_of_its_duration(repository: Repository, jump: float) -> None:
     """Neither of the time budgets is exhausted, and the reported usage is that of the session."""
@@ -115,7 +115,7 @@ async def test_peer_whose_clock_is_hours_ahead_takes_over_no_live_task(repositor
     """Its clock jumps while both are active: the owner's heartbeats continue, so both keep their tasks."""
     gate = repository.spawns.parent / "gate"
     tasks: list[dict[str, Any]] = [{"id": name, "prompt": f"await {gate}\nwrite {name}.txt x"} for name in "ab"]
-    quick = {"heartbeat_interval": "200ms", "stale_after": "1s", "sweep_interval": "200ms"}
+    quick = {"heartbeat_interval": "200ms", "stale_after": "1s", "stale_check_interval": "200ms"}
     path = repository.configure(tasks, capacity=1, coordination=quick)
     clock = SettableClock()
     with anyio.fail_after(90):

@@ -179,7 +179,7 @@ async def test_only_secrets_give_no_commit(session: SessionWorktree) -> None:
     assert (left.commit, left.left_out, left.complete) == (None, (".env",), False)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("name", ["key.txt", ".env", "huge.bin", "message"])
 async def test_history_with_a_secret_is_dropped(session: SessionWorktree, name: str) -> None:
     """A secret that was committed and removed does not enter through history: the files become one commit."""
@@ -305,7 +305,7 @@ async def test_filters_and_hooks_of_the_agent_do_not_run(session: SessionWorktre
     assert not trace.exists()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("where", ["refs", "refs/heads", "HEAD", "packed-refs", "git", "pipe"])
 async def test_links_in_the_session_repository_are_not_followed(
     session: SessionWorktree, tmp_path: Path, where: str
@@ -440,7 +440,7 @@ _RESERVED = {
 }
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("name", list(_RESERVED))
 async def test_file_with_a_reserved_name_is_left_out(session: SessionWorktree, name: str) -> None:
     """A .gitignore that un-ignores it does not change that."""
@@ -478,7 +478,7 @@ async def test_gitmodules_that_git_rejects_is_left_out(session: SessionWorktree,
     assert {"good.txt", "vendored/.gitmodules"} <= set(await session.tree(left.commit))
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("name", list(_RESERVED))
 async def test_commit_with_a_reserved_name_is_left_out(session: SessionWorktree, name: str) -> None:
     """Git commands without that rule can create one; the files of the checkout become a commit without it."""

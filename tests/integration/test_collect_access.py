@@ -53,7 +53,7 @@ async def _collect(
     return work, changes.stdout.decode()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("folder", ["", "old", "new/deep"])
 @pytest.mark.parametrize("with_diff", [True, False])

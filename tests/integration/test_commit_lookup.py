@@ -16,7 +16,7 @@ from orchestrator.testing.clock import ManualClock
 _SIZES = (10, 500, 3_000, 20_000, 400_000)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("damage", [0, 5])
 async def test_each_commit_of_a_large_segment_is_found(tmp_path: Path, damage: int) -> None:
     """Every commit with a readable header, and no other."""

@@ -185,7 +185,7 @@ async def test_damage_in_a_compacted_part_is_reported(store: FileStore, tmp_path
             assert await other.position() == await store.position()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("failpoint", ["state.packed=kill", "state.packed=kill@3", "state.pruned=kill"])
 async def test_killed_compaction_is_complete_or_absent(
     store: FileStore, tmp_path: Path, clock: ManualClock, failpoint: str

@@ -56,7 +56,7 @@ async def test_plain_repository_is_accepted(repository: Repository) -> None:
     await check(repository)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("options", "says"),
     [(["--filter=blob:none"], "partial clone"), (["--depth=1"], "shallow clone")],
@@ -89,7 +89,7 @@ async def test_submodules_are_rejected_by_name(repository: Repository) -> None:
         await check(repository)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("place", [".gitattributes", "deep/er/.gitattributes"])
 async def test_lfs_is_rejected_anywhere(repository: Repository, place: str) -> None:
     """The file is named; without the line in it the run is accepted."""

@@ -196,7 +196,7 @@ def swapping(one: Path, other: Path) -> Iterator[Callable[[], int]]:
         thread.join()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can exchange two files at once")
 async def test_live_diff_reads_nothing_behind_a_link(attempt: Attempt, tmp_path: Path, mechanism: Mechanism) -> None:
     """A file that becomes a link between two reads is not followed out of the worktree."""

@@ -306,7 +306,7 @@ async def test_changed_document_is_not_overwritten(store: Store) -> None:
     assert found is not None
     with pytest.raises(RefusedError) as caught:
         await resolve_conflict(store, conflict.id, 1)
-    assert caught.value.what == (
+    assert caught.value.message == (
         f"task/r/a was changed by {found.writer}, 2001-09-09 01:46:40 UTC, after conflict {conflict.id!r} was found"
     )
     assert "force" in caught.value.remedy

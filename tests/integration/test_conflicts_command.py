@@ -106,7 +106,7 @@ async def test_own_value_resolves_a_conflict(project: Repository) -> None:
     assert json.loads(done.stdout) == {"conflict": NAME, "key": str(API), "version": 5, "value": value}
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("words", "says"),
     [

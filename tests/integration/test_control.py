@@ -228,7 +228,7 @@ async def test_cancel_of_an_ended_task_is_not_an_error(repository: Repository) -
         assert (again.code, again.result["exit"], again.states) == (0, 0, {"done": "landed", "long": "cancelled"})
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("keys", [{}, {"workflow": "one"}], ids=["plain", "workflow"])
 async def test_retry_on_a_live_run_unblocks_dependents(repository: Repository, keys: dict[str, Any]) -> None:
     """It gets all of its attempts again, and its dependents continue."""
@@ -275,7 +275,7 @@ async def test_cancel_and_retry_work_on_an_inactive_run(repository: Repository) 
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("command", "fragment"),
     [
@@ -553,7 +553,7 @@ def steps(shown: str) -> list[str]:
     return [line.partition(": ")[2] for line in lines if line.lower().startswith("next: ")]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("tasks", "settings", "expected"),
     [
@@ -643,7 +643,7 @@ async def test_ignored_task_is_not_started_until_retried(repository: Repository)
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
@@ -913,7 +913,7 @@ def _two_failed(repository: Repository, command: tuple[str, ...]) -> None:
         assert repository.council("retry", "a", "b").code == 0
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
 async def test_irreversible_command_needs_confirmation(repository: Repository, command: tuple[str, ...]) -> None:
     """Without a terminal it is rejected with the option that allows it, and nothing has changed."""
@@ -928,7 +928,7 @@ async def test_irreversible_command_needs_confirmation(repository: Repository, c
     assert (repository.council("status", "--json").states, repository.council("salvage", "list").stdout) != before
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("answer", ["y", "n"])
 @pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
 async def test_person_at_a_terminal_is_asked(repository: Repository, command: tuple[str, ...], answer: str) -> None:

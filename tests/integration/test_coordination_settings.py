@@ -44,7 +44,7 @@ def test_invalid_environment_prevents_a_run(repository: Repository) -> None:
         assert "invalid value 'many' of SHARED_STATE_MAX_RETRIES" in ended.stderr
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (1, 2), (5, 4)])
 def test_number_of_retries_is_a_limit(repository: Repository, retries: int, attempts: int) -> None:
     """A task that always fails is retried that often, or as often as its own setting says, whichever is less."""
@@ -54,7 +54,7 @@ def test_number_of_retries_is_a_limit(repository: Repository, retries: int, atte
     assert (task["status"], task["attempts"]) == ("failed", attempts)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(("retries", "attempts"), [(None, 3), (0, 1), (1, 2), (5, 6)])
 @pytest.mark.parametrize("place", ["variable", "option", "file"])
 def test_task_without_retries_uses_the_setting(

@@ -51,7 +51,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "what",
     [
@@ -96,7 +96,7 @@ async def test_adapter_contract_runs_no_conftest_of_a_shared_folder(
     assert not trap.exists(), (trap.read_text(), shlex.join(contract_command()))
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("entry", [".", "", "tools"])
 def test_no_program_of_the_repository_is_run_by_name(repository: Repository, tmp_path: Path, entry: str) -> None:
     """With a relative folder on PATH, or an empty entry, which is the current folder."""

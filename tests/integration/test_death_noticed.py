@@ -52,7 +52,7 @@ async def claimed_by(repository: Repository, pid: int) -> set[str]:
         return {task for task, one in claims.items() if one.owner.pid == pid and one.released is None}
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("victim", [pytest.param(0, id="leader"), pytest.param(2, id="worker")])
 async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repository, victim: int) -> None:
     """Thirty tasks, three processes, the default settings: no task waits for the reaper."""

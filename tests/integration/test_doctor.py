@@ -138,7 +138,7 @@ def test_repository_without_a_commit_is_reported(repository: Repository, tmp_pat
     assert "has no commits yet" in doctor(empty)["base"][0][1]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("kind", ["sha256", "shallow", "partial", "submodule", "lfs"])
 def test_unsupported_repositories_are_reported(kind: str, repository: Repository, tmp_path: Path) -> None:
     """In the words of the error of a run."""
@@ -189,7 +189,7 @@ def test_files_invisible_to_sessions_are_reported(repository: Repository) -> Non
     assert "files" not in doctor(repository, str(repository.configure(tasks, **settings)))
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("argv", "is_found"),
     [
@@ -445,7 +445,7 @@ def test_programs_of_checks_are_looked_up_in_the_sandbox(repository: Repository)
     assert remedy == f"add {environment} to `readable`, or install it elsewhere"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("how", ["file", "option"])
 def test_script_that_a_task_may_add_is_accepted(repository: Repository, how: str) -> None:
     """A warning if the check may fail on the base; a problem if it must pass for another task."""

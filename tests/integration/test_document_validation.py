@@ -67,7 +67,7 @@ def read_run(council: Council, run: str) -> Mapping[str, Callable[[], Awaitable[
         "status": lambda: council.runs.status(run),
         "metrics": lambda: reports.metrics(run),
         "usage": lambda: reports.usage(run),
-        "overview": lambda: reports.overview(run),
+        "summary": lambda: reports.summary(run),
         "details": lambda: council.tasks.details("api", run),
         "failures": lambda: reports.last_failures(run),
         "checkpoint": lambda: council.checkpoints.create(run),
@@ -311,7 +311,7 @@ async def test_rejection_names_the_document_and_the_fix(council: Council, reposi
     assert repository.council("status").code == 130
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("place", ["state.appended", "state.published"])
 async def test_killed_repair_continues(council: Council, repository: Repository, place: str) -> None:
     """Some documents are restored by then; the next repair does the rest, and the one after that nothing."""

@@ -103,7 +103,7 @@ def _nothing(repository: Repository) -> None:
     pass
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("prepare", "settings"),
     [
@@ -148,7 +148,7 @@ def _without_measures(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "settings",
     [{"defaults": {"checks": ["no-such-tool --all"]}}, {"worktrees": {"setup": ["no-such-installer"]}}],

@@ -112,7 +112,7 @@ async def test_enabled_adapter_of_an_ended_run_applies_to_resume(repository: Rep
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("names", [["locke"], ["fake"], []])
 def test_enabling_a_usable_adapter_is_rejected(repository: Repository, tmp_path: Path, names: list[str]) -> None:
     """So is an adapter that the run does not have; the error lists its adapters."""

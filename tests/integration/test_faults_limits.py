@@ -101,7 +101,7 @@ def nothing_lives(repository: Repository) -> bool:
 STUBBORN = "stubborn\ndaemon daemon.txt\nwrite half.txt half\nhang"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 async def test_run_at_the_first_signal_ends_cleanly(repository: Repository, number: signal.Signals) -> None:
     """Exit code 130, reported in JSON, with the work preserved and no process alive; resume continues."""
@@ -118,7 +118,7 @@ async def test_run_at_the_first_signal_ends_cleanly(repository: Repository, numb
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP)])
 async def test_second_signal_ends_immediately(
     repository: Repository, first: signal.Signals, second: signal.Signals

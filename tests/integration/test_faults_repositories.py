@@ -85,7 +85,7 @@ async def test_lock_of_the_user_is_never_removed(repository: Repository, name: s
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("damage", ["HEAD", "refs/council/*/start", "objects/??/*"])
 def test_damaged_internal_repository_is_named_with_the_remedy(
     repository: Repository, tmp_path: Path, damage: str
@@ -105,7 +105,7 @@ def test_damaged_internal_repository_is_named_with_the_remedy(
     assert repository.council("run", str(config), "--json").states == {"one": "landed"}
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("start", "finish"),
     [
@@ -229,7 +229,7 @@ def _shallow(repository: Repository) -> None:
     repository.git("clone", "--quiet", "--depth=1", f"file://{repository.top}", "../shallow")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("prepare", "repo", "fragment", "remedy"),
     [
@@ -293,7 +293,7 @@ def _nobody(repository: Repository) -> None:
     repository.git("config", "user.useConfigOnly", "true")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "odd", [_sparse, _converts, *(pytest.param(odd, marks=pytest.mark.slow) for odd in (_signs, _nobody))]
 )

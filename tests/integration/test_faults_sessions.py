@@ -42,7 +42,7 @@ async def test_git_changes_of_an_agent_stay_in_its_session(repository: Repositor
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
 async def test_agent_that_reaches_for_the_users_repository_is_contained(repository: Repository, sandbox: str) -> None:
     """Sandboxed it has no effect; without a sandbox the moved branch is reported. Its own work lands."""
@@ -86,7 +86,7 @@ DENIALS = {
 }
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
 async def test_agent_that_denies_access_to_its_folders_lands(repository: Repository, sandbox: str) -> None:
     """Its work lands completely, and no other task is affected."""

@@ -250,7 +250,7 @@ async def test_shared_locks_coexist_and_block_an_exclusive_one(folder: Path) -> 
         assert [one.owner for one in list_file_locks(folder)] == ["r/writer.1"]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("turns", [0, 2, 4, *(pytest.param(more, marks=pytest.mark.slow) for more in (6, 8, 10))])
 @pytest.mark.parametrize("shared", [False, True])
 async def test_cancelled_wait_leaves_nothing_locked(

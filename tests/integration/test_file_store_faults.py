@@ -136,7 +136,7 @@ async def run(server: Server, folder: Path, call: str, error: str, when: str) ->
     return failed
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(("call", "error"), FAULTS)
 async def test_disk_that_fails_sometimes_loses_nothing(server: Server, folder: Path, call: str, error: str) -> None:
     """Single calls, and all calls from some call on."""

@@ -101,7 +101,7 @@ async def test_missing_durable_commit_is_reported(tmp_path: Path) -> None:
     async with FileStore.open(tmp_path, ManualClock()) as store:
         (damage,) = store.damage
         assert damage.keys is None
-        assert damage.what.startswith("commits 2 to 3 are")
+        assert damage.message.startswith("commits 2 to 3 are")
         found = await store.get(WORK)
         assert found is not None
         assert found.damaged

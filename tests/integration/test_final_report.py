@@ -20,7 +20,7 @@ def final_report(text: str) -> list[str]:
     return lines[max(number for number, line in enumerate(lines) if EVENT.match(line)) + 1 :]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("ends", ["failing", "landing"])
 def test_report_of_a_run_is_short_unless_verbose(repository: Repository, ends: str) -> None:
     """At most ten lines of 80 columns with totals and the tasks that need attention; `-v` has a row for each task."""

@@ -150,7 +150,7 @@ async def test_run_waiting_for_room_ends_at_a_signal(small_disk: Repository) -> 
     await small_disk.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "command",
     [

@@ -52,7 +52,7 @@ STEPS = {
 QUICK_STEPS = ("between index and ref", "right after the ref")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("kill", [KILL_ALL, pytest.param(KILL_COUNCIL, marks=pytest.mark.slow)], ids=["all", "council"])
 @pytest.mark.parametrize(
     "step",

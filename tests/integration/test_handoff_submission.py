@@ -76,7 +76,7 @@ print(json.dumps(said))
 """
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_sandboxed_program_writes_its_own_handoff_only(tmp_path: Path, kind: SandboxKind) -> None:
     """Neither another session's handoff nor the prompt."""
     hub = Hub(tmp_path / "hub")

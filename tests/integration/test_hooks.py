@@ -108,7 +108,7 @@ async def test_command_gets_its_checkout_only(checkout: HookCheckout) -> None:
     assert checkout.output() == f"g--slot-1-5000--{checkout.tree.parent}\n[redacted]\n"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_failed_command_has_its_output(checkout: HookCheckout) -> None:
     """An exit code, or a timeout with the setting's name."""
     result = await checkout.shell.run(checkout.command("echo no such package; exit 3"))
@@ -165,7 +165,7 @@ async def test_unstartable_command_is_not_a_failed_one(checkout: HookCheckout) -
     assert not result.exhausted
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_steps_run_up_to_the_first_failure(checkout: HookCheckout) -> None:
     """The progress is reported, each step has a log; a repeat starts after the last success."""
     steps = [SetupStep(run="echo 1 >>ran"), SetupStep(run="test -e allowed && echo 2 >>ran", timeout=30)]
@@ -180,7 +180,7 @@ async def test_steps_run_up_to_the_first_failure(checkout: HookCheckout) -> None
     assert (checkout.logs / "slot-7.setup3").exists()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_reporting_hook_prevents_nothing(checkout: HookCheckout) -> None:
     """Each command of a teardown runs, whatever the outcome of the others."""
     lines = ["echo 1 >>ran; false", "echo 2 >>ran", "echo 3 >>ran; exit 4"]
@@ -192,7 +192,7 @@ async def test_reporting_hook_prevents_nothing(checkout: HookCheckout) -> None:
     assert (checkout.tree / "ran").read_text() == "1\n2\n3\n"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_attempt_hooks_have_its_variables_and_log(checkout: HookCheckout) -> None:
     """Their logs are streams of the attempt, in the order of execution."""
     worktree = Worktree(Hub(checkout.top / "hub"), "run1", "task", 2)

@@ -278,7 +278,7 @@ def cases(stages: set[str], actions: set[Action]) -> list[object]:
     ]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(("stage", "act"), cases({"piece", "index", "undo"}, {idle, commit_new, commit_only}))
 async def test_changes_of_the_user_after_a_killed_push_are_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
@@ -294,7 +294,7 @@ async def test_changes_of_the_user_after_a_killed_push_are_kept(
     landing.check(theirs, uncommitted)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(("stage", "act"), cases({"all files", "index"}, {commit_new, commit_only}))
 async def test_commits_of_the_user_before_a_push_writes_are_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
@@ -479,7 +479,7 @@ async def test_landing_with_a_running_push_stays_interrupted(
     landing.check({}, {})
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("kill", ["false", "kill -KILL 0"], ids=["lives", "killed"])
 @pytest.mark.parametrize("when", ["after", "before"])
 @pytest.mark.parametrize(
@@ -573,7 +573,7 @@ async def test_killed_push_is_recovered_after_the_clock_was_set_back(
     landing.check({}, {})
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("leave", ["switch --quiet other", "checkout --quiet --detach", "branch --move main other2"])
 @pytest.mark.parametrize("stage", ["index", "piece", "undo"])
 async def test_removing_the_lock_of_a_killed_push_and_leaving_takes_nothing_along(
@@ -694,7 +694,7 @@ async def test_slow_push_is_reported(
     landing.check({}, {})
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))])
 async def test_pushes_killed_at_random_times_are_recovered(repository: Repository, tmp_path: Path, seed: int) -> None:
     """With commits of the user's at random moments: all of them exist in the end, and nothing is left over."""
@@ -739,7 +739,7 @@ async def test_pushes_killed_at_random_times_are_recovered(repository: Repositor
     landing.check({"user.txt": "user\n", **kept}, {})
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("whose", ["0", "$PPID"])
 def test_push_stopped_during_its_update_ends_with_its_process(
     repository: Repository, tmp_path: Path, whose: str

@@ -49,7 +49,7 @@ def half_deleted(repository: Repository, run: str, house: Path) -> None:
     (house / "trash" / "1-0123456789abcdef" / "tree").mkdir(parents=True)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("act", "number"),
     [

@@ -53,7 +53,7 @@ async def test_each_git_command_of_a_run_may_be_killed(repository: Repository, f
                 return
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("failpoint", ["git.started", "git.ended"])
 @pytest.mark.parametrize("number", [2, 8, 13, 24, 35])
 async def test_git_command_of_a_run_may_be_killed(repository: Repository, number: int, failpoint: str) -> None:
@@ -67,7 +67,7 @@ async def trusted_git(repository: Repository, tmp_path: Path) -> tuple[Hub, Git]
     return hub, Git(hub.trusted, environ=repository.environ)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("lock", "command"),
     [
@@ -122,7 +122,7 @@ def configure_one(repository: Repository, programs: Path) -> str:
     return str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}], readable=readable))
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("start", "command"),
     [
@@ -150,7 +150,7 @@ async def test_git_command_killed_once_is_run_again(
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("command", ["init", "fetch", "merge-tree"])
 async def test_git_that_is_always_killed_ends_with_one_line(
     repository: Repository, tmp_path: Path, command: str

@@ -21,7 +21,7 @@ async def test_work_merged_by_a_person_counts_as_landed(repository: Repository, 
         {"id": "long", "prompt": "hang"},
     ]
     child = repository.start(
-        "run", str(repository.configure(tasks, coordination={"sweep_interval": "200ms"})), "--json"
+        "run", str(repository.configure(tasks, coordination={"stale_check_interval": "200ms"})), "--json"
     )
     wait_for(lambda: repository.council("status", "--json").result.get("tasks", [{}])[0].get("status") == "failed")
     result = repository.council("status", "--json").result
@@ -65,7 +65,9 @@ def test_commit_message_does_not_decide_what_landed(repository: Repository, labe
         {"id": "long", "prompt": "import time; time.sleep(1000)"},
         {"id": "pending", "prompt": "open('pending.txt', 'w')", "needs": ["long"]},
     ]
-    config = repository.configure(tasks, adapters={"py": PYTHON_ADAPTER}, coordination={"sweep_interval": "200ms"})
+    config = repository.configure(
+        tasks, adapters={"py": PYTHON_ADAPTER}, coordination={"stale_check_interval": "200ms"}
+    )
     child = repository.start("run", str(config), "--json")
 
     def states() -> dict[str, str]:

@@ -65,7 +65,7 @@ async def test_retry_right_after_an_attempt_is_performed(
     assert states == {"t": "landed", "after": "landed"}
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("prompt", "end"), [("write t.txt x", "task.queued"), ("attempt 1 exit 1\nwrite t.txt x", "task.retrying")]
 )

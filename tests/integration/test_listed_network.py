@@ -325,7 +325,7 @@ async def test_failed_check_names_the_denied_host(workspace: Workspace, kind: Sa
     assert f"(`network.allow` does not cover 127.0.0.1:{port})" in failed.describe()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_run_reports_denied_hosts(repository: Repository, kind: SandboxKind, port: int) -> None:
     """Each once, after the session; the session and its checks reach the allowed hosts."""
     fetch = f"curl --silent --show-error --fail --noproxy '' http://127.0.0.1:{port}/ >>page"

@@ -98,10 +98,10 @@ async def test_all_three_layers_are_shown_with_waiters(repository: Repository) -
             group.cancel_scope.cancel()
     assert (file["name"], file["layer"], file["mode"]) == ("file/src/a.py", "file", "exclusive")
     assert (owners(file["holders"]), owners(file["waiters"])) == (["r/ada.1"], ["r/bob.1"])
-    assert (owned["name"], owned["what"], owned["epoch"]) == ("ownership/r/ada.1", ["src/**", "a.md"], 1)
+    assert (owned["name"], owned["resources"], owned["epoch"]) == ("ownership/r/ada.1", ["src/**", "a.md"], 1)
     assert (owners(owned["holders"]), owned["waiters"][0]["wants"]) == (["r/ada.1"], ["src/b.py"])
     assert merge["name"] == f"merge/{scope}"
-    assert merge["what"] == [f"main of {site.location}"]
+    assert merge["resources"] == [f"main of {site.location}"]
     assert all(f"(process {os.getpid()} on " in owners(merge[part])[0] for part in ("holders", "waiters"))
     assert "file/src/a.py" in text
     assert "awaited by" in text
@@ -173,7 +173,7 @@ async def test_locks_work_from_python(repository: Repository, monkeypatch: pytes
         registry = OwnershipRegistry(store, SystemClock(), "0" * 16)
         await registry.acquire(ADA, ["a"], orchestrator="o1", claim=await claim(store, ADA))
         async with Council.open(repository.top, environ=repository.environ) as council:
-            assert [(one.name, one.what) for one in await council.locks.list()] == [("ownership/r/ada.1", ("a",))]
+            assert [(one.name, one.resources) for one in await council.locks.list()] == [("ownership/r/ada.1", ("a",))]
             assert (await council.locks.revoke("ownership/r/ada.1", "why not")).epoch == 1
             assert await council.locks.list() == []
             with pytest.raises(RefusedError, match="lock 'zzz' is not held"):

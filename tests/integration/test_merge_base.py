@@ -16,7 +16,7 @@ from tests.conftest import Repository
 from tests.merge_leases import hold_merge_lease
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("few", [-1, 200], ids=["many have landed", "few have landed"])
 async def test_partly_merged_work_merges_as_by_git(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int

@@ -371,7 +371,7 @@ def ask_model(
     return api.read(reply.raw, stream)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_text_ends_the_answer(server: ModelServer, api: Api, stream: bool) -> None:
     """The whole text comes at once, with any characters; an empty script gives some text."""
     heard = ask_model(server, api, "You are to\n  say größer 'als' \"x\"\nsay and 🦉 more\nand words", stream)
@@ -379,7 +379,7 @@ def test_text_ends_the_answer(server: ModelServer, api: Api, stream: bool) -> No
     assert ask_model(server, api, "Hello there", stream).text
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: bool) -> None:
     """Files and commands go through the client's own tools in order, followed by the text."""
     prompt = "write a/b.txt some  text: \"q\" ä\nrun echo 'x' && true\nwrite c.txt\nsay ready"
@@ -394,7 +394,7 @@ def test_each_turn_is_the_next_tool_call(server: ModelServer, api: Api, stream: 
     assert (end.calls, end.text) == ([], "ready")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_failure_comes_from_the_api(server: ModelServer, api: Api, stream: bool) -> None:
     """Every request of the conversation gets the status and the error type."""
     path, body = api.ask("fail 401\nwrite a.txt x", stream, 0, True)
@@ -404,7 +404,7 @@ def test_failure_comes_from_the_api(server: ModelServer, api: Api, stream: bool)
     assert "retry-after" not in replies[0].headers
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_failure_ends_after_its_count(server: ModelServer, api: Api, stream: bool) -> None:
     """The error has a retry delay; conversations fail independently."""
     prompt = "fail 429 2 30\nfail 500 1\nsay better"
@@ -416,7 +416,7 @@ def test_failure_ends_after_its_count(server: ModelServer, api: Api, stream: boo
     assert ask_model(server, api, prompt, stream).text == "better"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_drop_interrupts_the_response(server: ModelServer, api: Api, stream: bool) -> None:
     """The connection ends after part of the answer; the retry gets all of it."""
     prompt = "drop 1\nwrite a.txt x"
@@ -426,7 +426,7 @@ def test_drop_interrupts_the_response(server: ModelServer, api: Api, stream: boo
     assert len(ask_model(server, api, prompt, stream).calls) == 1
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_response_is_truncated_at_the_limit(server: ModelServer, api: Api, stream: bool) -> None:
     """Half of it comes, no tool is called, the stop reason says why, and the retry gets all of it."""
     prompt = "cut 1\nsay 12345678"
@@ -437,7 +437,7 @@ def test_response_is_truncated_at_the_limit(server: ModelServer, api: Api, strea
     ]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_too_long_prompt_is_rejected(server: ModelServer, api: Api, stream: bool) -> None:
     """It is an invalid request in the API's own words, also when retried."""
     replies = [post(server, *api.ask("overflow\nwrite a.txt x", stream, 0, True)) for _ in range(2)]
@@ -446,13 +446,13 @@ def test_too_long_prompt_is_rejected(server: ModelServer, api: Api, stream: bool
     assert len({replies[0].raw, replies[1].raw, plain.raw}) == 2
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_usage_is_that_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
     prompt = "usage 1234 56\nrun true"
     assert [ask_model(server, api, prompt, stream, results).usage for results in (0, 1)] == [(1234, 56)] * 2
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_requests_are_recorded_without_credentials(server: ModelServer, api: Api, stream: bool) -> None:
     """The requests in order, with no key in headers or path."""
     path, body = api.ask("say x", stream, 0, True)
@@ -487,7 +487,7 @@ def test_last_prompt_with_a_script_counts(server: ModelServer) -> None:
     assert heard.calls == [("Write", {"file_path": "new.txt", "content": "x\n"})]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 def test_instructions_choose_the_part_of_the_script(server: ModelServer, api: Api, stream: bool) -> None:
     """The last part whose words occur elsewhere in the prompt; its own line does not count."""
     script = "write a.txt x\nsay all\nonce of apples\nsay apples\nonce of pears\nsay pears"

@@ -46,7 +46,7 @@ def test_command_about_a_run_has_the_run_as_argument(words: str) -> None:
     assert isinstance(argument, click.Argument)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("words", OF_A_RUN)
 async def test_command_about_a_run_accepts_argument_and_option(runs: Repository, words: str) -> None:
     """By a prefix of its id and by `latest`."""
@@ -62,7 +62,7 @@ async def test_command_about_a_run_accepts_argument_and_option(runs: Repository,
     assert (twice.code, "omit one" in twice.stderr) == (2, True)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("words", OF_A_TASK)
 async def test_command_about_a_part_of_a_run_accepts_the_option(runs: Repository, words: str) -> None:
     command = words.split()
@@ -70,7 +70,7 @@ async def test_command_about_a_part_of_a_run_accepts_the_option(runs: Repository
     assert runs.council(*command, "--run", "latest") == runs.council(*command, "--run", NEWER)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("words", [*OF_A_RUN, *OF_A_TASK, "cancel", "resume", "work", "diff models", "usage"])
 async def test_unknown_run_suggests_the_nearest(runs: Repository, words: str) -> None:
     """An ambiguous prefix lists its matches."""

@@ -198,7 +198,7 @@ def test_many_paths_are_shortened_in_the_report() -> None:
     assert len(escape.recorded) == 200
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("pattern", ["*.md", "other/**"])
 async def test_extend_rejects_paths_owned_by_another_session(repository: Repository, pattern: str) -> None:
     """A live session of another run owns it: the reason names it. Its other paths do not matter."""

@@ -156,7 +156,7 @@ class Trap:
         return f"{(START + ATTACKS[attack]).format(**values)}echo x > {attack}.txt\n"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("attack", ATTACKS)
 async def test_planted_git_files_run_nothing_and_read_nothing(
     repository: Repository, tmp_path: Path, attack: str

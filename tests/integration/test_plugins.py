@@ -126,14 +126,14 @@ def test_handoff_hooks_of_a_plugin_are_used(repository: Repository, site: Path) 
     install(site, "risks", REGISTER + dedent(code))
     asked = """
 import json
-from orchestrator.domain.workflow.violations import HandoffFacts
+from orchestrator.domain.workflow.violations import HandoffContext
 from orchestrator.plugins import load_plugins
 found = load_plugins()
 kinds = found.checked_kinds()
 print(json.dumps([
     sorted(kinds), sorted(found.transformations), sorted(found.constraints), kinds["risks"].schema["required"],
-    [one.rule for one in kinds["scout"].check({"findings": []}, HandoffFacts()).violations],
-    [one.rule for one in kinds["risks"].check({}, HandoffFacts()).violations],
+    [one.rule for one in kinds["scout"].check({"findings": []}, HandoffContext()).violations],
+    [one.rule for one in kinds["risks"].check({}, HandoffContext()).violations],
 ]))
 """
     done = subprocess.run([sys.executable, "-c", asked], env=repository.environ, check=True, capture_output=True)
@@ -207,7 +207,7 @@ def test_first_of_two_plugins_with_one_name_is_used(repository: Repository, site
     assert "the name 'echo' in adapters is already registered by the plugin 'ant' of ant" in found["left_out"]["zebra"]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
@@ -301,7 +301,7 @@ def test_repository_can_not_impersonate_us(repository: Repository, site: Path, w
     assert not trace.exists()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("entry", "code", "limit", "expected"),
     [
@@ -326,7 +326,7 @@ def test_adapter_of_a_skipped_plugin_is_explained_at_its_line(
     ended = repository.council("run", str(config), "--json")
     assert ended.code == 2
     (problem,) = ended.result["errors"]
-    assert (problem["line"], problem["what"]) == (5, "there is no adapter type 'echo'")
+    assert (problem["line"], problem["message"]) == (5, "there is no adapter type 'echo'")
     assert f"skipped: the plugin {entry!r} of council-echo 1.0: " in problem["remedy"]
     assert expected in problem["remedy"]
 
@@ -400,7 +400,7 @@ def test_plugin_store_local_paths_are_recorded_with_the_hub(repository: Reposito
     assert path == str(file.resolve())
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("url", ["memory:", "file://{}/elsewhere"])
 def test_shipped_stores_are_selected_by_url(repository: Repository, tmp_path: Path, url: str) -> None:
     """`memory:` keeps nothing, `file:` keeps it in any folder."""
@@ -411,7 +411,7 @@ def test_shipped_stores_are_selected_by_url(repository: Repository, tmp_path: Pa
     assert list((repository.top / ".council").glob("state/*")) == []
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("url", "expected"),
     [

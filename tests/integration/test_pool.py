@@ -448,7 +448,7 @@ async def test_acquisition_may_be_cancelled(hub_fixture: HubFixture, monkeypatch
     await assert_no_leaks(hub_fixture)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(more, marks=pytest.mark.slow) for more in range(3, 8))])
 async def test_takers_cancelled_at_any_moment_lose_nothing(hub_fixture: HubFixture, seed: int) -> None:
     """Some of many takers give up at a random point; the others continue."""
@@ -498,7 +498,7 @@ async def test_next_pool_continues_with_the_slots(hub_fixture: HubFixture) -> No
     await assert_no_leaks(hub_fixture)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("damage", ["record.json", "stamps.json", "tree"])
 async def test_damaged_slots_are_not_used(hub_fixture: HubFixture, damage: str) -> None:
     """A partial record or a missing checkout: the slot is deleted."""
@@ -591,7 +591,7 @@ def wait_until_free(hub_fixture: HubFixture) -> None:
     wait_for(lambda: not any(anyio.run(slot.lock.is_held) for slot in list_slots(hub_fixture.hub)))
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "step",
     [pytest.param(one, marks=() if one in {"slot.moved", "worktree.created"} else pytest.mark.slow) for one in STEPS],

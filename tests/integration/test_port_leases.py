@@ -190,7 +190,7 @@ async def test_two_homes_of_one_store_share_nothing(store: Store, ports: range, 
     found = await lease_all(leases_of(store, tight, 1), slots)
     assert_disjoint([lease.ports for lease in found.values()], 1)
     assert await recorded(store) == expected(found)
-    assert all(not lease.lost for lease in found.values())
+    assert all(not lease.conflicting for lease in found.values())
     assert await lease_all(leases_of(store, tight, 1), slots) == found
 
 
@@ -203,7 +203,7 @@ async def test_blocks_of_different_sizes_never_overlap(store: Store, ports: rang
     assert_disjoint([lease.ports for lease in larger.values()], 5)
     assert not set(expected(larger)) & set(expected(same))
     assert await recorded(store) == expected(larger | same)
-    assert all(not lease.lost for lease in larger.values())
+    assert all(not lease.conflicting for lease in larger.values())
 
 
 async def test_ports_outside_of_the_range_are_released(store: Store, ports: range, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ async def test_port_taken_by_another_program_replaces_the_block(
         except OSError:
             pytest.skip(f"can't listen on {address} here")
         after = await leases.lease(slot)
-        assert after.lost == (before.ports[1],)
+        assert after.conflicting == (before.ports[1],)
         assert after.name == before.name
         assert before.ports[1] not in after.ports
         assert await recorded(store) == expected({slot: after})
@@ -319,11 +319,11 @@ async def test_ports_of_a_live_slot_are_not_taken_over(store: Store, ports: rang
     content = json.loads((theirs / "lease.json").read_text())
     (ours / "lease.json").write_text(json.dumps({**content, "slot": str(ours)}))
     lease = await leases.lease(ours)
-    assert lease.lost == before.ports
+    assert lease.conflicting == before.ports
     assert not set(lease.ports) & set(before.ports)
     (ours / "lease.json").write_text(json.dumps(content))  # an unchanged copy
     again = await leases.lease(ours)
-    assert again.lost == ()
+    assert again.conflicting == ()
     assert not set(again.ports) & set(before.ports)
     assert await leases.lease(theirs) == before
     assert await recorded(store) == expected({ours: again, theirs: before})

@@ -126,7 +126,7 @@ def of_worktree(agent: Agent, worktree: Worktree) -> list[Path]:
     return [agent.tree, entry, agent.tree / "other"]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("attack", [own, replaced, nested, by_file, by_link, bare, of_worktree])
 async def test_git_in_a_preserved_worktree_runs_no_program_of_the_agent(
     repository: Repository, tmp_path: Path, attack: Callable[[Agent, Worktree], list[Path]]

@@ -170,7 +170,7 @@ async def test_full_scan_does_not_import_provided_files(workspace: Workspace) ->
     assert await workspace.paths(left.commit) == [".gitignore", "src", "src/app.py"]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "path",
     [

@@ -73,7 +73,7 @@ def test_every_method_of_a_topic_is_documented(topic: str) -> None:
         assert inspect.getdoc(getattr(kind, name)), f"{kind.__name__}.{name} has no docstring"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE + QUICK_START, re.DOTALL))
 def test_every_block_runs(block: str, repository: Repository) -> None:
     """Each block of the documents is a script that runs a file of the current folder."""

@@ -280,7 +280,7 @@ async def test_every_flipped_byte_of_a_record_is_detected_and_repaired(server: R
                 await replace_record(client, store._log.log, 2, place)
                 report = await store.verify()
                 assert not report.is_valid
-                assert [damage.what for damage in report.damage] == ["commit 2 is damaged"]
+                assert [damage.message for damage in report.damage] == ["commit 2 is damaged"]
                 with pytest.raises(RefusedError):
                     async with store.dump():
                         pass

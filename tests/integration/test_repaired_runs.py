@@ -24,7 +24,7 @@ def sessions(repository: Repository) -> set[str]:
     return {path.name for path in Path(repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/*")}
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("failpoint", "kept"), [("session.ended=kill", {"two.1"}), ("worktree.partly_made=kill", set[str]())]
 )

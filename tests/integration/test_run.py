@@ -213,7 +213,7 @@ def _unrelated(repository: Repository) -> None:
     repository.git("checkout", "--quiet", "main")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("prepare", "settings", "fragment"),
     [

@@ -412,7 +412,7 @@ def printed_next(repository: Repository) -> list[str]:
     return [line.strip() for line in shown.splitlines() if "next:" in line.lower()]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("how", ["merged", "deleted", "squashed", "lost"])
 async def test_branch_merged_or_deleted_by_the_user_is_not_awaited(repository: Repository, how: str) -> None:
     """`status` and `runs` print no next command any more, and `council merge` has nothing to merge."""

@@ -193,7 +193,7 @@ async def test_work_is_merged_with_the_users_commits(
     assert await salvage.apply_to_checkout(session.git, users, repository.top, session.base, work) == ()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("how", ["committed", "edited", "untracked", "link out"])
 async def test_conflicting_work_changes_nothing(
     session: SessionWorktree, work: str, users: Git, repository: Repository, tmp_path: Path, how: str

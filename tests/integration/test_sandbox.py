@@ -139,7 +139,7 @@ async def attack(
 # Attacks that must fail
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_hidden_files_are_unreadable_and_outside_is_unwritable(
     folders: Folders, kind: SandboxKind, bystander: subprocess.Popen[bytes]
 ) -> None:
@@ -318,7 +318,7 @@ while True: time.sleep(0.05)  # Python sees a signal that comes just before a sl
 """
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("loader", [[], ["loader"]], ids=["program", "loader"])
 async def test_stopped_program_has_its_grace_period(folders: Folders, kind: SandboxKind, loader: list[str]) -> None:
     """At the limit, program and descendants get SIGTERM and time to save, and the wait ends when they do."""
@@ -331,14 +331,14 @@ async def test_stopped_program_has_its_grace_period(folders: Folders, kind: Sand
     assert time.monotonic() - began < 8
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_program_that_ignores_sigterm_is_killed(folders: Folders, kind: SandboxKind) -> None:
     command = folders.command(["sh", "-c", "trap '' TERM; sleep 300; sleep 300"], timeout=0.5, grace=0.3)
     ended = await run_supervised(sandbox_command(kind, command, folders.policy()))
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGKILL, "timeout")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("interrupt", [False, True])
 async def test_stop_during_the_start_takes_no_grace_period(folders: Folders, interrupt: bool) -> None:
     """A sandbox whose program has not started has nothing to save."""

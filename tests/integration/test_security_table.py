@@ -177,7 +177,7 @@ async def tried(
     return {row for row, names in rows.items() if set(names.split()) & set(succeeded)}
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("kind", SandboxKind)
 async def test_session_can_do_what_the_table_allows(kind: SandboxKind, outside: dict[str, object]) -> None:
     """Yes where an attempt succeeds, no where it fails, in each kind of sandbox available here."""

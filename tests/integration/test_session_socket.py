@@ -114,7 +114,7 @@ def site(tmp_path: Path) -> Site:
 # From inside
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_sandboxed_program_requests_as_the_session(site: Site, kind: SandboxKind) -> None:
     """`council` is found, and needs no option to identify the session."""
     async with site.session() as (worktree, session_socket):
@@ -141,7 +141,7 @@ async def test_council_starts_in_a_sandbox_for_any_python(
         assert await site.run(kind, worktree, session_socket, ["council", "lock", "a.py"]) == (0, "locked: a.py\n")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_sandboxed_program_submits_a_handoff_and_shares(site: Site, kind: SandboxKind) -> None:
     """From a file, and from an argument; a missing file is reported."""
     async with site.session() as (worktree, session_socket):
@@ -233,7 +233,7 @@ async def busy(site: Site, kind: SandboxKind, worktree: Worktree, session_socket
         (worktree.tree / "end").touch()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_stolen_token_is_unusable_for_another_session(site: Site, kind: SandboxKind) -> None:
     """The kernel names the connecting process, which is no descendant of the supervisor of the token's session."""
     async with site.session() as (first, session_socket), site.session("api", 2) as (second, others):
@@ -304,7 +304,7 @@ async def test_strangers_take_no_slot_of_the_session(site: Site) -> None:
                 one.close()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_token_of_an_ended_attempt_is_rejected(site: Site, kind: SandboxKind) -> None:
     """By the socket of the next attempt and of another task; its own socket is gone."""
     async with site.session() as (over, _):

@@ -68,7 +68,7 @@ def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
     return sorted((Path(result["repository"]).parent / "sessions" / result["run"]).glob(pattern))
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "killed",
     [
@@ -136,7 +136,7 @@ async def test_queued_work_keeps_its_paths_when_its_process_is_killed(repository
     locks = repository.council("locks", "--json").result["locks"]
     checked.touch()
     assert ended(*others) == [0, 0]
-    owners = [user["owner"] for one in locks if "README.md" in one["what"] for user in one["holders"]]
+    owners = [user["owner"] for one in locks if "README.md" in one["resources"] for user in one["holders"]]
     assert [owner.rpartition("/")[2] for owner in owners] == ["a.1"], locks
     assert states(repository) == {"a": "landed", "b": "landed"}
     assert "task.conflict" not in log(repository)
@@ -223,7 +223,7 @@ async def test_sessions_work_without_their_fork_server(repository: Repository) -
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("stopped", ["fork server", "supervisor"])
 async def test_run_continues_after_its_fork_server_or_a_supervisor_was_stopped(
     repository: Repository, stopped: str

@@ -40,7 +40,7 @@ QUICK = {
     "heartbeat_interval": "200ms",
     "stale_after": "1500ms",
     "owner_stale_after": "1500ms",
-    "sweep_interval": "300ms",
+    "stale_check_interval": "300ms",
 }
 
 
@@ -166,7 +166,10 @@ async def test_process_stopped_past_its_merge_lease_requests_it_again(repository
         {"id": "other", "prompt": f"await {gate}\nwrite other.txt x"},
     ]
     config = repository.configure(
-        tasks, capacity=1, coordination={**QUICK, "sweep_interval": "60s"}, writable=[str(repository.spawns.parent)]
+        tasks,
+        capacity=1,
+        coordination={**QUICK, "stale_check_interval": "60s"},
+        writable=[str(repository.spawns.parent)],
     )
     owner = repository.start("run", str(config), "--json")
     wait_for(begun.exists)
@@ -183,7 +186,7 @@ async def test_process_stopped_past_its_merge_lease_requests_it_again(repository
     await assert_each_landed_once(repository, ["checked", "other"])
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("role", ["auto", "leader", "worker"])
 async def test_cancelled_task_of_another_process_ends_there(repository: Repository, role: str) -> None:
     """Its claim is overridden by the user's request; the other process continues with the remaining tasks."""
@@ -288,10 +291,10 @@ async def test_leftovers_of_a_killed_process_are_removed_by_the_sweep(repository
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("sweep_interval", ["300ms", "60s"], ids=["found", "unnoticed"])
+@pytest.mark.parametrize("stale_check_interval", ["300ms", "60s"], ids=["found", "unnoticed"])
 @pytest.mark.parametrize("action", ["retry", pytest.param("cancel", marks=pytest.mark.slow)])
 async def test_request_after_the_leader_is_gone_is_performed(
-    repository: Repository, action: str, sweep_interval: str
+    repository: Repository, action: str, stale_check_interval: str
 ) -> None:
     """By the replacement leader, or by the requesting process if no other has noticed yet."""
     gate = repository.spawns.parent / "gate"
@@ -299,14 +302,16 @@ async def test_request_after_the_leader_is_gone_is_performed(
         {"id": "failed", "prompt": "attempt 1 exit 1\nwrite failed.txt x", "attempts": 1},
         *({"id": name, "prompt": f"await {gate}\nwrite {name}.txt x"} for name in ("a", "b")),
     ]
-    config = repository.configure(tasks, capacity=1, coordination={**QUICK, "sweep_interval": sweep_interval})
+    config = repository.configure(
+        tasks, capacity=1, coordination={**QUICK, "stale_check_interval": stale_check_interval}
+    )
     leader = repository.start("run", str(config), "--json")
     wait_for(lambda: states(repository) == {"failed": "failed", "a": "running", "b": "pending"})
     worker = repository.start("work", "--json")
     wait_for(lambda: states(repository)["b"] == "running")
     leader.send_signal(signal.SIGKILL)
     leader.communicate()
-    if sweep_interval == "300ms":
+    if stale_check_interval == "300ms":
         while [event.type for event in await happened(repository)].count("run.leader_elected") < 2:
             pass
     task = {"cancel": "b", "retry": "failed"}[action]
@@ -382,7 +387,7 @@ async def test_unshared_run_can_not_be_joined(repository: Repository) -> None:
         assert one.ended is not None
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("by", ["option", "environment"])
 async def test_exclusive_process_can_not_be_joined(repository: Repository, by: str) -> None:
     """It makes no claims, so both could run one task: the new process is rejected, and the first continues."""

@@ -208,7 +208,7 @@ def test_mistakes_in_sinks_and_trackers_have_their_positions(repository: Reposit
     config = repository.top.parent / "council.yaml"
     config.write_text(_MISTAKES.format(repo=repository.top))
     ended = repository.council("run", str(config), "--json")
-    reported = {problem["line"]: (problem["what"], problem["remedy"]) for problem in ended.result["errors"]}
+    reported = {problem["line"]: (problem["message"], problem["remedy"]) for problem in ended.result["errors"]}
     assert reported == {
         6: ("there is no sink type 'jsonline'", "did you mean 'jsonlines'?"),
         7: ("the key 'file' is missing", "add `file:` here"),
@@ -278,7 +278,7 @@ async def test_tasks_of_a_tracker_and_the_file_can_need_each_other(repository: R
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
@@ -319,7 +319,7 @@ def test_tasks_of_a_tracker_are_validated_like_those_of_the_file(
     config = repository.configure([{"id": "own", "prompt": "x"}], trackers=trackers)
     ended = repository.council("run", str(config), "--json")
     assert ended.code == 2
-    assert [(one["path"], one["what"]) for one in ended.result["errors"]] == expected
+    assert [(one["path"], one["message"]) for one in ended.result["errors"]] == expected
     assert repository.council("runs", "--json").result["runs"] == []
 
 
@@ -334,7 +334,7 @@ def test_conflicting_trackers_are_both_named(repository: Repository, moody: Path
     assert expected in ended.stderr
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
@@ -358,12 +358,13 @@ def test_tracker_without_an_adapter_is_a_mistake(repository: Repository, moody: 
     config.write_text(json.dumps(value))
     ended = repository.council("run", str(config), "--json")
     assert ended.code == 2
-    assert [one["what"] for one in ended.result["errors"]] == [
+    assert [one["message"] for one in ended.result["errors"]] == [
         "the tasks of trackers have no adapter, and there are several"
     ]
     value["defaults"]["adapter"] = "other"
     value["adapters"]["fake"]["argv"] = ["{nothing}"]
     config.write_text(json.dumps(value))
     assert (
-        repository.council("run", str(config), "--json").result["errors"][0]["what"] == "{nothing} is not a placeholder"
+        repository.council("run", str(config), "--json").result["errors"][0]["message"]
+        == "{nothing} is not a placeholder"
     )

@@ -156,7 +156,7 @@ async def test_index_of_another_commit_is_rebuilt(checkout: Checkout) -> None:
     assert paths_of(staged) == ["a.txt", "b.txt"]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("limit", [{"max_total": 5000}, {"max_files": 20}])
 async def test_more_files_than_git_can_stage_are_rejected_first(checkout: Checkout, limit: dict[str, int]) -> None:
     """With size and limit; nothing is read, staged or left over, and fewer files can be staged."""

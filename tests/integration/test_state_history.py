@@ -90,7 +90,7 @@ async def test_values_are_printed_for_keys(project: Repository) -> None:
     assert [one["key"] for one in reported["documents"]] == [f"lease/run/{RUN}", str(API), str(MODELS)]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("words", "error", "remedy"),
     [
@@ -301,7 +301,7 @@ async def test_last_hundred_events_are_shown(tmp_path: Path) -> None:
     await record_run(store, clock, run_document(tmp_path))
     for number in range(150):
         await store.commit(Commit([], [Event("noted", {"run": name, "n": number}) for name in (RUN, "other")]))
-    found = await RunReports(context_of(store, clock, tmp_path)).overview(RUN)
+    found = await RunReports(context_of(store, clock, tmp_path)).summary(RUN)
     assert [one.event.data["n"] for one in found.events] == list(range(50, 150))
 
 
@@ -317,7 +317,7 @@ async def test_compacted_start_of_the_log_is_reported(tmp_path: Path) -> None:
     assert [one.position for one in await past.newest_commits(99, until=11)] == [7, 8, 9, 10, 11]
     with pytest.raises(RefusedError, match="only to 6: name a position from 6 on"):
         await anext(past.commits(after=3, until=11))
-    assert [one.event.type for one in (await RunReports(context).overview(RUN)).events] == [
+    assert [one.event.type for one in (await RunReports(context).summary(RUN)).events] == [
         "task.landing", "task.landed", "task.started", "run.paused", "run.interrupted",
     ]  # fmt: skip
 
@@ -347,7 +347,7 @@ async def test_history_works_from_python(project: Repository) -> None:
         assert (await council.reports.metrics(RUN)).completed == 1
         with pytest.raises(RefusedError):
             await past.at(99)
-        reported = json.loads(json.dumps((await council.reports.overview(RUN)).to_json()))
+        reported = json.loads(json.dumps((await council.reports.summary(RUN)).to_json()))
     assert reported == project.council("state", "show", "--json").result
 
 

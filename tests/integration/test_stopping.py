@@ -149,7 +149,7 @@ async def test_program_without_interrupt_support_is_not_interrupted(folders: Fol
     assert (ended.exit, ended.ended_by, ended.stdout_bytes) == (0, "stop", 0)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("why", ["timeout", "idle_timeout"])
 async def test_program_over_its_limit_is_interrupted(folders: Folders, program: Run, why: str) -> None:
     """Whatever stops it, it can clean up."""
@@ -167,7 +167,7 @@ async def test_cancelled_program_is_interrupted(folders: Folders, program: Run) 
     assert (folders.home.parent / "stdout").read_text().endswith("ended its tool\n")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_leftover_process_is_not_mistaken_for_the_program(folders: Folders, program: Run) -> None:
     """An orphan process, whatever its new parent, gets SIGTERM when the program has ended."""
     source = """
@@ -194,7 +194,7 @@ wait()
 # Programs that continue
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_continuing_program_is_terminated_after_half_of_the_grace_period(folders: Folders, program: Run) -> None:
     """It and its tool get SIGTERM, and the rest of the grace period."""
     source = """
@@ -213,7 +213,7 @@ wait()
     assert took < 2
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_program_that_ignores_signals_is_killed_after_the_grace_period(folders: Folders, program: Run) -> None:
     source = "hear('cli', {})\nready()\nwait()"
     ended, took = await stopped(folders, program(source, interrupt=True, grace=1))
@@ -237,7 +237,7 @@ IGNORES = "for number in (INT, TERM): signal.signal(number, signal.SIG_IGN)"
 MODES = pytest.mark.parametrize("interrupt", [False, True], ids=["terminated", "interrupted"])
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @MODES
 async def test_dying_wrapper_leaves_its_program_the_grace_period(
     folders: Folders, program: Run, interrupt: bool
@@ -250,7 +250,7 @@ async def test_dying_wrapper_leaves_its_program_the_grace_period(
     assert took < 5
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @MODES
 async def test_wrapper_that_forwards_nothing_is_bypassed(folders: Folders, program: Run, interrupt: bool) -> None:
     """Its program gets SIGTERM directly, and can save; the wrapper is killed."""
@@ -261,7 +261,7 @@ async def test_wrapper_that_forwards_nothing_is_bypassed(folders: Folders, progr
     assert 1 <= took < 5
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @MODES
 async def test_program_that_ignores_signals_does_not_outlive_its_wrapper(
     folders: Folders, program: Run, interrupt: bool
@@ -274,7 +274,7 @@ async def test_program_that_ignores_signals_does_not_outlive_its_wrapper(
     assert 1 <= took < 5
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_program_gets_one_interrupt_through_its_wrapper(folders: Folders, program: Run) -> None:
     """A second interrupt in addition to the forwarded one would make many programs exit at once."""
     source = """

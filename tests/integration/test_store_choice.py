@@ -62,7 +62,7 @@ def test_option_overrides_environment_which_overrides_the_file(repository: Repos
     assert holds_a_log(folders["file"])
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"file:///a\nfile:///b\n", b"file://[", b"a folder", None])
 def test_invalid_store_is_reported(repository: Repository, content: bytes | None) -> None:
     """With the file, whatever replaced it; a pipe does not block."""
@@ -118,7 +118,7 @@ def test_clean_keeps_hubs_of_runs_in_another_store(repository: Repository, tmp_p
     assert (repository.top / "one.txt").exists()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("settings", "reported"),
     [

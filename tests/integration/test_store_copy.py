@@ -279,7 +279,7 @@ def work(location: Path, failpoints: str = "", **limits: int) -> subprocess.Comp
     )
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("failpoint", "is_there", "opens"),
     [

@@ -41,7 +41,7 @@ async def test_closed_streams_are_handled(repository: Repository, closed: str) -
     assert repository.council("status", "--json").result["damage"] == []
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
 @pytest.mark.parametrize(("command", "code"), [("validate council.yaml", 1), ("--help", 1)])
 def test_incomplete_output_is_reported(repository: Repository, command: str, code: int) -> None:
@@ -92,7 +92,7 @@ def test_refused_system_calls_are_no_internal_error() -> None:
     assert to_permission_refusal(OSError("anything")) is None
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "command",
     ["status", "run --task x", *(pytest.param(one, marks=pytest.mark.slow) for one in ("init", "doctor", "clean"))],

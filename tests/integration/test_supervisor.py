@@ -260,7 +260,7 @@ def _has_open(process: psutil.Process, path: Path) -> bool:
     return any(fd.resolve() == path for fd in folder.iterdir())
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_session_does_not_start_next_to_an_earlier_one(agent: Agent, tmp_path: Path) -> None:
     """While the session's lock is held, the CLI is not run a second time."""
     command = agent("open('ran', 'w')")
@@ -281,7 +281,7 @@ async def test_slow_program_is_ended(agent: Agent) -> None:
     assert (ended.exit, ended.signal, ended.ended_by) == (None, signal.SIGTERM, "timeout")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_program_that_ignores_sigterm_is_killed_after_the_grace_period(agent: Agent) -> None:
     began = time.monotonic()
     ended = await run_supervised(
@@ -384,7 +384,7 @@ async def test_foreign_holder_of_the_output_does_not_delay_the_end(agent: Agent,
             stranger.wait()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @LINUX_ONLY
 async def test_program_that_closes_its_output_costs_nothing(agent: Agent, tmp_path: Path) -> None:
     """The supervisor of a silent, long-running program does not spin."""
@@ -402,7 +402,7 @@ open("ticks", "w").write(str(spent() - before))
 # Silence
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
     """A program without output and changes is stopped long before its limit, with that reason."""
     (tmp_path / "tree").mkdir()
@@ -414,7 +414,7 @@ async def test_silent_program_is_ended(agent: Agent, tmp_path: Path) -> None:
     assert 1.0 <= time.monotonic() - began < 20
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("sign", ["os.utime('tree/deep/file', (1, 1))", "print('.', flush=True)"])
 async def test_program_with_activity_continues(agent: Agent, tmp_path: Path, sign: str) -> None:
     """A change deep in a watched folder counts like output, whatever time the file claims."""
@@ -425,7 +425,7 @@ async def test_program_with_activity_continues(agent: Agent, tmp_path: Path, sig
     assert (ended.exit, ended.ended_by) == (0, "exit")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 async def test_unwatchable_folder_ends_nothing(agent: Agent, tmp_path: Path) -> None:
     """An unreadable folder is no proof of silence; the wall-clock limit remains."""
     command = agent("time.sleep(300)", idle_timeout=0.2, watched=(tmp_path / "gone",), timeout=1.5)
@@ -506,7 +506,7 @@ async def test_invalid_pattern_starts_nothing(agent: Agent, tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @LINUX_ONLY
 async def test_output_flood_is_truncated_in_the_middle_with_bounded_memory(agent: Agent, tmp_path: Path) -> None:
     """Of 1 GiB the first bytes and the last MiB are kept, with the omitted count between them."""
@@ -577,7 +577,7 @@ anyio.run(run_supervised, SupervisedCommand(
 """
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @LINUX_ONLY
 async def test_killed_orchestrator_leaves_no_process(agent: Agent, tmp_path: Path) -> None:
     """After kill -9 of the orchestrator, stubborn, detached and environment-clearing processes die within 2 s."""
@@ -688,7 +688,7 @@ async def test_program_that_may_not_start_never_runs(agent: Agent, tmp_path: Pat
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @LINUX_ONLY
 async def test_frozen_session_ends_with_all_its_processes(agent: Agent, tmp_path: Path) -> None:
     """Its orchestrator is dead; the woken supervisor also kills processes that cleared their environment."""
@@ -724,7 +724,7 @@ async def test_cancelled_session_ends_despite_a_stopped_supervisor(agent: Agent,
     await wait_for_no_children()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @LINUX_ONLY
 async def test_session_waiting_for_a_frozen_orchestrator_ends_before_it_starts(agent: Agent, tmp_path: Path) -> None:
     """A process that takes over need not wait, and the orchestrator notices when it wakes."""

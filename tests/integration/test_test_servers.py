@@ -22,7 +22,7 @@ with started_server() as server:
 """
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("kind", ["redis", "postgres"])
 def test_server_ends_with_its_killed_test_process(kind: str) -> None:
     """The server runs as another user if the tests run as root, and its output is in a file."""

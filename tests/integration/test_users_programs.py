@@ -106,7 +106,7 @@ def through_tracked_link(repository: Repository, tmp_path: Path) -> str:
     return ".githooks"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("way", [in_tree, absolute, home, included, linked, through_tracked_link])
 async def test_landing_runs_no_hook_that_it_just_wrote(repository: Repository, tmp_path: Path, way: object) -> None:
     """However the user's configuration leads to it."""
@@ -179,7 +179,7 @@ async def test_daemon_of_a_hook_keeps_no_lock_of_a_killed_process(repository: Re
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("key", "command"),
     [
@@ -279,7 +279,7 @@ def of_another_worktree(repository: Repository, tmp_path: Path) -> None:
 WAYS = [includes, dotfiles, included_from_outside, included_on_a_branch, of_another_worktree]
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 async def test_landing_does_not_change_git_configuration_files(
@@ -301,7 +301,7 @@ async def test_landing_does_not_change_git_configuration_files(
     assert not ran.exists()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("script", "lost"),
     [
@@ -326,7 +326,7 @@ async def test_landing_deletes_no_ignored_files(repository: Repository, script: 
     assert mine.read_text() == "mine\n"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "setting",
     ["core.fsmonitor", "diff.x.textconv", "merge.x.driver", "core.sshCommand", "alias.st", "credential.helper"],

@@ -53,7 +53,7 @@ async def test_unusual_settings_are_warnings_with_a_remedy(repository: Repositor
     config = repository.configure(TASKS, target="main", writable=[str(repository.top)], mcp_servers=servers)
     reported = repository.council("validate", str(config), "--json")
     assert (reported.code, reported.result["exit"]) == (0, 0)
-    assert [warning["what"].split(" ", 2)[0:2] for warning in reported.result["warnings"]] == [
+    assert [warning["message"].split(" ", 2)[0:2] for warning in reported.result["warnings"]] == [
         ["the", "target"], ["`writable`", "lets"], ["no", "task"], ["adapters", "'fake'"],
     ]  # fmt: skip
     assert all(warning["remedy"] for warning in reported.result["warnings"])
@@ -63,15 +63,15 @@ async def test_unusual_settings_are_warnings_with_a_remedy(repository: Repositor
     assert len(repository.council("validate", str(config), "--json").result["warnings"]) == 2
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("checks", [[], ["true"]])
 async def test_doctor_has_the_same_warnings(repository: Repository, checks: list[str]) -> None:
     """With its remedies: for the checked-out target, and for the file's settings."""
     config = str(repository.configure([{"id": "a", "prompt": "x", "checks": checks}]))
     warnings = repository.council("validate", config, "--json").result["warnings"]
     findings = repository.council("doctor", config, "--json").result["findings"]
-    reported = [{"what": one["message"], "remedy": one["remedy"]} for one in findings if one["level"] == "warning"]
-    assert any("checked out in" in one["what"] for one in warnings)
+    reported = [{"message": one["message"], "remedy": one["remedy"]} for one in findings if one["level"] == "warning"]
+    assert any("checked out in" in one["message"] for one in warnings)
     assert [one for one in reported if one in warnings] == warnings
     planned = repository.council("run", config, "--dry-run", "--json").result["findings"]
     assert [one for one in findings if one["name"] == "file"][1:] == [one for one in planned if one["name"] == "file"]

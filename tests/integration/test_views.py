@@ -217,7 +217,7 @@ async def test_export_replaces_links_without_following_them(store: Store, projec
     assert elsewhere.stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("name", ["views.written", "views.replaced"])
 async def test_killed_export_is_completed(repository: Repository, name: str) -> None:
     """Nothing is duplicated, missing, or left of the killed one."""

@@ -76,7 +76,7 @@ async def test_unknown_workflow_is_rejected(repository: Repository) -> None:
     assert (refused.code, "can't be written" in refused.stderr) == (2, True)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("from_code", [False, True])
 async def test_run_records_its_workflows(repository: Repository, from_code: bool) -> None:
     """A resume knows phases, values and the tracker of each task without the file."""

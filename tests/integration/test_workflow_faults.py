@@ -102,7 +102,7 @@ async def test_task_with_a_budget_exhausted_after_a_phase_fails_with_its_work(re
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("phase", PHASES)
 async def test_usage_limit_is_waited_for_in_its_phase(repository: Repository, phase: str) -> None:
     """It does not count as an attempt, and complete phases stay complete."""

@@ -126,7 +126,7 @@ def load(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> RunConfig | C
     assert places
     assert places == sorted(places)
     assert min(min(place) for place in places) > 0
-    assert all(found.what and found.remedy for found in refused.problems)
+    assert all(found.message and found.remedy for found in refused.problems)
     return refused
 
 

@@ -143,9 +143,9 @@ class Run:
                 self.board.adapters.disable(adapter, "its login failed")
             case "cancel" if task not in self.landed | self.over:
                 self.end(task, "end", delay)
-            case "revive" if task in self.over:
+            case "retry" if task in self.over:
                 self.over.remove(task)
-                self.board.revive(task)
+                self.board.retry(task)
             case "pass":
                 self.now += delay
 
@@ -161,7 +161,7 @@ def test_dispatch_respects_limits_and_ends_every_task(
     while True:
         if budget and data.draw(st.booleans()):
             budget -= 1
-            what = data.draw(st.sampled_from(["park", "close", "cancel", "cancel", "revive", "revive", "pass"]))
+            what = data.draw(st.sampled_from(["park", "close", "cancel", "cancel", "retry", "retry", "pass"]))
             run.disturb(what, data.draw(st.sampled_from(list(tasks))), data.draw(delays))
         run.decide()
         moving = [*run.running, *run.built]

@@ -70,7 +70,7 @@ def test_subtask_paths_stay_within_the_plan(inner: str, outer: str, parts: list[
         assert is_match(outer, path) or is_below_a_file
 
 
-@given(st.lists(st.sampled_from(["land", "fail", "revive", "plan"]), max_size=20), st.integers(1, 3))
+@given(st.lists(st.sampled_from(["land", "fail", "retry", "plan"]), max_size=20), st.integers(1, 3))
 def test_board_extended_by_a_plan_equals_a_new_board(steps: list[str], size: int) -> None:
     """After any events the dependencies are as if the subtasks had existed from the start."""
     names = [f"p-{one}" for one in range(size)]
@@ -93,8 +93,8 @@ def test_board_extended_by_a_plan_equals_a_new_board(steps: list[str], size: int
             for one in (board, whole):
                 one.landed(task) if step == "land" else one.ended(task)
             failed += [task] if step == "fail" else []
-        elif step == "revive" and failed:
+        elif step == "retry" and failed:
             task = failed.pop()
-            board.revive(task)
-            whole.revive(task)
+            board.retry(task)
+            whole.retry(task)
         assert board.blocked == whole.blocked

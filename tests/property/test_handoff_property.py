@@ -24,7 +24,7 @@ from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, CheckResul
 from orchestrator.domain.workflow.handoffs import Handoff, acknowledge, find_last_json_block, is_intact, make_handoff
 from orchestrator.domain.workflow.phase_context import get_phase_needs, select_values
 from orchestrator.domain.workflow.routing import Workflow
-from orchestrator.domain.workflow.violations import HandoffFacts
+from orchestrator.domain.workflow.violations import HandoffContext
 from orchestrator.engine.phases.values import collect_phase_values
 from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.errors import InvalidTransition
@@ -168,11 +168,11 @@ def test_parsed_value_equals_the_json(text: str) -> None:
 def test_any_object_is_accepted_or_named_as_invalid(name: str, data: dict[str, Any]) -> None:
     """A kind never raises; accepted content parses to itself, and exports are plain JSON."""
     kind = HANDOFF_KINDS[name]
-    checked = kind.check(data, HandoffFacts())
+    checked = kind.check(data, HandoffContext())
     assert (checked.data is None) == bool(checked.violations)
     assert "check" not in {one.rule.partition(".")[2] for one in checked.violations}
     if checked.data is not None:
-        assert kind.check(checked.data, HandoffFacts()).data == checked.data
+        assert kind.check(checked.data, HandoffContext()).data == checked.data
         assert find_json_error(kind.exports(checked.data)) is None
 
 

@@ -35,7 +35,7 @@ from tests.simulation.virtual_time import run_in_virtual_time
 
 RUN, REPOSITORY, TARGET = "r", "repository", "main"
 TIMING = CoordinationSettings(
-    heartbeat_interval=6.0, stale_after=30.0, owner_stale_after=60.0, sweep_interval=9.0, max_retries=99
+    heartbeat_interval=6.0, stale_after=30.0, owner_stale_after=60.0, stale_check_interval=9.0, max_retries=99
 )
 SKEW = 3.0
 """Seconds by which a clock is wrong at most."""
@@ -247,7 +247,7 @@ class SimulatedOrchestrator:
     async def _sweep(self) -> None:
         while True:
             await self._until_it_works(self.takeovers.sweep)
-            await self._pause(TIMING.sweep_interval)
+            await self._pause(TIMING.stale_check_interval)
 
     async def _work(self) -> None:
         while True:

@@ -50,7 +50,8 @@ def test_limited_capacity_has_a_remedy() -> None:
     short = fit_sessions(AvailableResources(None, 10, 149 * MIB), 4, DEMAND)
     assert isinstance(short, NoSessionFits)
     assert (
-        short.what == "not enough resources for a session: 149 MiB of memory available, and each session needs 100 MiB"
+        short.message
+        == "not enough resources for a session: 149 MiB of memory available, and each session needs 100 MiB"
     )
 
 

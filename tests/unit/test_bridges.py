@@ -383,7 +383,7 @@ def test_bridges_import_nothing_of_the_package(environ: dict[str, str]) -> None:
     subprocess.run([sys.executable, "-P", "-c", code], env={**environ, "HOME": os.devnull}, check=True)
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("use", ["acp", "ollama"])
 def test_interrupted_bridge_ends_by_the_signal(use: str, environ: dict[str, str], tmp_path: Path) -> None:
     """No traceback is printed, and the agent process is terminated."""

@@ -106,5 +106,5 @@ def test_mistakes_of_a_file_and_a_value_are_equal(tmp_path: Path) -> None:
 def _facts(error: ConfigError) -> list[tuple[str, str]]:
     # Only the positions of duplicates are reported differently.
     return [
-        (re.split(", on line| on line | at tasks| at worktrees", one.what)[0], one.remedy) for one in error.problems
+        (re.split(", on line| on line | at tasks| at worktrees", one.message)[0], one.remedy) for one in error.problems
     ]

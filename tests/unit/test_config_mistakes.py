@@ -24,9 +24,9 @@ def mistakes(folder: Path, content: str | bytes) -> list[tuple[int, int, str]]:
         load_config(path, TYPES)
     for problem in caught.value.problems:
         assert str(problem).startswith(f"{path}:{problem.line}:{problem.column}: ")
-        assert problem.what
+        assert problem.message
         assert problem.remedy
-    return [(p.line, p.column, f"{p.what}: {p.remedy}") for p in caught.value.problems]
+    return [(p.line, p.column, f"{p.message}: {p.remedy}") for p in caught.value.problems]
 
 
 def adapter(options: str) -> str:

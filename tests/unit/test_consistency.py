@@ -78,7 +78,7 @@ def changed(facts: WorkflowRecord, number: int | None = None, **changes: Any) ->
 
 def rules(facts: WorkflowRecord) -> set[str]:
     found = check_workflow(facts, {})
-    assert all("task" in one.location and one.what and one.remedy for one in found), found
+    assert all("task" in one.location and one.message and one.remedy for one in found), found
     return {one.rule for one in found}
 
 

@@ -88,7 +88,7 @@ def test_empty_file_gets_the_defaults(tmp_path: Path) -> None:
 def test_every_key_is_accepted(tmp_path: Path) -> None:
     """No key is dropped, and the resolved settings survive being recorded."""
     section = (
-        "{enabled: false, heartbeat_interval: 1s, stale_after: 3s, owner_stale_after: 4s, sweep_interval: 5s, "
+        "{enabled: false, heartbeat_interval: 1s, stale_after: 3s, owner_stale_after: 4s, stale_check_interval: 5s, "
         "max_retries: 6, when_unreachable: continue, role: worker, tools: false, lock_timeout: 7s}"
     )
     found = loaded(tmp_path, section)

@@ -118,7 +118,7 @@ def test_delta_of_another_version_is_rejected(document: dict[str, Any], what: st
     delta = compute_delta({"a": 1, "l": [{}]}, {"a": 3, "l": [{}, {}], "n": 4})
     with pytest.raises(RefusedError) as caught:
         apply_delta(document, delta)
-    assert caught.value.what == what
+    assert caught.value.message == what
 
 
 def test_rest_of_a_longer_list_is_kept() -> None:
@@ -126,7 +126,7 @@ def test_rest_of_a_longer_list_is_kept() -> None:
     delta = compute_delta({"l": [{}, {}]}, {"l": [{}]})
     with pytest.raises(RefusedError) as caught:
         apply_delta({"l": [{}, {}, {"n": 1}]}, delta)
-    assert caught.value.what == "l[1] is not the last item"
+    assert caught.value.message == "l[1] is not the last item"
 
 
 def test_field_of_a_non_object_is_rejected() -> None:
@@ -136,4 +136,4 @@ def test_field_of_a_non_object_is_rejected() -> None:
     for value in others:
         with pytest.raises(RefusedError) as caught:
             apply_delta({"x": value}, delta)
-        assert caught.value.what == "can't insert x.y"
+        assert caught.value.message == "can't insert x.y"

@@ -200,7 +200,7 @@ def test_reservation_outlasts_a_full_adapter() -> None:
     assert started(board) == ["held"]
 
 
-def test_revived_task_unblocks_its_dependents() -> None:
+def test_retried_task_unblocks_its_dependents() -> None:
     """A dependent with another failed need stays blocked and names that one."""
     board = DispatchBoard(
         {
@@ -215,26 +215,26 @@ def test_revived_task_unblocks_its_dependents() -> None:
     board.ended("a")
     board.ended("b")
     assert board.blocked == {"c": "a", "d": "a", "e": "d"}
-    board.revive("a")
+    board.retry("a")
     assert board.blocked == {"d": "b", "e": "d"}
     assert started(board) == ["a"]
     board.landed("a")
     assert started(board) == ["c"]
-    board.revive("b")
+    board.retry("b")
     assert board.blocked == {}
     assert started(board) == ["b"]
 
 
 def test_cancelled_blocked_task_ends_itself() -> None:
-    """It stops being blocked; once revived it is blocked while its need is."""
+    """It stops being blocked; once retried it is blocked while its need is."""
     board = DispatchBoard({"a": DispatchEntry(), "b": DispatchEntry(("a",)), "c": DispatchEntry(("b",))})
     started(board)
     board.ended("a")
     board.ended("b")
     assert board.blocked == {"c": "b"}
-    board.revive("b")
+    board.retry("b")
     assert board.blocked == {"b": "a", "c": "b"}
-    board.revive("a")
+    board.retry("a")
     assert board.blocked == {}
 
 
@@ -266,13 +266,13 @@ def test_landed_dependent_of_a_lost_need_is_not_blocked() -> None:
     assert started(board) == ["c"]
 
 
-def test_start_of_a_cancelled_or_revived_task_is_void() -> None:
+def test_start_of_a_cancelled_or_retried_task_is_void() -> None:
     board = DispatchBoard({"a": DispatchEntry()})
     assert board.choose_tasks(1, 0.0) == ["a"]
     assert board.adapters.is_running("a")
     board.ended("a")
     assert not board.adapters.is_running("a")
-    board.revive("a")
+    board.retry("a")
     assert not board.adapters.is_running("a")
     assert board.choose_tasks(1, 0.0) == ["a"]
 

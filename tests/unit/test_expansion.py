@@ -149,7 +149,7 @@ def test_failed_subtask_blocks_the_planning_task_and_dependents() -> None:
     board.choose_tasks(9, 1.0)
     board.ended("p-a")
     assert board.blocked == {"p": "p-a", "p-b": "p-a", "last": "p"}
-    board.revive("p-a")
+    board.retry("p-a")
     assert board.blocked == {}
     assert board.choose_tasks(9, 2.0) == ["p-a"]
 
@@ -161,7 +161,7 @@ def test_second_plan_does_not_wait_for_the_first() -> None:
     for one in ("p-a", "p-b", "p"):
         board.ended(one)
     board.set_subtasks("p", ())
-    board.revive("p")
+    board.retry("p")
     assert board.choose_tasks(9, 2.0) == ["p"]
     board.landed("p")
     assert board.choose_tasks(9, 2.0) == ["last"]

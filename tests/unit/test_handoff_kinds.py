@@ -18,25 +18,25 @@ from orchestrator.domain.workflow.handoff_kinds import (
     kind_from_schema,
     with_validators,
 )
-from orchestrator.domain.workflow.violations import MAX_VIOLATIONS, HandoffFacts, Violation
+from orchestrator.domain.workflow.violations import MAX_VIOLATIONS, HandoffContext, Violation
 from orchestrator.errors import RefusedError
 
 SUM = "0123456789abcdef" * 4
 PLAN = {"tasks": [{"id": "a", "prompt": "do it"}], "dependencies": [], "timeline": [], "resources": []}
 
 
-def parsed(kind: str, data: dict[str, Any], facts: HandoffFacts | None = None) -> dict[str, Any]:
+def parsed(kind: str, data: dict[str, Any], facts: HandoffContext | None = None) -> dict[str, Any]:
     """Return the parsed content of a handoff."""
-    checked = HANDOFF_KINDS[kind].check(data, facts or HandoffFacts())
+    checked = HANDOFF_KINDS[kind].check(data, facts or HandoffContext())
     assert checked.data is not None, [str(one) for one in checked.violations]
     return checked.data
 
 
-def violations_of(kind: str, data: Any, facts: HandoffFacts | None = None) -> list[tuple[str, str]]:
+def violations_of(kind: str, data: Any, facts: HandoffContext | None = None) -> list[tuple[str, str]]:
     """Return the rules and positions of the violations of a handoff."""
-    checked = HANDOFF_KINDS[kind].check(data, facts or HandoffFacts())
+    checked = HANDOFF_KINDS[kind].check(data, facts or HandoffContext())
     assert checked.data is None
-    assert all(one.what and one.remedy for one in checked.violations)
+    assert all(one.message and one.remedy for one in checked.violations)
     return [(one.rule, one.location) for one in checked.violations]
 
 
@@ -194,7 +194,7 @@ def test_reported_mistakes_are_limited() -> None:
 )
 def test_artifacts_match_the_tree(checksums: dict[str, str | None], expected: list[tuple[str, str]]) -> None:
     """Missing and wrong artifacts are named; unchecked ones pass."""
-    data, facts = {"artifacts": {"a": SUM}}, HandoffFacts(checksums)
+    data, facts = {"artifacts": {"a": SUM}}, HandoffContext(checksums)
     assert (
         violations_of("build", data, facts) if expected else [] if parsed("build", data, facts) else None
     ) == expected
@@ -205,7 +205,7 @@ def test_artifacts_match_the_tree(checksums: dict[str, str | None], expected: li
 
 
 def test_unknown_fields_are_dropped_and_reported() -> None:
-    checked = HANDOFF_KINDS["scout"].check({"findings": [], "mood": "good"}, HandoffFacts())
+    checked = HANDOFF_KINDS["scout"].check({"findings": [], "mood": "good"}, HandoffContext())
     assert checked.ignored == ("mood",)
     assert checked.data is not None
     assert "mood" not in checked.data
@@ -305,16 +305,16 @@ RISK = {
 def test_kind_of_the_user_is_accepted() -> None:
     """Its schema validates the content, which becomes one value with the name of the kind."""
     kind = kind_from_schema("risk", RISK)
-    good = kind.check({"risks": [{"name": "x", "level": 2}], "more": 1}, HandoffFacts())
+    good = kind.check({"risks": [{"name": "x", "level": 2}], "more": 1}, HandoffContext())
     assert good.data == {"risks": [{"name": "x", "level": 2}], "more": 1}
     assert kind.exports(good.data) == {"risk": good.data}
     assert kind.required == ("risks",)
-    bad = kind.check({"risks": [{"level": 9}]}, HandoffFacts())
+    bad = kind.check({"risks": [{"level": 9}]}, HandoffContext())
     assert [(one.rule, one.location) for one in bad.violations] == [
         ("risk.schema", "risks[0]"),
         ("risk.schema", "risks[0].level"),
     ]
-    assert kind.check({}, HandoffFacts()).violations[0].location == "the handoff"
+    assert kind.check({}, HandoffContext()).violations[0].location == "the handoff"
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_unsupported_schema_is_rejected(schema: dict[str, Any], fragment: str) -
 @pytest.mark.parametrize("schema", [{"$ref": "#/$defs/gone"}, {"allOf": [{"$ref": "#"}]}])
 def test_unresolvable_schema_is_a_violation(schema: dict[str, Any]) -> None:
     """A missing or endless reference fails the phase, not the run."""
-    checked = kind_from_schema("odd", schema).check({"a": 1}, HandoffFacts())
+    checked = kind_from_schema("odd", schema).check({"a": 1}, HandoffContext())
     assert [one.rule for one in checked.violations] == ["odd.check"]
 
 
@@ -348,32 +348,32 @@ class Estimate(BaseModel):
 def test_kind_of_a_plugin_is_accepted() -> None:
     """A pydantic model is a kind; an error in its own code is a violation."""
 
-    def too_long(estimate: Estimate, _facts: HandoffFacts) -> list[Violation]:
+    def too_long(estimate: Estimate, _context: HandoffContext) -> list[Violation]:
         return [Violation("estimate.long", "days", "too long", "shorten it")] if 10 // estimate.days < 1 else []
 
     kind = kind_from_model("estimate", Estimate, rule=too_long, needs=("plan",))
-    assert kind.check({"days": "3"}, HandoffFacts()).data == {"days": 3}
-    assert [one.rule for one in kind.check({"days": 11}, HandoffFacts()).violations] == ["estimate.long"]
-    assert [one.rule for one in kind.check({"days": "x"}, HandoffFacts()).violations] == ["estimate.form"]
-    fault = kind.check({"days": 0}, HandoffFacts()).violations
+    assert kind.check({"days": "3"}, HandoffContext()).data == {"days": 3}
+    assert [one.rule for one in kind.check({"days": 11}, HandoffContext()).violations] == ["estimate.long"]
+    assert [one.rule for one in kind.check({"days": "x"}, HandoffContext()).violations] == ["estimate.form"]
+    fault = kind.check({"days": 0}, HandoffContext()).violations
     assert "ZeroDivisionError" in str(fault[0])
 
 
 def test_validators_of_plugins_run() -> None:
     """They see valid content and cannot change it; a failing one is named and hides no other."""
 
-    def meddling(data: dict[str, Any], _facts: HandoffFacts) -> list[Violation]:
+    def meddling(data: dict[str, Any], _context: HandoffContext) -> list[Violation]:
         data.clear()
         return []
 
-    def never(_data: dict[str, Any], _facts: HandoffFacts) -> list[Violation]:
+    def never(_data: dict[str, Any], _context: HandoffContext) -> list[Violation]:
         raise AssertionError("it is for another kind")
 
     found = Violation("mine", "tasks", "no estimate", "add one")
     good = with_validators(
         HANDOFF_KINDS["plan"], {"m": HandoffValidator("plan", meddling), "n": HandoffValidator("build", never)}
     )
-    assert good.check(PLAN, HandoffFacts()).data == parsed("plan", PLAN)
+    assert good.check(PLAN, HandoffContext()).data == parsed("plan", PLAN)
     bad = with_validators(
         HANDOFF_KINDS["plan"],
         {
@@ -382,8 +382,8 @@ def test_validators_of_plugins_run() -> None:
             "right": HandoffValidator("plan", lambda _data, _facts: [found]),
         },
     )
-    checked = bad.check(PLAN, HandoffFacts())
+    checked = bad.check(PLAN, HandoffContext())
     assert checked.data is None
     assert [one.rule for one in checked.violations] == ["plan.broken", "plan.strange", "mine"]
-    assert [one.rule for one in bad.check({}, HandoffFacts()).violations].count("plan.required") == 4
+    assert [one.rule for one in bad.check({}, HandoffContext()).violations].count("plan.required") == 4
     assert with_validators(HANDOFF_KINDS["plan"], {}) is HANDOFF_KINDS["plan"]

@@ -87,7 +87,7 @@ def test_unknown_adapter_lists_the_possible_ones(
     """The error lists the possible adapters."""
     with pytest.raises(RefusedError) as refused:
         load(tmp_path, text, adapter=adapter)
-    assert what in refused.value.what
+    assert what in refused.value.message
     assert remedy in refused.value.remedy
 
 
@@ -96,7 +96,7 @@ def test_missing_clis_suggest_the_command_adapter(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RefusedError) as refused:
         load(tmp_path, None)
-    assert "no supported CLI is on PATH" in refused.value.what
+    assert "no supported CLI is on PATH" in refused.value.message
     assert "`use: command`" in refused.value.remedy
 
 

@@ -132,7 +132,7 @@ def test_unlanded_tasks_are_counted_by_status() -> None:
 
 
 def test_counts_follow_the_records() -> None:
-    """Dependents of a failed task are blocked until it is revived."""
+    """Dependents of a failed task are blocked until it is retried."""
     entries = {**tasks(3), "child": DispatchEntry(("t0",)), "grandchild": DispatchEntry(("child",))}
     shown = view(entries)
     shown.apply(record("t0", TaskDocument(status=TaskStatus.FAILED, attempts=(BUILT,), reason="no")))

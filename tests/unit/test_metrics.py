@@ -11,7 +11,7 @@ from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.active_time import compute_active_time
 from orchestrator.domain.scheduling.claims import OrchestratorIdentity, OrchestratorLease
-from orchestrator.engine.reports.overview import landing_times
+from orchestrator.engine.reports.run_summary import landing_times
 from orchestrator.protocols import Document, Key
 
 

@@ -232,9 +232,9 @@ def test_activity_has_its_age() -> None:
     """A session without known activity has none."""
     at = SessionReport("t", 1, "fixer", "o8", "working", None, None, "step 5", None, [], 1.0)
     running = replace(run(task("running"), status=RunStatus.RUNNING), sessions=[at])
-    assert [row.what for row in result_rows(running, {}, now=43.0)] == ["step 5 (0:42 ago)"]
+    assert [row.message for row in result_rows(running, {}, now=43.0)] == ["step 5 (0:42 ago)"]
     silent = replace(running, sessions=[replace(at, message=None)])
-    assert [row.what for row in result_rows(silent, {}, now=43.0)] == [""]
+    assert [row.message for row in result_rows(silent, {}, now=43.0)] == [""]
 
 
 def test_several_active_processes_are_reported() -> None:

@@ -186,7 +186,7 @@ def test_json_keeps_its_structure() -> None:
     assert value["a"][0] == "x s3cret-value"
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("text", [
     "sk-" * 400_000, "eyJ" * 400_000, "-eyJaaaaaaaa." * 90_000, "-----BEGIN PRIVATE KEY-----" * 40_000,
     "://a:" * 250_000,

@@ -67,7 +67,7 @@ def facts() -> PromptVariables:
     return PromptVariables(task="a", prompt="Fix it.", marker="m")
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("text", GREEDY)
 def test_multiplying_template_is_rejected_within_limits(text: str) -> None:
     """Reading and rendering take a moment and a few megabytes."""

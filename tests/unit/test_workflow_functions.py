@@ -16,7 +16,7 @@ from orchestrator.config.load import load_config
 from orchestrator.domain.runs.phases import PhaseStatus
 from orchestrator.domain.workflow import handoff_models
 from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, PHASE_NEEDS
-from orchestrator.domain.workflow.violations import HandoffFacts
+from orchestrator.domain.workflow.violations import HandoffContext
 from orchestrator.engine.phases.prompts import MAX_VALUE_LENGTH
 from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT
 from orchestrator.plugins import load_plugins
@@ -121,7 +121,7 @@ def test_each_file_loads(block: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "block"), re.findall(r"\nA (\w+) [^`]*:\n\n```json\n(.*?)```", PAGE, re.DOTALL))
 def test_each_handoff_is_valid(kind: str, block: str) -> None:
     """Each example is valid for the kind at the beginning of its sentence."""
-    checked = HANDOFF_KINDS[kind].check(json.loads(block), HandoffFacts())
+    checked = HANDOFF_KINDS[kind].check(json.loads(block), HandoffContext())
     assert (checked.data is not None, checked.violations, checked.ignored) == (True, (), ())
 
 

@@ -44,7 +44,7 @@ def read(tmp_path: Path, *phases: Any, task: Mapping[str, Any] | None = None, **
 def mistakes(tmp_path: Path, *phases: Any, **settings: Any) -> list[tuple[str | None, str]]:
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, *phases, **settings)
-    return [(one.path, f"{one.what}: {one.remedy}") for one in caught.value.problems]
+    return [(one.path, f"{one.message}: {one.remedy}") for one in caught.value.problems]
 
 
 def test_phase_has_all_settings(tmp_path: Path) -> None:

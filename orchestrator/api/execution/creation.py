@@ -140,7 +140,7 @@ async def create_merge_run(context: ProjectContext, run: str) -> str:
 async def _explain_missing_branch(git: Git, record: RunRecord, start: str) -> RefusedError:
     """Return the error for a missing branch of a run; `start` is its base commit."""
     run = record.run
-    what = f"the branch {run.target!r} does not exist"
+    message = f"the branch {run.target!r} does not exist"
     commits = [task.landed for task in record.tasks.values() if task.landed is not None]
     tip = (await git.line("merge-base", "--independent", *commits)).split("\n")[0]
     is_merged = await git.is_ancestor(tip, start)
@@ -148,9 +148,9 @@ async def _explain_missing_branch(git: Git, record: RunRecord, start: str) -> Re
         tree, conflicts = await git.merge_tree(start, tip)
         is_merged = not conflicts and tree == await git.line("rev-parse", f"{start}^{{tree}}")
     if is_merged:
-        return NothingToMerge(f"{what}, and {run.base!r} already contains its work", "there is nothing to merge")
+        return NothingToMerge(f"{message}, and {run.base!r} already contains its work", "there is nothing to merge")
     remedy = f"`git branch {run.target} {tip}` restores it, then `council merge {run.id}`"
-    return RefusedError(f"{what}, and {run.base!r} does not contain all of its work", remedy)
+    return RefusedError(f"{message}, and {run.base!r} does not contain all of its work", remedy)
 
 
 def _use_store(context: ProjectContext, url: str | None) -> None:

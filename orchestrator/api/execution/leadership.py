@@ -138,12 +138,12 @@ async def _check_sharing(members: RunMembership) -> None:
     peer = await members.peers.find_exclusive_peer()
     if peer is None:
         return
-    what = f"process {peer.owner.pid} on {peer.owner.host} is active in run {members.run}"
+    message = f"process {peer.owner.pid} on {peer.owner.host} is active in run {members.run}"
     stop = f"stop it with `kill {peer.owner.pid}`"
     if peer.owner.shares:
-        raise RefusedError(what, f"wait for it to end, {stop}, or enable sharing for this process")
+        raise RefusedError(message, f"wait for it to end, {stop}, or enable sharing for this process")
     command = f"`{ENVIRONMENT_VARIABLES['enabled']}=true council resume {members.run}`"
-    raise RefusedError(f"{what} and does not share it", f"wait for it to end, or {stop}, then {command}")
+    raise RefusedError(f"{message} and does not share it", f"wait for it to end, or {stop}, then {command}")
 
 
 def sharing_disabled_error(run: str, environ: Mapping[str, str], options: CoordinationOverrides | None) -> RefusedError:

@@ -84,7 +84,7 @@ class Health:
         try:
             await store.commit(Commit([], [Event.of(StateProbed())]))
         except StoreUnavailable as error:
-            return Finding("latency", Level.PROBLEM, error.what, error.remedy)
+            return Finding("latency", Level.PROBLEM, error.message, error.remedy)
         return findings.check_latency(clock.monotonic() - began)
 
     async def _readable_sessions(self, run: str) -> list[SilentSession]:

@@ -164,5 +164,5 @@ def _refuse_compacted() -> Iterator[None]:
 
 
 def _compacted_refusal(gone: HistoryCompacted) -> RefusedError:
-    what = f"the state log does not go back to position {gone.position}, only to {gone.first}"
-    return RefusedError(what, f"name a position from {gone.first} on, or a later time")
+    message = f"the state log does not go back to position {gone.position}, only to {gone.first}"
+    return RefusedError(message, f"name a position from {gone.first} on, or a later time")

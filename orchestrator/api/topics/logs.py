@@ -233,14 +233,14 @@ def no_attempt_error(run: RunDocument, task: str, document: TaskDocument) -> Ref
     """Return the error for a task without sessions: reason and next command."""
     if document.status in FINAL_STATUSES:
         reason = f" ({document.reason})" if document.reason else ""
-        what = f"task {task!r} never started: it was {document.status.replace('_', ' ')}{reason}"
-        return RefusedError(what, f"`council retry {shlex.quote(task)} --run {run.id}` starts it")
-    what, status = f"task {task!r} has not started yet", f"`council status --run {run.id}`"
+        message = f"task {task!r} never started: it was {document.status.replace('_', ' ')}{reason}"
+        return RefusedError(message, f"`council retry {shlex.quote(task)} --run {run.id}` starts it")
+    message, status = f"task {task!r} has not started yet", f"`council status --run {run.id}`"
     if run.halted is None:
-        return RefusedError(what, f"{status} shows what it waits for")
+        return RefusedError(message, f"{status} shows what it waits for")
     halt = HaltReason.parse(run.halted)
     log = "" if halt.log is None else f"see {halt.log}, and "
-    return RefusedError(f"{what}: the run is halted: {halt.headline}", f"{log}{status}")
+    return RefusedError(f"{message}: the run is halted: {halt.headline}", f"{log}{status}")
 
 
 def no_running_session_error(run: str, task: str) -> RefusedError:

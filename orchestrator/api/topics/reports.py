@@ -1,4 +1,4 @@
-"""The topic `reports`: overview, metrics, usage, failures, sizes of changes."""
+"""The topic `reports`: summary, metrics, usage, failures, sizes of changes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from orchestrator.domain.runs.metrics import Metrics, compute_metrics
 from orchestrator.domain.runs.model import INTERRUPTED, Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.usage import RunUsage, compute_usage
 from orchestrator.domain.scheduling.active_time import compute_run_active_time
-from orchestrator.engine.reports.overview import RunOverview, build_overview, landing_times
 from orchestrator.engine.reports.report import AdapterFailure, last_failures
+from orchestrator.engine.reports.run_summary import RunSummary, build_run_summary, landing_times
 from orchestrator.engine.state.records import read_run, read_run_with_tasks, read_task, read_tasks, task_documents
 from orchestrator.errors import HistoryCompacted, RefusedError
 from orchestrator.locking.orchestrators import read_orchestrators
@@ -29,7 +29,7 @@ from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.log_files import last_activity
 from orchestrator.state.documents.log_reader import read_backwards
 
-#: The number of events in the overview of a run.
+#: The number of events in the summary of a run.
 MAX_EVENTS: Final = 100
 
 
@@ -39,8 +39,8 @@ class RunReports(Topic):
     `run` is a name that `council.runs.find` accepts.
     """
 
-    async def overview(self, run: str | None = None) -> RunOverview:
-        """Return the overview of a run, even if its repositories are missing."""
+    async def summary(self, run: str | None = None) -> RunSummary:
+        """Return the summary of a run, even if its repositories are missing."""
         reader = self._reader
         record = await reader.record(await self._find(run))
         name, store = record.run.id, self._context.store
@@ -50,7 +50,7 @@ class RunReports(Topic):
         active = compute_run_active_time(record.orchestrators, record.tasks.values(), landed_at, now)
         is_live = record.run.ended is None and await reader.index.has_live_process(name)
         report = reader.describe(record, is_live=is_live)
-        return build_overview(record, report, landed_at, checkouts, await self._events(name), active)
+        return build_run_summary(record, report, landed_at, checkouts, await self._events(name), active)
 
     async def metrics(self, run: str | None = None) -> Metrics:
         """Return the metrics of a run."""

@@ -107,8 +107,8 @@ class State(Topic):
         index = self._index
         run = next((run for run in await index.ids() if is_run_document(key, run)), None)
         if run is not None and await index.has_live_process(run):
-            what = f"{key} belongs to run {run}, which is active"
-            raise RefusedError(what, "stop it with SIGINT, or wait until it ends")
+            message = f"{key} belongs to run {run}, which is active"
+            raise RefusedError(message, "stop it with SIGINT, or wait until it ends")
 
     async def verify(self) -> VerificationReport:
         """Verify the whole log and all documents."""

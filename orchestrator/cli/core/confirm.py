@@ -52,8 +52,8 @@ async def confirm_action(output: Output, question: str, *, yes: bool) -> bool:
     if yes:
         return True
     if not can_prompt(output):
-        what = f"{question[:1].lower()}{question[1:].rstrip('?')}"
-        raise RefusedError(printable(f"not confirmed: {what}"), "add --yes")
+        message = f"{question[:1].lower()}{question[1:].rstrip('?')}"
+        raise RefusedError(printable(f"not confirmed: {message}"), "add --yes")
     return await ask_yes_no(output, question)
 
 

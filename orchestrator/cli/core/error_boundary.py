@@ -103,22 +103,22 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tup
     if isinstance(error, ConfigError):
         return EXIT_BAD_INPUT, {"status": "invalid", "errors": [*map(asdict, error.problems)]}, str(error)
     if isinstance(error, RefusedError):
-        result = {"status": "refused", "error": error.what, "remedy": error.remedy}
+        result = {"status": "refused", "error": error.message, "remedy": error.remedy}
         return EXIT_BAD_INPUT, result, f"council: {error}"
     if (lack := describe_shortage(error)) is not None:
-        what, remedy = lack
-        result = {"status": "unavailable", "error": what, "remedy": remedy}
-        return EXIT_UNAVAILABLE, result, f"council: {what}: {remedy}; no recorded work is lost"
+        message, remedy = lack
+        result = {"status": "unavailable", "error": message, "remedy": remedy}
+        return EXIT_UNAVAILABLE, result, f"council: {message}: {remedy}; no recorded work is lost"
     if isinstance(error, LeaseLost):  # this process was paused for long: not an internal error
         return EXIT_TAKEN_OVER, {"status": "taken_over", "error": str(error)}, f"council: {error}"
     path = write_log()
-    what = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
+    message = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
     state = "The recorded state is intact: `council resume` continues the run."
     if isinstance(error, StateLost):
         state = "Some recorded state is lost."
     details = "" if path is None else f" Details: {path}"
-    failure = {"status": "error", "error": what, "log": None if path is None else str(path)}
-    return EXIT_INTERNAL_ERROR, failure, f"council: {what}\n{state}{details}"
+    failure = {"status": "error", "error": message, "log": None if path is None else str(path)}
+    return EXIT_INTERNAL_ERROR, failure, f"council: {message}\n{state}{details}"
 
 
 def name_failed_file(error: BaseException) -> None:

@@ -199,13 +199,13 @@ class LiveRun:
         if before is not after.status:
             self._pace.change(task, after, time)
             if before in FINAL_STATUSES and after.status in SUCCESS_STATUSES:
-                self._board.revive(task)  # tasks that it blocked now wait only for their other needs
+                self._board.retry(task)  # tasks that it blocked now wait only for their other needs
             if after.status in SUCCESS_STATUSES:
                 self._board.landed(task)
             elif after.status in FINAL_STATUSES:
                 self._board.ended(task)
             elif before in FINAL_STATUSES:
-                self._board.revive(task)
+                self._board.retry(task)
         self._set(task, after, time)
         if (
             before in SUCCESS_STATUSES and after.status not in SUCCESS_STATUSES

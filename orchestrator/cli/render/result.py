@@ -44,7 +44,7 @@ class ResultRow(NamedTuple):
 
     task: str
     status: str
-    what: str
+    message: str
     steps: Sequence[str]
 
 
@@ -150,7 +150,7 @@ def row_lines(rows: Sequence[ResultRow]) -> Iterator[tuple[ResultRow, Sequence[s
     """Yield each row as lines: name and status in columns, reason, next commands."""
     heads = align_columns([(short_name(row.task), row.status, "|") for row in rows], "  ")
     for row, head in zip(rows, heads, strict=True):
-        about = wrapped(row.what, head=head.removesuffix("|"), indent="      ")
+        about = wrapped(row.message, head=head.removesuffix("|"), indent="      ")
         yield row, [*about, *(f"    {step}" for step in row.steps)]
 
 

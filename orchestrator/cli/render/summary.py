@@ -139,8 +139,8 @@ def _totals(report: RunReport) -> Iterator[str]:
 
 def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> _Entry:
     sessions = {one.task: one for one in report.sessions}
-    what = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
-    text = printable(": ".join(filter(None, [f"{short_name(task.id)} {format_state(task.status, report)}", what])))
+    message = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
+    text = printable(": ".join(filter(None, [f"{short_name(task.id)} {format_state(task.status, report)}", message])))
     steps = task_steps(task, report, is_newest=is_newest)
     fixed = [line for step in (steps if report.merges is not None else steps[:1]) for line in _step_lines(str(step))]
     # These reasons end with the cause or the fix.

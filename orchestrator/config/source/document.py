@@ -193,7 +193,7 @@ class _Builder:
         try:
             return resolve_plain(event.value)
         except InvalidValue as error:
-            self._problems.add(at, error.what, error.remedy)
+            self._problems.add(at, error.message, error.remedy)
             return UNREADABLE
 
     def _quoted(self, text: str, at: Position) -> Any:
@@ -264,9 +264,9 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str) -> tuple[Position, str
     if mark is not None and error.context_mark is not None and mark.index >= len(text.rstrip()):
         mark = error.context_mark
     at = Position(mark.line + 1, mark.column + 1) if mark else _START
-    what = error.problem or "invalid YAML"
+    message = error.problem or "invalid YAML"
     if mark and text[mark.index : mark.index + 1] == "\t":
         return at, "indentation by a tab", "use spaces"
-    found = (remedy for part, remedy in _SYNTAX_REMEDIES if part in what)
+    found = (remedy for part, remedy in _SYNTAX_REMEDIES if part in message)
     remedy = next(found, "check the indentation and punctuation here, and quote text with punctuation")
-    return at, f"{what} ({error.context})" if error.context else what, remedy
+    return at, f"{message} ({error.context})" if error.context else message, remedy

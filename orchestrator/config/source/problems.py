@@ -37,10 +37,10 @@ class Problems:
         self._file = str(file)
         self._problems: dict[Problem, Position] = {}
 
-    def add(self, at: Position, what: str, remedy: str) -> None:
+    def add(self, at: Position, message: str, remedy: str) -> None:
         """Add a problem; raise TooManyProblems if the limit is reached."""
         column = at.column if at.line else 0
-        self._problems.setdefault(Problem(self._file, at.line, column, what, remedy, at.path or None), at)
+        self._problems.setdefault(Problem(self._file, at.line, column, message, remedy, at.path or None), at)
         if len(self._problems) >= _MOST_PROBLEMS:
             raise TooManyProblems
 

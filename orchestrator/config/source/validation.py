@@ -112,7 +112,7 @@ def _explain(details: ErrorDetails, value: Any, label: str) -> tuple[str, str]:
     facts = details.get("ctx", {})
     if details["type"] in {"value_error", "assertion_error"}:
         invalid = InvalidValue.of(facts["error"])
-        return invalid.what, invalid.remedy
+        return invalid.message, invalid.remedy
     word = _unquoted_braces(value)
     if word is not None and details["type"] == "string_type":
         return f"{label} is a mapping, because of its braces", f'quote it: "{{{word}}}"'

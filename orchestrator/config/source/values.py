@@ -60,7 +60,7 @@ class _Reader:
         try:
             check_number(number)
         except InvalidValue as error:
-            self._problems.add(at, error.what, error.remedy)
+            self._problems.add(at, error.message, error.remedy)
             return UNREADABLE
         return int(number) if isinstance(number, int) else float(number)
 

@@ -89,8 +89,8 @@ def _check_expansions(found: Mapping[str, Phases], written: Mapping[str, Node], 
         begin = min(cycle, key=list(found).index)
         start = cycle.index(begin)
         steps = " -> ".join([*cycle[start:], *cycle[:start], begin])
-        what = f"plans of this workflow would expand endlessly: {steps}"
-        problems.add(written[begin].at, what, "use another workflow under `expand:`, or none")
+        message = f"plans of this workflow would expand endlessly: {steps}"
+        problems.add(written[begin].at, message, "use another workflow under `expand:`, or none")
 
 
 def workflow_of(task: Node, root: Node) -> str | None:
@@ -133,8 +133,8 @@ def check_contexts(root: Node, problems: Problems) -> None:
     for _, task in iter_task_nodes(root):
         context = task.get("context")
         if context is not None and workflow_of(task, root) is None:
-            what = "the task has values for the phases of a workflow, but no workflow"
-            problems.add(task.keys["context"], what, "add `workflow:`, or put the values into the prompt")
+            message = "the task has values for the phases of a workflow, but no workflow"
+            problems.add(task.keys["context"], message, "add `workflow:`, or put the values into the prompt")
         _reject_secrets(context, "context", problems)
     _reject_secrets(root.get("context"), "context", problems)
 
@@ -237,8 +237,8 @@ def _json(name: str, text: str) -> Any:
 def _check_schema(schema: Any) -> None:
     """Raise InvalidValue or RefusedError for a bad or too large object schema."""
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-        what = "the schema does not describe an object, as every handoff is"
-        raise InvalidValue(what, "use a schema such as {type: object, required: [answer]}")
+        message = "the schema does not describe an object, as every handoff is"
+        raise InvalidValue(message, "use a schema such as {type: object, required: [answer]}")
     size = len(json.dumps(schema, ensure_ascii=False, default=str).encode())
     if size > MAX_CONTEXT_BYTES:
         raise InvalidValue(
@@ -252,11 +252,11 @@ def _report_error(read: Callable[[], T], phase: PhaseNode, key: str, problems: P
     try:
         return read()
     except (RefusedError, InvalidValue) as error:
-        problems.add(phase.at(key), error.what, error.remedy)
+        problems.add(phase.at(key), error.message, error.remedy)
     return None
 
 
-def _reject_secrets(node: Node | None, what: str, problems: Problems) -> None:
+def _reject_secrets(node: Node | None, message: str, problems: Problems) -> None:
     for part in () if node is None else node.walk():
         if isinstance(part.value, str) and part.value is not UNREADABLE:
-            reject_secret(part, part.value, what, _ENV, problems)
+            reject_secret(part, part.value, message, _ENV, problems)

@@ -47,9 +47,9 @@ def check_keys(phase: PhaseNode, names: KnownNames, problems: Problems) -> None:
     has_all = len(phase.settings.model_fields_set) == len(
         phase.node.value
     )  # otherwise a conflict may involve a default
-    for is_conflict, key, what, remedy in _key_conflicts(phase.settings):
+    for is_conflict, key, message, remedy in _key_conflicts(phase.settings):
         if is_conflict and has_all:
-            problems.add(phase.key_at(key), what, remedy)
+            problems.add(phase.key_at(key), message, remedy)
     _check_kind(phase, phase.settings, names.kinds, problems)
     transform = phase.settings.transform
     if transform is not None and transform not in names.transformations:
@@ -133,8 +133,8 @@ def check_order(phases: Sequence[PhaseNode], problems: Problems) -> None:
     for place, one in enumerate(phases):
         before = [each.name for each in phases[:place]]
         if first.setdefault(one.name, one.name_at) != one.name_at:
-            what = f"the phase {quote_text(one.name)} is already defined {first[one.name]}"
-            problems.add(one.name_at, what, "give each phase a unique name")
+            message = f"the phase {quote_text(one.name)} is already defined {first[one.name]}"
+            problems.add(one.name_at, message, "give each phase a unique name")
         if one.settings is None:
             continue
         _check_earlier(one, one.settings.on_reject, one.at("on_reject"), before, problems)
@@ -165,22 +165,24 @@ def _check_session(phase: PhaseNode, settings: PhaseSettings, before: Sequence[P
     _check_earlier(phase, named or phase.name, at, [one.name for one in before], problems)
     other = next((one.settings for one in before if one.name == named), None)
     if other is not None and None not in (other.adapter, settings.adapter) and other.adapter != settings.adapter:
-        what = f"the conversation of {quote_text(str(named))} belongs to {other.adapter!r}, not to {settings.adapter!r}"
-        problems.add(at, what, "use the same adapter for both phases")
+        message = (
+            f"the conversation of {quote_text(str(named))} belongs to {other.adapter!r}, not to {settings.adapter!r}"
+        )
+        problems.add(at, message, "use the same adapter for both phases")
 
 
 def _check_mediator(phase: PhaseNode, settings: PhaseSettings, after: Sequence[PhaseNode], problems: Problems) -> None:
     if settings.handoff != "mediated":
         return
     if not after:
-        what = f"no phase follows {quote_text(phase.name)} to receive its result"
-        problems.add(phase.at("handoff"), what, "remove `handoff`, or add a phase")
+        message = f"no phase follows {quote_text(phase.name)} to receive its result"
+        problems.add(phase.at("handoff"), message, "remove `handoff`, or add a phase")
     elif settings.mediator is not None and settings.mediator != after[0].name:
-        what = f"only the phase after {quote_text(phase.name)} can mediate, not {quote_text(settings.mediator)}"
-        problems.add(phase.at("mediator"), what, f"use {after[0].name}")
+        message = f"only the phase after {quote_text(phase.name)} can mediate, not {quote_text(settings.mediator)}"
+        problems.add(phase.at("mediator"), message, f"use {after[0].name}")
     elif settings.mediator is not None and len(after) == 1:
-        what = f"no phase follows {quote_text(settings.mediator)} to receive the result"
-        problems.add(phase.at("mediator"), what, "remove `mediator`, or add a phase")
+        message = f"no phase follows {quote_text(settings.mediator)} to receive the result"
+        problems.add(phase.at("mediator"), message, "remove `mediator`, or add a phase")
 
 
 def find_continued_phase(settings: PhaseSettings, before: Sequence[str]) -> str | None:

@@ -49,7 +49,7 @@ class SharedValue(_Stored):
 class PortsRecord(_Stored):
     """The worktree slot that uses a port, with all ports of the slot."""
 
-    place: str
+    slot: str
     ports: list[int]
 
 

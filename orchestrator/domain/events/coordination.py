@@ -104,7 +104,7 @@ class LockBroken(TypedEvent):
     """The name of the lock."""
     layer: str
     """`file`, `ownership` or `merge`."""
-    what: Sequence[str]
+    resources: Sequence[str]
     """The file, the paths, or the target."""
     holders: Sequence[str]
     reason: str
@@ -180,8 +180,8 @@ class SlotPortsChanged(RunEvent):
     """A slot got new ports, because another process uses some of the old ones."""
 
     type = "slot.ports_changed"
-    sentence = "{slot}: got new ports, because another process uses {lost_ports}"
+    sentence = "{slot}: got new ports, because another process uses {conflicting_ports}"
 
     slot: str
-    lost_ports: Sequence[int]
+    conflicting_ports: Sequence[int]
     ports: Sequence[int]

@@ -493,7 +493,7 @@ class HandoffInvalid(TaskEvent):
 
     phase: str
     violations: Sequence[Mapping[str, Any]]
-    """Each with `rule`, `location`, `what` and `remedy`."""
+    """Each with `rule`, `location`, `message` and `remedy`."""
 
 
 def salvage_name(branch: str) -> str:

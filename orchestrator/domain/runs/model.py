@@ -294,8 +294,8 @@ class RunDocument(ResolvedSettings):
     def check_not_imported(self) -> None:
         """Raise RefusedError for an imported run."""
         if self.imported is not None:
-            what = f"run {self.id} was imported from {self.imported.source} and can't be continued"
-            raise RefusedError(what, f"show it with `council state show {self.id}`, or start a new run")
+            message = f"run {self.id} was imported from {self.imported.source} and can't be continued"
+            raise RefusedError(message, f"show it with `council state show {self.id}`, or start a new run")
 
     def check_task(self, task: str) -> None:
         """Raise RefusedError if the run has no task of this name."""

@@ -45,7 +45,7 @@ class SessionFit:
 class NoSessionFits:
     """The resources do not suffice for a single session."""
 
-    what: str
+    message: str
     remedy: str
 
 
@@ -59,18 +59,18 @@ def fit_sessions(
     limits = []
     if facts.descriptor_limit is not None:
         count = (facts.descriptor_limit - facts.descriptors_open - demand.spare_descriptors) // demand.descriptors
-        what = f"{facts.descriptors_open} of {facts.descriptor_limit} file descriptors are open"
-        limits.append((count, what, "raise the limit with `ulimit -n`"))
+        message = f"{facts.descriptors_open} of {facts.descriptor_limit} file descriptors are open"
+        limits.append((count, message, "raise the limit with `ulimit -n`"))
     if facts.memory is not None:
         count = (facts.memory - demand.spare_memory) // demand.memory
-        what = f"{facts.memory // MIB} MiB of memory available, and each session needs {demand.memory // MIB} MiB"
-        limits.append((count, what, "stop other programs, or lower `session_memory`"))
-    count, what, remedy = min(limits, default=(wanted, "", ""), key=lambda limit: limit[0])
+        message = f"{facts.memory // MIB} MiB of memory available, and each session needs {demand.memory // MIB} MiB"
+        limits.append((count, message, "stop other programs, or lower `session_memory`"))
+    count, message, remedy = min(limits, default=(wanted, "", ""), key=lambda limit: limit[0])
     if count >= wanted:
         return SessionFit(wanted)
     if count < 1:
-        return NoSessionFits(f"not enough resources for a session: {what}", remedy)
-    return SessionFit(count, f"{what}, enough for {count} of {wanted} sessions: {remedy}")
+        return NoSessionFits(f"not enough resources for a session: {message}", remedy)
+    return SessionFit(count, f"{message}, enough for {count} of {wanted} sessions: {remedy}")
 
 
 def can_start_session(facts: AvailableResources, running: int, demand: SessionDemand = DEFAULT_DEMAND) -> bool:

@@ -12,7 +12,7 @@ class LockWait:
     """An owner's wait: its start, the awaited lock, and the blocking owners."""
 
     since: float
-    what: str
+    resource: str
     blockers: AbstractSet[str]
 
 
@@ -24,7 +24,7 @@ def merge_waits(*layers: Mapping[str, LockWait]) -> dict[str, LockWait]:
             known = merged.get(owner)
             if known is not None:
                 newest = max(known, wait, key=lambda each: each.since)
-                wait = LockWait(newest.since, newest.what, known.blockers | wait.blockers)  # noqa: PLW2901  the merged wait replaces it
+                wait = LockWait(newest.since, newest.resource, known.blockers | wait.blockers)  # noqa: PLW2901  the merged wait replaces it
             merged[owner] = wait
     return merged
 
@@ -60,5 +60,5 @@ def find_deadlock(owner: str, waits: Mapping[str, LockWait]) -> str | None:
     cycle = find_cycle(owner, waits)
     if not cycle or choose_victim(cycle, waits) != owner:
         return None
-    steps = [f"{waiter} waits for {waits[waiter].what}" for waiter in cycle]
+    steps = [f"{waiter} waits for {waits[waiter].resource}" for waiter in cycle]
     return f"{', '.join(steps)}, held by {owner}" if len(cycle) > 1 else f"{steps[0]}, which it holds"

@@ -68,11 +68,11 @@ class DependencyGraph:
             self._block_dependents(task)
         return need is not None
 
-    def revive(self, task: str) -> list[str]:
+    def retry(self, task: str) -> list[str]:
         """Retry an ended task; return all unblocked tasks, including this one."""
         self._ended.discard(task)
         self.blocked[task] = task
-        revived, stack = list[str](), [task]
+        retried, stack = list[str](), [task]
         while stack:
             current = stack.pop()
             if current in self.blocked:
@@ -81,9 +81,9 @@ class DependencyGraph:
                     self.blocked[current] = need
                     continue
                 del self.blocked[current]
-                revived.append(current)
+                retried.append(current)
                 stack.extend(self._dependents.get(current, ()))
-        return revived
+        return retried
 
     def _need_that_will_not_land(self, task: str) -> str | None:
         return next((need for need in self._needs[task] if need in self._ended or need in self.blocked), None)

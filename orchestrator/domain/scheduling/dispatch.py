@@ -1,7 +1,7 @@
 """Choose the next tasks to start, by dependencies and heaps of ready tasks.
 
 There is no clock and no I/O: the scheduler passes the time, starts the tasks that `choose_tasks` returns, and reports
-results by `built`, `landed`, `ended`, `wait` and `revive`. Times are monotonic seconds of the scheduler.
+results by `built`, `landed`, `ended`, `wait` and `retry`. Times are monotonic seconds of the scheduler.
 
 Each step costs O(log n) in the number of tasks, plus the adapters and adapter groups, plus, for tasks that own paths,
 the live tasks that own paths. `orchestrator.domain.scheduling.ready` handles conflicts between paths.
@@ -26,7 +26,7 @@ from orchestrator.domain.runs.statuses import (
 from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.forecast import StartForecast, UpcomingTasks
 from orchestrator.domain.scheduling.placements import Placements
-from orchestrator.domain.scheduling.ready import AdapterPool, ReadyLane, ReadyQueue
+from orchestrator.domain.scheduling.ready import AdapterPool, ReadyBucket, ReadyQueue
 
 #: The waiting time in seconds that equals one level of priority.
 AGING_SECONDS = 600.0
@@ -144,12 +144,12 @@ class DispatchBoard:
             if status in SUCCESS_STATUSES:
                 board.landed(task)
             elif status in USER_STATUSES:
-                board.rest(task, keeps_paths=False)
+                board.pause(task, keeps_paths=False)
             elif status in CLAIMED_STATUSES:
                 board._leave(task, _BUILT if status in LANDING_STATUSES else _RUNNING)
                 board._queue.keep_paths(task, entries[task].owns)
                 if board._state[task] is _RUNNING:
-                    board.adapters.occupy(task, board._placements[task].lane.adapter_group)
+                    board.adapters.occupy(task, board._placements[task].bucket.adapter_group)
         for task, status in statuses.items():
             if status in UNSUCCESSFUL_STATUSES:
                 board.ended(task)
@@ -171,7 +171,7 @@ class DispatchBoard:
     def set_subtasks(self, task: str, parts: Sequence[str]) -> None:
         """Set the subtasks from a task's plan: the task continues after they have landed.
 
-        Previous subtasks are no longer needed. Call `wait`, `rest` or `revive` afterwards.
+        Previous subtasks are no longer needed. Call `wait`, `pause` or `retry` afterwards.
         """
         self.entries[task] = self.entries[task].with_subtasks(parts)
         self._graph.set_needs(task, self.entries[task].needs)
@@ -204,14 +204,14 @@ class DispatchBoard:
         its subtasks continues after they have landed, and leaves its paths to them.
         """
         if self._waits_for_parts(task):
-            self.rest(task, keeps_paths=False, adapters=adapters)
+            self.pause(task, keeps_paths=False, adapters=adapters)
             self._graph.block_if_a_need_will_not_land(task)
             return
         self._leave(task, _UPCOMING)
         self._placements.change(task, self.entries[task].owns, adapters, keeps_paths=keeps_paths)
         self._upcoming.delay(task, until, self._placements[task])
 
-    def place(self, task: str, adapters: tuple[str, ...], *, keeps_paths: bool = False) -> None:
+    def set_adapters(self, task: str, adapters: tuple[str, ...], *, keeps_paths: bool = False) -> None:
         """Change the adapters of a task that has not started here; see `wait`."""
         state = self._state[task]
         if state is not _PENDING:
@@ -222,17 +222,17 @@ class DispatchBoard:
         if state is not _PENDING:
             self._offer(task)
 
-    def rest(self, task: str, *, keeps_paths: bool, adapters: tuple[str, ...] | None = None) -> None:
+    def pause(self, task: str, *, keeps_paths: bool, adapters: tuple[str, ...] | None = None) -> None:
         """Pause a task for a user's decision. See `wait`, which continues it."""
         self._leave(task, _PENDING)
         self._placements.change(task, self.entries[task].owns, adapters, keeps_paths=keeps_paths)
 
-    def revive(self, task: str) -> None:
+    def retry(self, task: str) -> None:
         """Retry an ended task: it and the tasks that only it blocked become pending."""
         if self._state[task] is _OVER:
             self._state[task] = _PENDING
-            for revived in self._graph.revive(task):
-                self._offer(revived)
+            for retried in self._graph.retry(task):
+                self._offer(retried)
 
     def sync_task(
         self,
@@ -249,7 +249,7 @@ class DispatchBoard:
         """
         state = self._state[task]
         if state is _OVER and status not in UNSUCCESSFUL_STATUSES:
-            self.revive(task)
+            self.retry(task)
             state = self._state[task]
         if status in SUCCESS_STATUSES:
             if state is not _LANDED:
@@ -258,7 +258,7 @@ class DispatchBoard:
             if state is not _OVER:
                 self.ended(task)
         elif status in USER_STATUSES:
-            self.rest(task, keeps_paths=keeps_paths)
+            self.pause(task, keeps_paths=keeps_paths)
         elif status in CLAIMED_STATUSES:
             if state is _RUNNING:
                 self.built(task)
@@ -272,15 +272,15 @@ class DispatchBoard:
         has_started = self._state[task] is _RUNNING or self._state[task] is _BUILT
         if not has_started and not self._graph.is_ready(task):
             if adapters is not None:
-                self.place(task, adapters, keeps_paths=keeps_paths)
+                self.set_adapters(task, adapters, keeps_paths=keeps_paths)
         elif has_started or adapters is not None:
             self.wait(task, until, adapters, keeps_paths=keeps_paths)
 
     def adapter_of(self, task: str) -> str:
         """Return the adapter that runs a task, or would run it now."""
-        return self.adapters.adapter_of(task, self._placements[task].lane.adapter_group)
+        return self.adapters.adapter_of(task, self._placements[task].bucket.adapter_group)
 
-    def left(self, statuses: Mapping[str, TaskStatus]) -> Iterator[Sequence[str]]:
+    def remaining_adapters(self, statuses: Mapping[str, TaskStatus]) -> Iterator[Sequence[str]]:
         """Yield the adapters of each task that is not finished or permanently blocked."""
         for task, status in statuses.items():
             if status not in FINAL_STATUSES and task not in self.blocked:
@@ -302,15 +302,15 @@ class DispatchBoard:
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
         states, places, ranks = self._state, self._placements, dict[int, float]()
-        ready: list[tuple[float, float, str, ReadyLane]] = []
+        ready: list[tuple[float, float, str, ReadyBucket]] = []
         for task in tasks:
             states[task] = _READY
-            order, priority, lane = places[task]
+            order, priority, bucket = places[task]
             # Sharing one float object makes tuple comparisons of ranks faster.
             rank = ranks.get(priority)
             if rank is None:
                 rank = ranks[priority] = since / AGING_SECONDS - priority
-            ready.append((rank, order, task, lane))
+            ready.append((rank, order, task, bucket))
         self._queue.add(ready)
 
     def _offer(self, task: str) -> None:

@@ -22,12 +22,12 @@ class UpcomingTasks:
 
     def offer(self, task: str, placement: Placement) -> None:
         """Add a task that is ready at the next decision."""
-        self._fresh[task] = placement.lane.adapter_group
+        self._fresh[task] = placement.bucket.adapter_group
 
     def delay(self, task: str, until: float, placement: Placement) -> None:
         """Add a task that is ready at a time."""
         self._until[task] = until
-        heapq.heappush(self._heaps[placement.lane.adapter_group], (until, placement.order, task))
+        heapq.heappush(self._heaps[placement.bucket.adapter_group], (until, placement.order, task))
 
     def discard(self, task: str) -> None:
         """Remove a task."""

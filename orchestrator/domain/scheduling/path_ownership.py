@@ -173,9 +173,9 @@ def check_ownership_limit(owned: Sequence[str], wanted: Sequence[str]) -> None:
     all_ = {*owned, *wanted}
     count, length = len(all_), sum(map(len, all_))
     if count > MAX_OWNED_PATTERNS or length > MAX_OWNED_CHARS:
-        what = f"too many owned paths: {count} with {length} characters in total"
+        message = f"too many owned paths: {count} with {length} characters in total"
         raise RefusedError(
-            f"{what} (limits per session: {MAX_OWNED_PATTERNS} and {MAX_OWNED_CHARS})", "use their folders instead"
+            f"{message} (limits per session: {MAX_OWNED_PATTERNS} and {MAX_OWNED_CHARS})", "use their folders instead"
         )
 
 
@@ -185,5 +185,5 @@ def check_patterns(patterns: Sequence[str]) -> list[str]:
         try:
             check_pattern(pattern)
         except InvalidValue as error:
-            raise RefusedError(f"invalid path pattern {pattern!r}: {error.what}", error.remedy) from None
+            raise RefusedError(f"invalid path pattern {pattern!r}: {error.message}", error.remedy) from None
     return list(dict.fromkeys(patterns))

@@ -1,11 +1,11 @@
-"""Positions of tasks: file order, priority and lane, which determine their starts."""
+"""Positions of tasks: file order, priority and bucket, which determine their starts."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from typing import NamedTuple
 
-from orchestrator.domain.scheduling.ready import ReadyLane, ReadyQueue
+from orchestrator.domain.scheduling.ready import ReadyBucket, ReadyQueue
 
 
 class Placement(NamedTuple):
@@ -13,7 +13,7 @@ class Placement(NamedTuple):
 
     order: float
     priority: int
-    lane: ReadyLane
+    bucket: ReadyBucket
 
 
 class Placements:
@@ -28,7 +28,7 @@ class Placements:
 
     def add(self, task: str, order: float, priority: int, adapters: tuple[str, ...], owns: tuple[str, ...]) -> None:
         """Add a task."""
-        self._placements[task] = Placement(order, priority, self._queue.lane(adapters, owns))
+        self._placements[task] = Placement(order, priority, self._queue.bucket(adapters, owns))
 
     def positions(self, new: Container[str], file_order: Iterable[str]) -> dict[str, float]:
         """Return fractional positions of new tasks within the gaps of existing ones."""
@@ -46,14 +46,14 @@ class Placements:
         return positions
 
     def change(self, task: str, owns: tuple[str, ...], adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
-        """Move a task to the lane of its new adapters.
+        """Move a task to the bucket of its new adapters.
 
         A task that keeps its paths does not wait for them.
         """
         placement = self._placements[task]
-        names = adapters or tuple(adapter.name for adapter in placement.lane.adapter_group.adapters)
+        names = adapters or tuple(adapter.name for adapter in placement.bucket.adapter_group.adapters)
         if keeps_paths:
             self._queue.keep_paths(task, owns)
-        lane = self._queue.lane(names, () if keeps_paths else owns)
-        if lane is not placement.lane:
-            self._placements[task] = placement._replace(lane=lane)
+        bucket = self._queue.bucket(names, () if keeps_paths else owns)
+        if bucket is not placement.bucket:
+            self._placements[task] = placement._replace(bucket=bucket)

@@ -3,9 +3,9 @@
 Tasks with the same list of adapters share an adapter group, which uses the first available adapter. When an adapter
 enters or leaves its cooldown, no task has to move: only the current adapter of its group changes.
 
-Tasks of one group that own the same paths share a lane: if the first of them can't start because its paths are in use,
-none can, so each decision considers only lanes. A lane that can't start is held by the owner of its paths, and is
-skipped until that owner releases them. Lanes without paths are never held.
+Tasks of one group that own the same paths share a bucket: if the first of them can't start because its paths are in
+use, none can, so each decision considers only buckets. A bucket that can't start is held by the owner of its paths, and
+is skipped until that owner releases them. Buckets without paths are never held.
 
 To prevent starvation, the first held task reserves its paths: later tasks that overlap with it wait too. The
 reservation ends when the task starts, or when none of its adapters is available.
@@ -23,7 +23,7 @@ from orchestrator.domain.settings.path_patterns import has_any_overlap
 _MANY = 64
 
 
-class ReadyLane:
+class ReadyBucket:
     """Ready tasks with the same adapters and the same owned paths."""
 
     __slots__ = ("adapter_group", "entries", "held_by", "owns", "run")
@@ -34,13 +34,13 @@ class ReadyLane:
         """A heap."""
         self.run: list[_Entry] = []
         """A sorted batch of entries in reverse order, so that popping is fast."""
-        self.held_by: str | ReadyLane | None = None
-        """The live task that owns the paths, or the lane that has reserved them."""
+        self.held_by: str | ReadyBucket | None = None
+        """The live task that owns the paths, or the bucket that has reserved them."""
 
 
-#: A queue entry: the rank (constant despite aging), the file order, the task, and its lane, which is never
+#: A queue entry: the rank (constant despite aging), the file order, the task, and its bucket, which is never
 #: compared: all entries of a task have the same one.
-_Entry = tuple[float, float, str, ReadyLane]
+_Entry = tuple[float, float, str, ReadyBucket]
 
 
 class _Adapter:
@@ -63,10 +63,10 @@ class AdapterGroup:
 
     def __init__(self, adapters: tuple[_Adapter, ...]) -> None:
         self.adapters = adapters
-        self.free = ReadyLane(self, ())
+        self.free = ReadyBucket(self, ())
         """Tasks without paths."""
         self.fronts: list[_Entry] = []
-        """The first entries of the lanes with paths."""
+        """The first entries of the buckets with paths."""
         self.sources = ((self.free.entries, 0), (self.free.run, -1), (self.fronts, 0))
         """Heaps, whose first entry is at index 0, and a sorted batch, where it is at index -1."""
         self.choose()
@@ -145,7 +145,7 @@ class AdapterPool:
         return len(self._sessions)
 
     def is_running(self, task: str) -> bool:
-        """Return whether the last start of a task neither ended nor was revived since."""
+        """Return whether the last start of a task neither ended nor was retried since."""
         return task in self._sessions
 
     def adapter_of(self, task: str, group: AdapterGroup) -> str:
@@ -192,43 +192,43 @@ class ReadyQueue:
 
     def __init__(self, adapters: AdapterPool) -> None:
         self._adapters, adapters.on_unavailable = adapters, self._release_unavailable
-        self._lanes: dict[tuple[tuple[str, ...], tuple[str, ...]], ReadyLane] = {}
+        self._buckets: dict[tuple[tuple[str, ...], tuple[str, ...]], ReadyBucket] = {}
         self._entries: dict[str, _Entry] = {}
         self._owners: dict[str, tuple[str, ...]] = {}
-        self._followers: dict[str | ReadyLane, list[ReadyLane]] = {}
+        self._followers: dict[str | ReadyBucket, list[ReadyBucket]] = {}
         self._held: list[_Entry] = []
-        self._reserved: ReadyLane | None = None
+        self._reserved: ReadyBucket | None = None
 
-    def lane(self, names: tuple[str, ...], owns: tuple[str, ...]) -> ReadyLane:
-        """Return the lane of tasks with these adapters and these owned paths."""
+    def bucket(self, names: tuple[str, ...], owns: tuple[str, ...]) -> ReadyBucket:
+        """Return the bucket of tasks with these adapters and these owned paths."""
         if not owns:
             return self._adapters.group(names).free
-        lane = self._lanes.get((names, owns))
-        if lane is None:
-            lane = self._lanes[names, owns] = ReadyLane(self._adapters.group(names), owns)
-        return lane
+        bucket = self._buckets.get((names, owns))
+        if bucket is None:
+            bucket = self._buckets[names, owns] = ReadyBucket(self._adapters.group(names), owns)
+        return bucket
 
     def add(self, entries: Iterable[_Entry]) -> None:
         """Add ready tasks; they start in order of rank, then file order."""
-        known, free = self._entries, dict[ReadyLane, list[_Entry]]()
+        known, free = self._entries, dict[ReadyBucket, list[_Entry]]()
         for entry in entries:
             known[entry[2]] = entry
-            lane = entry[3]
-            if lane.owns:
-                heappush(lane.entries, entry)
-                if self._first(lane) is entry:
-                    self._unblock(lane)
-            elif lane in free:
-                free[lane].append(entry)
+            bucket = entry[3]
+            if bucket.owns:
+                heappush(bucket.entries, entry)
+                if self._first(bucket) is entry:
+                    self._unblock(bucket)
+            elif bucket in free:
+                free[bucket].append(entry)
             else:
-                free[lane] = [entry]
-        for lane, together in free.items():
+                free[bucket] = [entry]
+        for bucket, together in free.items():
             if len(together) < _MANY:
                 for entry in together:
-                    heappush(lane.entries, entry)
+                    heappush(bucket.entries, entry)
             else:
-                lane.run += together
-                lane.run.sort(reverse=True)
+                bucket.run += together
+                bucket.run.sort(reverse=True)
 
     def discard(self, task: str) -> None:
         """Remove a ready task."""
@@ -242,15 +242,15 @@ class ReadyQueue:
             self._owners[task] = owns
 
     def free_paths(self, task: str) -> None:
-        """Release the paths of a task, and recheck the lanes that waited for them."""
+        """Release the paths of a task, and recheck the buckets that waited for them."""
         if self._owners and self._owners.pop(task, None) is not None:
             self._release_followers(task)
 
     def _release_unavailable(self) -> None:
-        """Release lanes and the reservation of tasks that no adapter can start now."""
-        for lane in self._lanes.values():
-            if lane.held_by is not None and lane.adapter_group.available_at:
-                self._unblock(lane)
+        """Release buckets and the reservation of tasks that no adapter can start now."""
+        for bucket in self._buckets.values():
+            if bucket.held_by is not None and bucket.adapter_group.available_at:
+                self._unblock(bucket)
         if self._reserved is not None and self._reserved.adapter_group.available_at:
             self._give_up_reservation()
 
@@ -258,21 +258,21 @@ class ReadyQueue:
         """Return whether a group may have a ready task that is not held."""
         run = group.free.run
         while run:
-            if self._lane_of(run[-1]) is not None:
+            if self._bucket_of(run[-1]) is not None:
                 return True
             run.pop()
         for entries in (group.free.entries, group.fronts):
             while entries:
-                lane = self._lane_of(entries[0])
-                if lane is not None and lane.held_by is None:
+                bucket = self._bucket_of(entries[0])
+                if bucket is not None and bucket.held_by is None:
                     return True
                 heappop(entries)
         return False
 
     def holders(self) -> Iterator[str]:
-        """Yield the live tasks that hold a lane."""
+        """Yield the live tasks that hold a bucket."""
         for task in self._owners:
-            if any(lane.held_by == task for lane in self._followers.get(task, ())):
+            if any(bucket.held_by == task for bucket in self._followers.get(task, ())):
                 yield task
 
     def take(self, limit: int, now: float) -> list[str]:
@@ -288,21 +288,21 @@ class ReadyQueue:
                         best, source, front = entry, entries, end
             if best is None or source is None:
                 break
-            task, lane = best[2], best[3]
-            if known.get(task) is not best or lane.held_by is not None:
+            task, bucket = best[2], best[3]
+            if known.get(task) is not best or bucket.held_by is not None:
                 _pop(source, front)
                 continue
-            if not lane.owns:
+            if not bucket.owns:
                 _pop(source, front)
-            elif (holder := self._holder(lane)) is not None:
-                self._hold(lane, holder)
+            elif (holder := self._holder(bucket)) is not None:
+                self._hold(bucket, holder)
                 continue
             else:
-                task = self._take_owner(lane)
+                task = self._take_owner(bucket)
             del known[task]
             taken.append(task)
-            self._adapters.occupy(task, lane.adapter_group)
-            if lane.adapter_group.is_full:
+            self._adapters.occupy(task, bucket.adapter_group)
+            if bucket.adapter_group.is_full:
                 sources = self._open(now)
         return taken
 
@@ -315,51 +315,51 @@ class ReadyQueue:
             for source in group.sources
         ]
 
-    def _holder(self, lane: ReadyLane) -> str | ReadyLane | None:
+    def _holder(self, bucket: ReadyBucket) -> str | ReadyBucket | None:
         for task, owns in self._owners.items():
-            if has_any_overlap(lane.owns, owns):
+            if has_any_overlap(bucket.owns, owns):
                 return task
         reserved = self._reservation()
-        if reserved is None or reserved is lane or lane.entries[0] < reserved.entries[0]:
+        if reserved is None or reserved is bucket or bucket.entries[0] < reserved.entries[0]:
             return None
-        return reserved if has_any_overlap(lane.owns, reserved.owns) else None
+        return reserved if has_any_overlap(bucket.owns, reserved.owns) else None
 
-    def _take_owner(self, lane: ReadyLane) -> str:
-        task = heappop(lane.entries)[2]
-        self._owners[task] = lane.owns
-        if lane is self._reserved:
+    def _take_owner(self, bucket: ReadyBucket) -> str:
+        task = heappop(bucket.entries)[2]
+        self._owners[task] = bucket.owns
+        if bucket is self._reserved:
             self._reserved = None
-        if lane in self._followers:
-            self._followers[task] = self._followers.pop(lane)
+        if bucket in self._followers:
+            self._followers[task] = self._followers.pop(bucket)
             for follower in self._followers[task]:
-                follower.held_by = task if follower.held_by is lane else follower.held_by
-        self._unblock(lane)
+                follower.held_by = task if follower.held_by is bucket else follower.held_by
+        self._unblock(bucket)
         return task
 
-    def _hold(self, lane: ReadyLane, holder: str | ReadyLane) -> None:
-        lane.held_by = holder
-        self._followers.setdefault(holder, []).append(lane)
-        heappush(self._held, lane.entries[0])
-        if self._reserved is not None and lane.entries[0] < self._reserved.entries[0]:
+    def _hold(self, bucket: ReadyBucket, holder: str | ReadyBucket) -> None:
+        bucket.held_by = holder
+        self._followers.setdefault(holder, []).append(bucket)
+        heappush(self._held, bucket.entries[0])
+        if self._reserved is not None and bucket.entries[0] < self._reserved.entries[0]:
             self._give_up_reservation()
 
-    def _unblock(self, lane: ReadyLane) -> None:
-        """Requeue a lane: its first task has changed, or its holder released it."""
-        lane.held_by = None
-        if self._reserved is lane:
+    def _unblock(self, bucket: ReadyBucket) -> None:
+        """Requeue a bucket: its first task has changed, or its holder released it."""
+        bucket.held_by = None
+        if self._reserved is bucket:
             self._give_up_reservation()
-        first = self._first(lane)
+        first = self._first(bucket)
         if first is not None:
-            heappush(lane.adapter_group.fronts, first)
+            heappush(bucket.adapter_group.fronts, first)
 
-    def _release_followers(self, holder: str | ReadyLane) -> None:
-        for lane in self._followers.pop(holder, ()):
-            if lane.held_by is holder or lane.held_by == holder:
-                lane.held_by = None
-                heappush(lane.adapter_group.fronts, lane.entries[0])
+    def _release_followers(self, holder: str | ReadyBucket) -> None:
+        for bucket in self._followers.pop(holder, ()):
+            if bucket.held_by is holder or bucket.held_by == holder:
+                bucket.held_by = None
+                heappush(bucket.adapter_group.fronts, bucket.entries[0])
 
-    def _reservation(self) -> ReadyLane | None:
-        """Return the lane with the reservation: the first lane that was held."""
+    def _reservation(self) -> ReadyBucket | None:
+        """Return the bucket with the reservation: the first bucket that was held."""
         while self._reserved is None and self._held:
             entry = self._held[0]
             known = self._entries.get(entry[2])
@@ -371,17 +371,17 @@ class ReadyQueue:
 
     def _give_up_reservation(self) -> None:
         if self._reserved is not None:
-            lane, self._reserved = self._reserved, None
-            self._release_followers(lane)
+            bucket, self._reserved = self._reserved, None
+            self._release_followers(bucket)
 
-    def _first(self, lane: ReadyLane) -> _Entry | None:
-        entries = lane.entries
-        while entries and self._lane_of(entries[0]) is None:
+    def _first(self, bucket: ReadyBucket) -> _Entry | None:
+        entries = bucket.entries
+        while entries and self._bucket_of(entries[0]) is None:
             heappop(entries)
         return entries[0] if entries else None
 
-    def _lane_of(self, entry: _Entry) -> ReadyLane | None:
-        """Return the lane of an entry; None if the entry is outdated.
+    def _bucket_of(self, entry: _Entry) -> ReadyBucket | None:
+        """Return the bucket of an entry; None if the entry is outdated.
 
         An entry is outdated even if its task was added again.
         """

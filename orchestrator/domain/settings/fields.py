@@ -115,8 +115,8 @@ def _check_prompt(prompt: str) -> str:
 
 def _check_env_name(name: str) -> str:
     if not re.fullmatch(_ENV_NAME, name):
-        what = f"{quote_text(name)} is not a valid variable name"
-        raise InvalidValue(what, "use letters, digits and '_', not starting with a digit")
+        message = f"{quote_text(name)} is not a valid variable name"
+        raise InvalidValue(message, "use letters, digits and '_', not starting with a digit")
     return name
 
 
@@ -146,16 +146,16 @@ def is_value_name(name: str) -> bool:
 
 def _check_value_name(name: str) -> str:
     if not is_value_name(name):
-        what = f"{quote_text(name)} is not a valid value name"
-        raise InvalidValue(what, "use up to 64 letters, digits and '_', not starting with a digit")
+        message = f"{quote_text(name)} is not a valid value name"
+        raise InvalidValue(message, "use up to 64 letters, digits and '_', not starting with a digit")
     return name
 
 
 def _check_context(context: dict[str, Any]) -> dict[str, Any]:
     size = len(json.dumps(context, ensure_ascii=False, default=str).encode())
     if size > MAX_CONTEXT_BYTES:
-        what = f"these values take {size} bytes"
-        raise InvalidValue(what, f"use at most {MAX_CONTEXT_BYTES}, or name a file to read")
+        message = f"these values take {size} bytes"
+        raise InvalidValue(message, f"use at most {MAX_CONTEXT_BYTES}, or name a file to read")
     return context
 
 
@@ -178,10 +178,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True, serialize_by_alias=True)
 
 
-def short_form(key: str, what: str, expected: str, forms: Any) -> BeforeValidator:
+def short_form(key: str, message: str, expected: str, forms: Any) -> BeforeValidator:
     """Return a validator that reads a string as a mapping with it under `key`.
 
-    `what` and `expected` describe the setting and its `forms` (types for the JSON Schema) in errors.
+    `message` and `expected` describe the setting and its `forms` (types for the JSON Schema) in errors.
     """
 
     def read(value: Any) -> Any:
@@ -190,7 +190,7 @@ def short_form(key: str, what: str, expected: str, forms: Any) -> BeforeValidato
                 return {key: value}
             case dict() | BaseModel():
                 return value
-        raise InvalidValue(f"{what} can't be {describe_value(value)}", f"write {expected}")
+        raise InvalidValue(f"{message} can't be {describe_value(value)}", f"write {expected}")
 
     return BeforeValidator(read, json_schema_input_type=forms)
 

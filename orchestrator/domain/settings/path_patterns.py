@@ -54,14 +54,14 @@ def split_path(path: str) -> list[str]:
 
     A trailing slash marks a folder, and adds no segment.
     """
-    for is_invalid, what, remedy in (
+    for is_invalid, message, remedy in (
         (not path, "the path is empty", "name a file or a folder"),
         ("\0" in path, "it contains a NUL character", "remove it"),
         ("\\" in path, "it contains a backslash", "separate segments with `/`"),
         (path.startswith("/"), "the path is absolute", "write it relative to the root of the repository"),
     ):
         if is_invalid:
-            raise InvalidValue(what, remedy)
+            raise InvalidValue(message, remedy)
     segments = path.removesuffix("/").split("/")
     for segment in segments:
         if segment in {"", ".", ".."}:

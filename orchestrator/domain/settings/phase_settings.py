@@ -55,8 +55,8 @@ def _session(value: Any) -> Any:
             return {}
         case dict() | BaseModel():
             return value
-    what = f"a session can't be {describe_value(value)}"
-    raise InvalidValue(what, "write `continue`, or {continue: PHASE}")
+    message = f"a session can't be {describe_value(value)}"
+    raise InvalidValue(message, "write `continue`, or {continue: PHASE}")
 
 
 def _expand(value: Any) -> Any:
@@ -67,8 +67,8 @@ def _expand(value: Any) -> Any:
             return None
         case dict() | BaseModel():
             return value
-    what = f"expand can't be {describe_value(value)}"
-    raise InvalidValue(what, "write true, or a mapping with `max:` and `workflow:`")
+    message = f"expand can't be {describe_value(value)}"
+    raise InvalidValue(message, "write true, or a mapping with `max:` and `workflow:`")
 
 
 _PRODUCES = short_form("kind", "a handoff", "its kind, or a mapping with `kind:` and `schema:`", Name | HandoffSettings)

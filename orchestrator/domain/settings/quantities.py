@@ -64,7 +64,7 @@ def parse_optional_duration(value: Any, *, longest: float = MAX_DURATION) -> flo
     try:
         return parse_duration(value, longest=longest)
     except InvalidValue as error:
-        raise InvalidValue(error.what, f"{error.remedy}, or off") from None
+        raise InvalidValue(error.message, f"{error.remedy}, or off") from None
 
 
 def check_seconds(seconds: float, *, longest: float = MAX_DURATION) -> float:

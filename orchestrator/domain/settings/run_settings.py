@@ -178,8 +178,8 @@ def _network_tag(value: Any) -> str:
 
 def _check_network(value: Any) -> Any:
     if value not in ("on", "off"):  # not a set: the value may be unhashable
-        what = f"the network can't be {describe_value(value)}"
-        raise InvalidValue(what, "write on, off, or {allow: [api.example.com]}")
+        message = f"the network can't be {describe_value(value)}"
+        raise InvalidValue(message, "write on, off, or {allow: [api.example.com]}")
     return value
 
 
@@ -301,7 +301,7 @@ class CoordinationSettings(Settings):
     """How long after its last heartbeat a claim expires, so that another process can take over the task."""
     owner_stale_after: Duration = 600.0
     """The same for an owner on this machine that is not proven dead; at least `stale_after`."""
-    sweep_interval: Duration = 90.0
+    stale_check_interval: Duration = 90.0
     """How often to look for expired claims."""
     max_retries: Annotated[int, Field(ge=0, le=MAX_RETRIES)] = 3
     """The largest number of retries of a task, regardless of `attempts`; a takeover counts as a retry."""

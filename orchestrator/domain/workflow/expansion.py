@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from orchestrator.domain.settings.path_patterns import check_pattern, is_covered
 from orchestrator.domain.workflow.handoff_models import Plan, PlannedTask, check_plan, collect_needs
-from orchestrator.domain.workflow.violations import HandoffFacts, Violation
+from orchestrator.domain.workflow.violations import HandoffContext, Violation
 from orchestrator.errors import InvalidValue
 
 #: The maximum length of a task id, in characters.
@@ -46,7 +46,7 @@ def expand_plan(
     parsed = Plan.model_validate(dict(plan))
     names = {task.id: make_task_name(prefix, task.id) for task in parsed.tasks}
     violations = [
-        *check_plan(parsed, HandoffFacts()),
+        *check_plan(parsed, HandoffContext()),
         *_check_count(parsed, limit),
         *_check_names(parsed, names, taken),
         *_check_paths(parsed, owns),
@@ -84,8 +84,8 @@ def _owned(task: PlannedTask) -> tuple[str, ...]:
 
 def _check_count(plan: Plan, limit: int) -> Iterator[Violation]:
     if len(plan.tasks) > limit:
-        what = f"the plan has {len(plan.tasks)} tasks (limit: {limit})"
-        yield Violation("expansion.limit", "tasks", what, f"plan at most {limit} tasks")
+        message = f"the plan has {len(plan.tasks)} tasks (limit: {limit})"
+        yield Violation("expansion.limit", "tasks", message, f"plan at most {limit} tasks")
 
 
 def _check_names(plan: Plan, names: Mapping[str, str], taken: Collection[str]) -> Iterator[Violation]:
@@ -95,8 +95,8 @@ def _check_names(plan: Plan, names: Mapping[str, str], taken: Collection[str]) -
         name, at = names[task.id], f"tasks[{index}]"
         other = known.setdefault(name.casefold(), at)
         if other != at:
-            what = f"its task id {name!r} is already used by {other}"
-            yield Violation("expansion.names", f"{at}.id", what, "use an id with other letters or digits")
+            message = f"its task id {name!r} is already used by {other}"
+            yield Violation("expansion.names", f"{at}.id", message, "use an id with other letters or digits")
 
 
 def _check_paths(plan: Plan, owns: Sequence[str]) -> Iterator[Violation]:
@@ -105,10 +105,12 @@ def _check_paths(plan: Plan, owns: Sequence[str]) -> Iterator[Violation]:
             at = f"tasks[{index}].owns[{number}]"
             fault = _fault(pattern)
             if fault is not None:
-                yield Violation("expansion.paths", at, f"{pattern[:200]!r} can't be owned: {fault.what}", fault.remedy)
+                yield Violation(
+                    "expansion.paths", at, f"{pattern[:200]!r} can't be owned: {fault.message}", fault.remedy
+                )
             elif owns and not is_covered(pattern, owns):
-                what = f"{pattern[:200]!r} is outside of the paths that the planning task owns ({', '.join(owns)})"
-                yield Violation("expansion.paths", at, what, _OUTSIDE)
+                message = f"{pattern[:200]!r} is outside of the paths that the planning task owns ({', '.join(owns)})"
+                yield Violation("expansion.paths", at, message, _OUTSIDE)
 
 
 def _fault(pattern: str) -> InvalidValue | None:

@@ -21,7 +21,7 @@ from orchestrator.client.commands import MAX_HANDOFF_BYTES
 from orchestrator.domain.documents.json_values import encode_canonical, find_json_error
 from orchestrator.domain.workflow.violations import (
     MAX_VIOLATIONS,
-    HandoffFacts,
+    HandoffContext,
     Violation,
     run_check,
 )
@@ -39,7 +39,7 @@ class CheckResult:
     """Keys that the kind does not define."""
 
 
-Check = Callable[[dict[str, Any], HandoffFacts], CheckResult]
+Check = Callable[[dict[str, Any], HandoffContext], CheckResult]
 Exports = Callable[[Mapping[str, Any]], dict[str, Any]]
 Paths = Callable[[Mapping[str, Any]], tuple[str, ...]]
 Needs = tuple[str, ...] | None
@@ -62,7 +62,7 @@ class HandoffKind:
     needs: Needs = None
     """The default values for a phase of this kind; None: all."""
     paths: Paths = _no_paths
-    """Returns the paths whose checksums the check needs in `HandoffFacts`."""
+    """Returns the paths whose checksums the check needs in `HandoffContext`."""
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -81,14 +81,14 @@ class HandoffValidator:
     """An additional check of a kind, from a plugin."""
 
     kind: str
-    check: Callable[[dict[str, Any], HandoffFacts], Iterable[Violation]]
+    check: Callable[[dict[str, Any], HandoffContext], Iterable[Violation]]
     """Yields violations of data that passed the check of the kind."""
 
 
-Rule = Callable[[Any, HandoffFacts], Iterable[Violation]]
+Rule = Callable[[Any, HandoffContext], Iterable[Violation]]
 
 
-def _no_rule(_model: Any, _facts: HandoffFacts) -> Iterable[Violation]:
+def _no_rule(_model: Any, _context: HandoffContext) -> Iterable[Violation]:
     return ()
 
 
@@ -111,8 +111,8 @@ def kind_from_model(
 def _make_kind(
     name: str, load: Callable[[], tuple[type[BaseModel], Rule]], exports: Exports, needs: Needs, paths: Paths
 ) -> HandoffKind:
-    def check(data: dict[str, Any], facts: HandoffFacts) -> CheckResult:
-        return _check_safely(name, data, lambda plain: _check_model(name, *load(), plain, facts))
+    def check(data: dict[str, Any], context: HandoffContext) -> CheckResult:
+        return _check_safely(name, data, lambda plain: _check_model(name, *load(), plain, context))
 
     def schema() -> dict[str, Any]:
         return load()[0].model_json_schema(schema_generator=_UntitledSchema)
@@ -139,7 +139,7 @@ def _schema_kind(name: str, encoded: bytes) -> HandoffKind:
     fixed: dict[str, Any] = json.loads(encoded)
     check_schema(fixed)
 
-    def check(data: dict[str, Any], _facts: HandoffFacts) -> CheckResult:
+    def check(data: dict[str, Any], _context: HandoffContext) -> CheckResult:
         return _check_safely(name, data, lambda plain: _check_schema_data(name, fixed, plain))
 
     return HandoffKind(name, lambda: fixed, check, _export_whole(name))
@@ -151,14 +151,14 @@ def with_validators(kind: HandoffKind, validators: Mapping[str, HandoffValidator
     if not checks:
         return kind
 
-    def check(data: dict[str, Any], facts: HandoffFacts) -> CheckResult:
-        checked = kind.check(data, facts)
+    def check(data: dict[str, Any], context: HandoffContext) -> CheckResult:
+        checked = kind.check(data, context)
         if checked.data is None:
             return checked
         violations = list[Violation]()
         for name, validate in checks.items():
             # A copy: a check must not change the data.
-            call = partial(validate, copy.deepcopy(checked.data), facts)
+            call = partial(validate, copy.deepcopy(checked.data), context)
             violations += run_check(f"{kind.name}.{name}", f"validator {name!r}", call)
         return CheckResult(None, _limit(kind.name, violations)) if violations else checked
 
@@ -197,8 +197,8 @@ def _export_whole(name: str) -> Exports:
 def _check_safely(kind: str, data: Any, check: Callable[[dict[str, Any]], CheckResult]) -> CheckResult:
     """Check a plain JSON object within the size limit; a crash is a violation."""
     if not isinstance(data, dict):
-        what = f"expected a JSON object, got {type(data).__name__}"
-        return CheckResult(None, (Violation(f"{kind}.object", "the handoff", what, "submit a JSON object"),))
+        message = f"expected a JSON object, got {type(data).__name__}"
+        return CheckResult(None, (Violation(f"{kind}.object", "the handoff", message, "submit a JSON object"),))
     flaw = find_json_error(data)
     if flaw is None and len(encode_canonical(data)) > MAX_HANDOFF_BYTES:
         flaw = f"larger than {MAX_HANDOFF_BYTES} bytes"
@@ -215,7 +215,7 @@ def _check_safely(kind: str, data: Any, check: Callable[[dict[str, Any]], CheckR
 
 
 def _check_model(
-    name: str, model: type[BaseModel], rule: Rule, data: dict[str, Any], facts: HandoffFacts
+    name: str, model: type[BaseModel], rule: Rule, data: dict[str, Any], context: HandoffContext
 ) -> CheckResult:
     try:
         made = model.model_validate(data)
@@ -224,7 +224,7 @@ def _check_model(
         return CheckResult(
             None, _limit(name, [_violation(name, each) for each in details if _is_primary(each, details)])
         )
-    violations = list(rule(made, facts))
+    violations = list(rule(made, context))
     if violations:
         return CheckResult(None, _limit(name, violations))
     known = _known_keys(model)
@@ -267,8 +267,8 @@ def _violation(kind: str, error: ErrorDetails) -> Violation:
             expected = str(limits.get("expected"))
             return Violation(f"{kind}.choice", location, "not an allowed value", f"use {expected}")
         case _:
-            what = error["msg"].removeprefix("Value error, ")[:300]
-            return Violation(f"{kind}.form", location, what, "follow the schema")
+            message = error["msg"].removeprefix("Value error, ")[:300]
+            return Violation(f"{kind}.form", location, message, "follow the schema")
 
 
 def _limit(kind: str, violations: Sequence[Violation]) -> Sequence[Violation]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from orchestrator.domain.scheduling.cycles import find_cycles
-from orchestrator.domain.workflow.violations import HandoffFacts, Violation
+from orchestrator.domain.workflow.violations import HandoffContext, Violation
 
 #: Limits of a handoff: characters per text, and items per list or mapping.
 MAX_TEXT_CHARS: Final = 20_000
@@ -104,7 +104,7 @@ class Scout(_Model):
 
     scout_findings: Items = Field(
         validation_alias=_also("scout_findings", "findings", "observations", "results"),
-        description="Relevant facts: files, functions, conventions of the code.",
+        description="Relevant context: files, functions, conventions of the code.",
     )
     requirements: Items = Field(default=(), description="Conditions that the finished task must meet.")
     constraints: Items = Field(default=(), description="Limits of the solution, and things that must not change.")
@@ -336,15 +336,15 @@ class Review(_Model):
     summary: Text = Field(default="", description="A few sentences.")
 
 
-def check_plan(plan: Plan, _facts: HandoffFacts) -> Iterable[Violation]:
+def check_plan(plan: Plan, _context: HandoffContext) -> Iterable[Violation]:
     """Yield violations of the ids and dependencies of a plan's tasks."""
     ids = [task.id for task in plan.tasks]
     known = set(ids)
     for index, task in enumerate(plan.tasks):
         at = f"tasks[{index}]"
         if task.id in ids[:index]:
-            what = f"another task has the id {task.id!r}"
-            yield Violation("plan.ids", f"{at}.id", what, "give each task a unique id")
+            message = f"another task has the id {task.id!r}"
+            yield Violation("plan.ids", f"{at}.id", message, "give each task a unique id")
         for number, name in enumerate(task.dependencies):
             if name not in known:
                 yield _unknown(f"{at}.dependencies[{number}]", name, "use ids of tasks in the plan")
@@ -355,8 +355,8 @@ def check_plan(plan: Plan, _facts: HandoffFacts) -> Iterable[Violation]:
                     remedy = "list only tasks of the plan here, and everything else under `resources`"
                     yield _unknown(f"dependencies.{key[:200]}", name, remedy)
     for cycle in find_cycles(collect_needs(plan))[:1]:
-        what = f"dependency cycle: {' → '.join([*cycle, cycle[0]])}"
-        yield Violation("plan.circle", "tasks", what, "remove one of these dependencies")
+        message = f"dependency cycle: {' → '.join([*cycle, cycle[0]])}"
+        yield Violation("plan.circle", "tasks", message, "remove one of these dependencies")
 
 
 def _unknown(location: str, name: str, remedy: str) -> Violation:
@@ -373,27 +373,27 @@ def collect_needs(plan: Plan) -> dict[str, tuple[str, ...]]:
     return {name: tuple(one) for name, one in needs.items()}
 
 
-def check_build(build: Build, facts: HandoffFacts) -> Iterable[Violation]:
+def check_build(build: Build, context: HandoffContext) -> Iterable[Violation]:
     """Yield artifacts that do not match the files in the built tree."""
     for index, artifact in enumerate(build.artifacts):
         if not _is_inside(artifact.path):
-            what = f"{artifact.path[:200]!r} is not a path in the repository"
+            message = f"{artifact.path[:200]!r} is not a path in the repository"
             yield Violation(
                 "build.path",
                 f"artifacts[{index}].path",
-                what,
+                message,
                 "use a path relative to the root of the repository, with `/`",
             )
-        elif artifact.path in facts.checksums:
-            actual = facts.checksums[artifact.path]
+        elif artifact.path in context.checksums:
+            actual = context.checksums[artifact.path]
             if actual is None:
-                what = f"{artifact.path!r} is not a file in the built tree"
+                message = f"{artifact.path!r} is not a file in the built tree"
                 remedy = "list existing files that git does not ignore"
-                yield Violation("build.artifacts", f"artifacts[{index}].path", what, remedy)
+                yield Violation("build.artifacts", f"artifacts[{index}].path", message, remedy)
             elif normalize_checksum(actual) != artifact.checksum:
-                what = f"wrong checksum of {artifact.path!r} (SHA-256: {normalize_checksum(actual)})"
+                message = f"wrong checksum of {artifact.path!r} (SHA-256: {normalize_checksum(actual)})"
                 remedy = "use the checksum of the final file"
-                yield Violation("build.checksum", f"artifacts[{index}].checksum", what, remedy)
+                yield Violation("build.checksum", f"artifacts[{index}].checksum", message, remedy)
 
 
 def _is_inside(path: str) -> bool:
@@ -410,8 +410,8 @@ def find_artifact_paths(data: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one.path for one in build.artifacts if _is_inside(one.path)))
 
 
-def check_review(review: Review, _facts: HandoffFacts) -> Iterable[Violation]:
+def check_review(review: Review, _context: HandoffContext) -> Iterable[Violation]:
     """Yield a violation for a rejection without findings."""
     if review.verdict == "reject" and not review.findings:
-        what = "the work is rejected without findings"
-        yield Violation("review.findings", "findings", what, "list the problems, with path, line and message")
+        message = "the work is rejected without findings"
+        yield Violation("review.findings", "findings", message, "list the problems, with path, line and message")

@@ -133,8 +133,8 @@ def _transform(
             "mediation.result", location, "asynchronous functions are not supported", "register a synchronous function"
         )
     if not isinstance(made, dict):
-        what = f"expected a JSON object, got {type(made).__name__}"
-        return Violation("mediation.result", location, what, "return a dict of plain JSON values")
+        message = f"expected a JSON object, got {type(made).__name__}"
+        return Violation("mediation.result", location, message, "return a dict of plain JSON values")
     flaw = find_json_error(made)
     if flaw is not None:
         return Violation("mediation.result", location, f"its result is not plain JSON: {flaw}", "fix its plugin")

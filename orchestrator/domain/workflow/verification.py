@@ -17,7 +17,7 @@ from orchestrator.domain.workflow.handoff_kinds import HANDOFF_KINDS, HandoffKin
 from orchestrator.domain.workflow.handoffs import Handoff, handoff_id, is_intact
 from orchestrator.domain.workflow.phase_context import get_handoff_kind
 from orchestrator.domain.workflow.routing import Workflow, latest_visit, read_verdict
-from orchestrator.domain.workflow.violations import HandoffFacts, Violation, run_check
+from orchestrator.domain.workflow.violations import HandoffContext, Violation, run_check
 
 #: Seconds that a session may continue to run after it reported to be done.
 IDLE_LIMIT: Final = 300.0
@@ -42,7 +42,7 @@ class WorkflowRecord:
     now: float = 0.0
     """Wall-clock seconds."""
     checksums: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
-    """By handoff id: file checksums in its tree, as in `HandoffFacts`."""
+    """By handoff id: file checksums in its tree, as in `HandoffContext`."""
 
     @property
     def visits(self) -> Sequence[tuple[str, Phase, PhaseRecord]]:
@@ -96,8 +96,10 @@ def _check_visits(facts: WorkflowRecord) -> Iterator[Violation]:
         if last.status in OPEN_STATUSES and task.status in FINAL_STATUSES:
             yield Violation("phases.open", location, f"unfinished, but the task is {task.status}", _RESTORE_REMEDY)
         if (last.status is PhaseStatus.AWAITING_APPROVAL) != (task.status is TaskStatus.AWAITING_APPROVAL):
-            what = f"{last.status}, but the task is {task.status}"
-            yield Violation("phases.approval", location, what, "a task waits if and only if its phase awaits approval")
+            message = f"{last.status}, but the task is {task.status}"
+            yield Violation(
+                "phases.approval", location, message, "a task waits if and only if its phase awaits approval"
+            )
 
 
 #: Statuses after the last phase. Not LANDED: the work may have been found on the target earlier.
@@ -112,11 +114,11 @@ def _check_end(facts: WorkflowRecord) -> Iterator[Violation]:
     for phase in facts.workflow.phases:
         record = latest_visit(task, phase.name)
         if record is None or record.status not in PASSED_STATUSES:
-            what = f"{'not started' if record is None else record.status}, but the task is {task.status}"
-            yield Violation("phases.end", f"{facts.location}, phase {phase.name!r}", what, _RETRY_REMEDY)
+            message = f"{'not started' if record is None else record.status}, but the task is {task.status}"
+            yield Violation("phases.end", f"{facts.location}, phase {phase.name!r}", message, _RETRY_REMEDY)
         elif phase.writes and record.status is PhaseStatus.COMPLETED and task.status is TaskStatus.DONE:
-            what = "the phase writes, but the task is done without a landing"
-            yield Violation("phases.landing", f"{facts.location}, phase {phase.name!r}", what, _RETRY_REMEDY)
+            message = "the phase writes, but the task is done without a landing"
+            yield Violation("phases.landing", f"{facts.location}, phase {phase.name!r}", message, _RETRY_REMEDY)
 
 
 def _check_attempts(facts: WorkflowRecord) -> Iterator[Violation]:
@@ -131,8 +133,8 @@ def _check_attempts(facts: WorkflowRecord) -> Iterator[Violation]:
             if number not in attempts:
                 yield Violation("attempts.missing", location, f"its attempt {number} is not recorded", _RESTORE_REMEDY)
             elif attempts[number].phase != phase.name:
-                what = f"its attempt {number} belongs to {attempts[number].phase!r}"
-                yield Violation("attempts.phase", location, what, _RESTORE_REMEDY)
+                message = f"its attempt {number} belongs to {attempts[number].phase!r}"
+                yield Violation("attempts.phase", location, message, _RESTORE_REMEDY)
             if number in seen:
                 yield Violation(
                     "attempts.twice", location, f"its attempt {number} also belongs to another visit", _RESTORE_REMEDY
@@ -151,26 +153,26 @@ def _check_outputs(facts: WorkflowRecord) -> Iterator[Violation]:
             continue
         handoff = None if record.handoff is None else facts.handoffs.get(record.handoff)
         if handoff is None:
-            what = f"{record.status}, but its {phase.kind} handoff is missing"
-            yield Violation("outputs.missing", location, what, _RETRY_REMEDY)
+            message = f"{record.status}, but its {phase.kind} handoff is missing"
+            yield Violation("outputs.missing", location, message, _RETRY_REMEDY)
             continue
         if record.verdict != (verdict := read_verdict(phase, handoff.data)):
-            what = f"its verdict is {record.verdict!r}, but its handoff has {verdict!r}"
-            yield Violation("outputs.verdict", location, what, _RESTORE_REMEDY)
+            message = f"its verdict is {record.verdict!r}, but its handoff has {verdict!r}"
+            yield Violation("outputs.verdict", location, message, _RESTORE_REMEDY)
         yield from _check_data(facts, location, phase, handoff)
 
 
 def _check_data(facts: WorkflowRecord, location: str, phase: Phase, handoff: Handoff) -> Iterator[Violation]:
     if handoff.kind != phase.kind:
-        what = f"expected a handoff of kind {phase.kind!r}, got {handoff.kind!r}"
-        yield Violation("outputs.kind", location, what, _RETRY_REMEDY)
+        message = f"expected a handoff of kind {phase.kind!r}, got {handoff.kind!r}"
+        yield Violation("outputs.kind", location, message, _RETRY_REMEDY)
         return
     kind = get_handoff_kind(phase, facts.kinds)
     if kind is None:
-        what = f"unknown kind {phase.kind!r}"
-        yield Violation("outputs.unknown", location, what, "install the plugin that provides it")
+        message = f"unknown kind {phase.kind!r}"
+        yield Violation("outputs.unknown", location, message, "install the plugin that provides it")
         return
-    checked = kind.check(handoff.data, HandoffFacts(facts.checksums.get(handoff.id, {})))
+    checked = kind.check(handoff.data, HandoffContext(facts.checksums.get(handoff.id, {})))
     for violation in checked.violations:
         yield replace(violation, location=f"{location}, {violation.location}")
 
@@ -189,9 +191,12 @@ def _check_handoffs(facts: WorkflowRecord) -> Iterator[Violation]:
             if facts.document.current is None:
                 yield Violation("chain.source", location, "no visit refers to this handoff", _RESTORE_REMEDY)
         elif handoff.phase != record.phase or handoff.attempt not in record.attempts:
-            what = f"its source is attempt {handoff.attempt} at {handoff.phase!r}"
+            message = f"its source is attempt {handoff.attempt} at {handoff.phase!r}"
             yield Violation(
-                "chain.source", location, f"{what}, but phase {record.phase!r} refers to this handoff", _RESTORE_REMEDY
+                "chain.source",
+                location,
+                f"{message}, but phase {record.phase!r} refers to this handoff",
+                _RESTORE_REMEDY,
             )
         if handoff.to is not None and handoff.to not in {phase.name for phase in facts.workflow.phases}:
             yield Violation(
@@ -221,15 +226,15 @@ def _check_lost_values(facts: WorkflowRecord, number: int, location: str, record
 def _check_given_values(location: str, record: PhaseRecord, handoff: Handoff, kind: HandoffKind) -> Iterator[Violation]:
     exported = {name for name, value in kind.exports(handoff.data).items() if not is_empty_value(value)}
     if record.inputs is not None and exported & set(record.inputs.keys):
-        what = f"has values of handoff {handoff.id}, but no record of its receipt"
-        yield Violation("chain.lost", location, what, _RESTORE_REMEDY)
+        message = f"has values of handoff {handoff.id}, but no record of its receipt"
+        yield Violation("chain.lost", location, message, _RESTORE_REMEDY)
 
 
 def _check_receipts(facts: WorkflowRecord, location: str, handoff: Handoff) -> Iterator[Violation]:
     for receipt in handoff.receipts:
         if receipt.digest != handoff.digest:
-            what = f"phase {receipt.phase!r} received different contents: {receipt.digest}"
-            yield Violation("chain.received", location, what, _RETRY_REMEDY)
+            message = f"phase {receipt.phase!r} received different contents: {receipt.digest}"
+            yield Violation("chain.received", location, message, _RETRY_REMEDY)
         is_known = any(
             record.phase == receipt.phase
             and record.attempts[:1] == (receipt.attempt,)
@@ -237,8 +242,8 @@ def _check_receipts(facts: WorkflowRecord, location: str, handoff: Handoff) -> I
             for record in facts.document.phases
         )
         if not is_known and facts.document.current is None:
-            what = f"attempt {receipt.attempt} at {receipt.phase!r} has a receipt, but does not list this handoff"
-            yield Violation("chain.received", location, what, _RESTORE_REMEDY)
+            message = f"attempt {receipt.attempt} at {receipt.phase!r} has a receipt, but does not list this handoff"
+            yield Violation("chain.received", location, message, _RESTORE_REMEDY)
 
 
 def _check_received(facts: WorkflowRecord, location: str, record: PhaseRecord) -> Iterator[Violation]:
@@ -250,11 +255,11 @@ def _check_received(facts: WorkflowRecord, location: str, record: PhaseRecord) -
         if not any(
             (receipt.phase, receipt.attempt) == (record.phase, *record.attempts[:1]) for receipt in handoff.receipts
         ):
-            what = f"received handoff {name}, which has no receipt for it"
-            yield Violation("chain.received", location, what, _RESTORE_REMEDY)
+            message = f"received handoff {name}, which has no receipt for it"
+            yield Violation("chain.received", location, message, _RESTORE_REMEDY)
         if record.attempts and handoff.attempt >= record.attempts[0]:
-            what = f"received handoff {name}, which was created after its start"
-            yield Violation("chain.order", location, what, _RESTORE_REMEDY)
+            message = f"received handoff {name}, which was created after its start"
+            yield Violation("chain.order", location, message, _RESTORE_REMEDY)
 
 
 def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
@@ -271,10 +276,10 @@ def _check_sessions(facts: WorkflowRecord) -> Iterator[Violation]:
                 "sessions.stray", location, "its task has no such attempt", "remove leftovers with `council clean`"
             )
         elif attempt.ended is None and is_done and facts.now - session.updated > IDLE_LIMIT:
-            what = "reported to be done but has not ended, and its task still waits for it"
+            message = "reported to be done but has not ended, and its task still waits for it"
             task = f"{facts.task} --run {facts.run}"
             remedy = f"stop it with `council cancel {task}`, then `council retry {task}`"
-            yield Violation("sessions.idle", location, what, remedy)
+            yield Violation("sessions.idle", location, message, remedy)
 
 
 _RULES: Final[Sequence[Constraint]] = (

@@ -14,7 +14,7 @@ MAX_VIOLATIONS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
-class HandoffFacts:
+class HandoffContext:
     """External facts that a handoff check needs."""
 
     checksums: Mapping[str, str | None] = field(default_factory=dict)
@@ -32,11 +32,11 @@ class Violation:
     """The name of the rule, such as `plan.dependencies`."""
     location: str
     """For example `tasks[2].id` in a handoff, or `phase 'plan'`."""
-    what: str
+    message: str
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.location}: {self.what}: {self.remedy}"
+        return f"{self.location}: {self.message}: {self.remedy}"
 
     def to_json(self) -> dict[str, str]:
         """Return the violation as a JSON object."""
@@ -52,6 +52,6 @@ def run_check(rule: str, subject: str, check: Callable[[], Iterable[Violation]])
         return [Violation(rule, subject, f"its check failed: {failed}", "fix the plugin that provides it")]
     invalid = next((item for item in violations if not isinstance(item, Violation)), None)
     if invalid is not None:
-        what = f"expected its check to return Violations, got {type(invalid).__name__}"
-        return [Violation(rule, subject, what, "fix the plugin that provides it")]
+        message = f"expected its check to return Violations, got {type(invalid).__name__}"
+        return [Violation(rule, subject, message, "fix the plugin that provides it")]
     return violations

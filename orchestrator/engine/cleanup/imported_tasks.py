@@ -49,16 +49,16 @@ async def write_unfinished_tasks(store: Store, run: RunDocument, folder: Path) -
     """
     tasks = await read_unfinished_tasks(store, run)
     source = run.imported.source if run.imported else ""
-    what = f"run {run.id} was imported from {source} and can't be continued"
+    message = f"run {run.id} was imported from {source} and can't be continued"
     if not tasks:
-        return RefusedError(what, f"no unfinished tasks; to show the record, run `council state show {run.id}`")
+        return RefusedError(message, f"no unfinished tasks; to show the record, run `council state show {run.id}`")
     path = folder / f"{run.id}.yaml"
     await anyio.to_thread.run_sync(_write, path, render_task_file(run.id, source, tasks))
     lacking = [one.id for one in tasks if one.prompt is None]
     prompts = f", add the missing prompts of {join_names(lacking, _MAX_NAMED_TASKS)}" if lacking else ""
     left = f"{len(tasks)} unfinished {'task' if len(tasks) == 1 else 'tasks'}"
     remedy = f"{path} has its {left}: add an adapter there{prompts}, then `council run` the file"
-    return RefusedError(what, f"{remedy}; `council state show {run.id}` shows the record")
+    return RefusedError(message, f"{remedy}; `council state show {run.id}` shows the record")
 
 
 def render_task_file(run: str, source: str, tasks: Sequence[UnfinishedTask]) -> str:

@@ -63,7 +63,7 @@ class SpaceNeed:
 
 def refusal_finding(name: str, error: RefusedError) -> Finding:
     """Return a refusal as a finding."""
-    return Finding(name, Level.PROBLEM, error.what, error.remedy)
+    return Finding(name, Level.PROBLEM, error.message, error.remedy)
 
 
 def check_system(machine: Machine) -> Finding:
@@ -95,7 +95,7 @@ def check_file(file: Path | None, config: RunConfig | ConfigError | None) -> Fin
         first, *others = config.problems
         more = f" (and {len(others)} more: run `council validate`)" if others else ""
         location = f"{first.file}:{first.line}:{first.column}"
-        return Finding("file", Level.PROBLEM, f"{location}: {first.what}{more}", first.remedy)
+        return Finding("file", Level.PROBLEM, f"{location}: {first.message}{more}", first.remedy)
     if config is None:
         return Finding("file", Level.WARNING, "no council.yaml found here", "create one with `council init`")
     adapters = ", ".join(config.adapters)
@@ -104,7 +104,7 @@ def check_file(file: Path | None, config: RunConfig | ConfigError | None) -> Fin
 
 def warning_finding(warning: ConfigWarning) -> Finding:
     """Return a warning of `council validate` as a finding."""
-    return Finding("file", Level.WARNING, warning.what, warning.remedy)
+    return Finding("file", Level.WARNING, warning.message, warning.remedy)
 
 
 def check_adapter(name: str, status: AdapterStatus, *, is_used: bool) -> list[Finding]:
@@ -154,7 +154,7 @@ def check_sandbox(kind: SandboxKind | RefusedError, weaker_for: RefusedError | N
             "sandbox", Level.WARNING, found, "remove `sandbox: off`, unless sessions are sandboxed by other means"
         )
     if kind is SandboxKind.LANDLOCK and weaker_for is not None:
-        found = f"landlock, the weaker sandbox: {weaker_for.what}"
+        found = f"landlock, the weaker sandbox: {weaker_for.message}"
         return Finding("sandbox", Level.WARNING, found, weaker_for.remedy)
     return Finding("sandbox", Level.OK, f"{kind} works")
 
@@ -189,10 +189,10 @@ def _check_resource(
 ) -> Finding:
     fitting = fit_sessions(resources, capacity, demand)
     if not isinstance(fitting, SessionFit):
-        return Finding(name, Level.PROBLEM, fitting.what, fitting.remedy)
+        return Finding(name, Level.PROBLEM, fitting.message, fitting.remedy)
     if fitting.limited_by is not None:
-        what, _, remedy = fitting.limited_by.rpartition(": ")
-        return Finding(name, Level.WARNING, what, remedy)
+        message, _, remedy = fitting.limited_by.rpartition(": ")
+        return Finding(name, Level.WARNING, message, remedy)
     return Finding(name, Level.OK, f"{found}, enough for {capacity} sessions")
 
 
@@ -239,8 +239,8 @@ def check_space(name: str, place: StorageLocation, need: SpaceNeed) -> Finding:
     if place.free is not None and place.free < need.least:
         return Finding(name, Level.PROBLEM, f"{found}, but one session needs {_size(need.least)}", remedy)
     if place.inodes is not None and place.inodes < need.files:
-        what = f"{place.path} has space for {place.inodes} more files, but a run may need {need.files}"
-        return Finding(name, Level.WARNING if place.inodes > _SPARE_FILES else Level.PROBLEM, what, remedy)
+        message = f"{place.path} has space for {place.inodes} more files, but a run may need {need.files}"
+        return Finding(name, Level.WARNING if place.inodes > _SPARE_FILES else Level.PROBLEM, message, remedy)
     if place.free is not None and place.free < need.all:
         return Finding(name, Level.WARNING, f"{found}, but a run may need {_size(need.all)}", remedy)
     return Finding(name, Level.OK, found)
@@ -272,11 +272,11 @@ def check_file_system(name: str, place: StorageLocation) -> Finding | None:
     )
     title = f"{name} disk"
     if place.file_system in NETWORK_FILE_SYSTEMS:
-        what = f"{found}, a network file system with unreliable locks"
-        return Finding(title, Level.PROBLEM, what, remedy)
+        message = f"{found}, a network file system with unreliable locks"
+        return Finding(title, Level.PROBLEM, message, remedy)
     if place.file_system in _MEMORY_FILE_SYSTEMS:
-        what = f"{found}, which is erased when the machine restarts"
-        return Finding(title, Level.WARNING, what, remedy)
+        message = f"{found}, which is erased when the machine restarts"
+        return Finding(title, Level.WARNING, message, remedy)
     return Finding(title, Level.OK, found)
 
 
@@ -291,8 +291,8 @@ def check_clock(machine: Machine, places: Sequence[StorageLocation]) -> Finding:
         return Finding("clock", Level.WARNING, f"the clock shows {found} or later", remedy)
     wrong = next((place for place in places if abs(place.ahead) > _MAX_CLOCK_SKEW), None)
     if wrong is not None:
-        what = f"timestamps on {wrong.path} differ from the local clock by {wrong.ahead:.0f} s"
-        return Finding("clock", Level.WARNING, what, "set the clock of the file server")
+        message = f"timestamps on {wrong.path} differ from the local clock by {wrong.ahead:.0f} s"
+        return Finding("clock", Level.WARNING, message, "set the clock of the file server")
     return Finding("clock", Level.OK, found)
 
 

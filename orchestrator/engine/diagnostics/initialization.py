@@ -55,8 +55,8 @@ async def find_init_repository(folder: Path, environ: Mapping[str, str]) -> Init
         raise RefusedError(f"{folder} is in a bare repository, which has no files", "cd to a checkout of it")
     base = await find_base_branch(repository, Git(None, as_user=True, environ=environ))
     if base is None:
-        what = f"{repository.top} has no commits yet"
-        raise RefusedError(what, "create a first commit: sessions start from it")
+        message = f"{repository.top} has no commits yet"
+        raise RefusedError(message, "create a first commit: sessions start from it")
     return InitRepository(site, repository.top, repository.git_dir, base)
 
 
@@ -179,7 +179,7 @@ def write_file(path: Path, text: str, types: Mapping[str, AdapterType], *, force
         _publish(staged, path, force=force)
     except ConfigError as error:
         problem = error.problems[0]
-        raise RefusedError(f"the file would be invalid there: {problem.what}", problem.remedy) from None
+        raise RefusedError(f"the file would be invalid there: {problem.message}", problem.remedy) from None
     finally:
         with suppress(FileNotFoundError):
             staged.unlink()

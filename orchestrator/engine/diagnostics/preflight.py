@@ -69,8 +69,8 @@ async def run_preflight(
     for example because of a missing base, a target with uncommitted changes, or a missing program.
     """
     if sum(len(task.prompt) for task in config.tasks) > MAX_PROMPTS_LENGTH:
-        what = f"the prompts exceed {MAX_PROMPTS_LENGTH >> 20} MiB in total"
-        raise RefusedError(what, "split the tasks into several runs")
+        message = f"the prompts exceed {MAX_PROMPTS_LENGTH >> 20} MiB in total"
+        raise RefusedError(message, "split the tasks into several runs")
     check_programs(adapters, environ)
     sandbox = await choose_sandbox(
         config.sandbox.sandbox, network=config.sandbox.has_network, hosts=config.sandbox.hosts, environ=environ
@@ -180,9 +180,9 @@ async def check_checkout(
     if (found := await find_unsafe_filter(repository, checkout, configuration)) is not None:
         raise RefusedError(*found)
     if changed := await list_uncommitted_changes(checkout, git):
-        what = f"{target!r} is checked out in {checkout} with uncommitted changes ({', '.join(changed[:3])})"
+        message = f"{target!r} is checked out in {checkout} with uncommitted changes ({', '.join(changed[:3])})"
         interrupted = await anyio.to_thread.run_sync(describe_interrupted_landing, repository, target)
-        raise RefusedError(what, interrupted or remedy)
+        raise RefusedError(message, interrupted or remedy)
 
 
 def check_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> None:

@@ -105,7 +105,7 @@ async def _committed(
 
 def _missing_program(command: _Command, name: str, probe: SandboxProbe, top: Path | None) -> Finding:
     searched, hidden = probe.explain_missing_program(name, command.env)
-    what = f"{_describe_command(command)}: program {name!r} not found in the sandbox{searched}"
+    message = f"{_describe_command(command)}: program {name!r} not found in the sandbox{searched}"
     local = next((one for one in (".venv", "venv", "node_modules/.bin") if _has(top, one, name)), None)
     if local is not None:
         folder = local if local.startswith("node") else f"{local}/bin"
@@ -114,7 +114,7 @@ def _missing_program(command: _Command, name: str, probe: SandboxProbe, top: Pat
         remedy = f"add {', '.join(hidden)} to `readable`, or install it elsewhere"
     else:
         remedy = "install it, or create it in `worktrees.setup` and call it by its path in the worktree"
-    return Finding(_TITLE, Level.PROBLEM, printable_name(what), printable_name(remedy))
+    return Finding(_TITLE, Level.PROBLEM, printable_name(message), printable_name(remedy))
 
 
 _ONLY_COMMITTED: Final = "worktrees contain only committed files"
@@ -139,23 +139,23 @@ def _check_file(
     if path in files:
         if files[path] == _EXECUTABLE:
             return None
-        what = f"{_describe_command(command)}: {name} is not executable in {run.base}"
-        return Finding(_TITLE, Level.PROBLEM, printable_name(what), make_chmod_hint(path))
+        message = f"{_describe_command(command)}: {name} is not executable in {run.base}"
+        return Finding(_TITLE, Level.PROBLEM, printable_name(message), make_chmod_hint(path))
     trees = run.worktrees
     is_provided = any(covers(one, path) for one in (*trees.copied, *trees.linked))
     if trees.setup or (is_provided and command.kind != "setup"):
         return None
-    what = f"{_describe_command(command)}: {name} is not in {run.base}, and no `setup` creates it"
+    message = f"{_describe_command(command)}: {name} is not in {run.base}, and no `setup` creates it"
     is_of_tools = is_generated(top or Path(), path)
     is_uncommitted = is_of_tools or path in ignored
     if command.may_fail and (not is_uncommitted or may_create(command.text, name)):
-        return Finding(_TITLE, Level.WARNING, printable_name(what), "commit it, unless a task adds it")
+        return Finding(_TITLE, Level.WARNING, printable_name(message), "commit it, unless a task adds it")
     remedy = f"create it in `worktrees.setup`: {_ONLY_COMMITTED}"
     if is_uncommitted and not is_of_tools:
         remedy = f"list it under `worktrees.copy`, or {remedy}"
     if not is_uncommitted and top is not None and os.path.lexists(top / path):
         remedy = "commit it"
-    return Finding(_TITLE, Level.PROBLEM, printable_name(what), remedy)
+    return Finding(_TITLE, Level.PROBLEM, printable_name(message), remedy)
 
 
 def _describe_command(command: _Command) -> str:

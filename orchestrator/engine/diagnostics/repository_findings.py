@@ -91,8 +91,8 @@ async def _inspect_site(
         found.append(await _finding_of("target", printable_name(f"tasks can land on {run.target}"), clean))
     if hooks := await find_hooks_in_checkouts(repository, users):
         named = printable_name(", ".join(str(hook) for hook in hooks[:_MOST_NAMED]))
-        what, _, remedy = SKIPPED_HOOKS_REASON.partition(": ")
-        found.append(Finding("hooks", Level.WARNING, f"landings do not run the hooks in {named}: {what}", remedy))
+        message, _, remedy = SKIPPED_HOOKS_REASON.partition(": ")
+        found.append(Finding("hooks", Level.WARNING, f"landings do not run the hooks in {named}: {message}", remedy))
     if repository.top is not None:
         found.append(await _inspect_project_folder(Project(repository.top), users, environ))
     return RepositoryInspection(found, repository.top, size, site)
@@ -139,8 +139,8 @@ async def check_referenced_files(
         (ignored, "ignored by git, and not in", provide),
     ):
         if named := [printable_name(file) for file in missing if file in files]:
-            what = f"{join_names(named, _MOST_NAMED)}: {where} {run.base}, where sessions start"
-            found.append(Finding("files", Level.WARNING, what, remedy))
+            message = f"{join_names(named, _MOST_NAMED)}: {where} {run.base}, where sessions start"
+            found.append(Finding("files", Level.WARNING, message, remedy))
     return found
 
 

@@ -64,28 +64,28 @@ def check_expired(found: StoreStatistics) -> Finding:
 
 def check_log(found: StoreStatistics, growth: LogGrowth, retention: Retention) -> Finding:
     """Check the size, growth and retention of the log."""
-    what = (
+    message = (
         f"{format_size_short(found.log_bytes)} of {format_size_short(retention.max_size)}, {found.position:,} commits"
     )
     if growth.seconds > 0:
-        what += f", {growth.commits / growth.seconds * 60:,.0f} per minute recently"
+        message += f", {growth.commits / growth.seconds * 60:,.0f} per minute recently"
     commits = found.position - found.first
     per_second = growth.commits / growth.seconds * found.log_bytes / commits if growth.seconds > 0 and commits else 0.0
     more = "raise `max_size` under `state`"
     if found.log_bytes > retention.max_size:
         remedy = f"{more}, or prune old history with `council state compact`"
-        return Finding("log", Level.WARNING, f"{what}: above its limit", remedy)
+        return Finding("log", Level.WARNING, f"{message}: above its limit", remedy)
     if per_second * _MIN_LOG_LIFETIME > retention.max_size:
         return Finding(
-            "log", Level.WARNING, f"{what}: full within an hour", f"find the cause of the commits, or {more}"
+            "log", Level.WARNING, f"{message}: full within an hour", f"find the cause of the commits, or {more}"
         )
     wanted = retention.retention
     if found.first and wanted is not None and growth.history_seconds < wanted:
         short = f"history of {format_duration(round(growth.history_seconds))} instead of {format_duration(wanted)}"
         if found.log_bytes < retention.max_size / 2:  # imported, repaired or compacted manually
-            return Finding("log", Level.OK, f"{what}: {short}, but not because of its size")
-        return Finding("log", Level.WARNING, f"{what}: {short}", f"{more}, or lower `retention`")
-    return Finding("log", Level.OK, what)
+            return Finding("log", Level.OK, f"{message}: {short}, but not because of its size")
+        return Finding("log", Level.WARNING, f"{message}: {short}", f"{more}, or lower `retention`")
+    return Finding("log", Level.OK, message)
 
 
 def check_server(found: StoreStatistics) -> Iterator[Finding]:

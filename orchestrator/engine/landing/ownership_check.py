@@ -137,7 +137,7 @@ class OwnershipCheck:
         try:
             conflict = await self._registry.extend(self._session(task), patterns)
         except RefusedError as error:
-            return error.what
+            return error.message
         if conflict is not None:
             return conflict.describe()
         self._extended[task] = (*self._extended.get(task, ()), *patterns)

@@ -45,7 +45,7 @@ from orchestrator.domain.workflow.routing import (
     find_next_phase,
     read_verdict,
 )
-from orchestrator.domain.workflow.violations import HandoffFacts, Violation
+from orchestrator.domain.workflow.violations import HandoffContext, Violation
 from orchestrator.engine.phases.expansion import expand_task, expansion_changes, expansion_event
 from orchestrator.engine.phases.prompts import (
     is_condition_met,
@@ -101,7 +101,7 @@ class PhaseCompleter:
         async def check(data: JsonObject) -> Sequence[str]:
             # Without checksums: the files in a result are final only when the session has ended.
             kind = self.inputs.kind(phase)
-            checked = kind.check(self.ledger.writer.redactor.json(data), HandoffFacts())
+            checked = kind.check(self.ledger.writer.redactor.json(data), HandoffContext())
             violations = checked.violations
             if checked.data is not None:
                 planned = await self._expand_plan(task, spec, phase, _CheckedHandoff(kind, checked.data, "tool"))
@@ -336,11 +336,11 @@ class PhaseHandlers(NamedTuple):
     completer: PhaseCompleter
 
 
-async def _facts(git: Git, kind: HandoffKind, data: JsonObject, commit: str | None) -> HandoffFacts:
+async def _facts(git: Git, kind: HandoffKind, data: JsonObject, commit: str | None) -> HandoffContext:
     paths = kind.paths(data)
     if commit is None or not paths:
-        return HandoffFacts()
-    return HandoffFacts(await compute_checksums(git, commit, paths))
+        return HandoffContext()
+    return HandoffContext(await compute_checksums(git, commit, paths))
 
 
 def select_delivery(
@@ -360,8 +360,8 @@ def select_delivery(
     block = find_last_json_block(message)
     if block.data is not None:
         return block.data, "message"
-    what = "; ".join(("no result was submitted", *block.skipped))
-    return Violation("handoff.missing", "the result", what, "write it to $COUNCIL_HANDOFF as one JSON object")
+    problem = "; ".join(("no result was submitted", *block.skipped))
+    return Violation("handoff.missing", "the result", problem, "write it to $COUNCIL_HANDOFF as one JSON object")
 
 
 def summarize_findings(findings: Any) -> str:

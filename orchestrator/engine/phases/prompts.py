@@ -85,8 +85,8 @@ def render(template: str, variables: PromptVariables) -> tuple[str, str | None]:
         text = f"{_explain_markers(variables)}\n\n{text}"
     text = "\n\n".join((text, *(part.strip() for part in required if part.strip() not in text)))
     if len(text) > MAX_PROMPT_LENGTH:
-        what = f"the prompt of phase {variables.phase!r} has {len(text)} characters (limit: {MAX_PROMPT_LENGTH})"
-        raise RefusedError(what, "list fewer values under `needs:`")
+        message = f"the prompt of phase {variables.phase!r} has {len(text)} characters (limit: {MAX_PROMPT_LENGTH})"
+        raise RefusedError(message, "list fewer values under `needs:`")
     follow_up = "\n\n".join(part.strip() for part in required) if variables.feedback is not None else None
     return f"{text}\n", follow_up and f"{follow_up}\n"
 
@@ -102,8 +102,8 @@ def is_condition_met(phase: str, condition: str, values: Mapping[str, Any]) -> b
         with environment().limit_rendering():
             return bool(compile_condition(condition)({name: wrapped[name] for name in values}, values=wrapped))
     except (environment().error, *_TEMPLATE_ERRORS) as error:
-        what = f"the condition of phase {phase!r}, `{condition}`, can't be evaluated: {_error_text(error)}"
-        raise RefusedError(what, "use an existing value, or `NAME is defined and …`") from error
+        message = f"the condition of phase {phase!r}, `{condition}`, can't be evaluated: {_error_text(error)}"
+        raise RefusedError(message, "use an existing value, or `NAME is defined and …`") from error
 
 
 def render_handoff_instructions(kind: str, schema: JsonObject, *, writes: bool = True, has_tools: bool = True) -> str:

@@ -13,7 +13,7 @@ from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind, kind_from_schema
 from orchestrator.domain.workflow.handoffs import Handoff, get_payload, is_intact
 from orchestrator.domain.workflow.routing import Workflow, completed_visits
-from orchestrator.domain.workflow.violations import HandoffFacts
+from orchestrator.domain.workflow.violations import HandoffContext
 from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import HandoffCorrupted, RefusedError
@@ -82,8 +82,8 @@ class PhaseInputs:
         if phase.handoff_schema is not None:
             return kind_from_schema(name, phase.handoff_schema)
         if name not in self.kinds:
-            what = f"phase {phase.name!r} produces a {name!r}, which no installed plugin provides"
-            raise RefusedError(what, "install the plugin, then `council retry` the task")
+            message = f"phase {phase.name!r} produces a {name!r}, which no installed plugin provides"
+            raise RefusedError(message, "install the plugin, then `council retry` the task")
         return self.kinds[name]
 
 
@@ -138,7 +138,7 @@ async def _latest_shared_data(handoff: Handoff, kind: HandoffKind, shared_values
     if handoff.key is not None:
         current = await shared_values.get(handoff.key)
         if current is not None and current.version != handoff.version and isinstance(current.value, dict):
-            checked = kind.check(current.value, HandoffFacts())
+            checked = kind.check(current.value, HandoffContext())
             if checked.data is not None:
                 return checked.data
     return get_payload(handoff)

@@ -90,17 +90,17 @@ class _RunVerifier:
         """Verify a task by the name of its workflow."""
         subject = f"task {task!r}"
         if workflow not in self.run.workflows:
-            what = f"its workflow {workflow!r} is not in the run's record"
-            violation = Violation("records.workflow", subject, what, _FOREIGN_WRITER)
+            message = f"its workflow {workflow!r} is not in the run's record"
+            violation = Violation("records.workflow", subject, message, _FOREIGN_WRITER)
             return TaskVerification(task, workflow, violations=[violation])
         try:
             return await self._check_rules(task, workflow)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            what = f"its record is not a valid {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-            violation = Violation("records.form", subject, what, _FOREIGN_WRITER)
+            message = f"its record is not a valid {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            violation = Violation("records.form", subject, message, _FOREIGN_WRITER)
         except RefusedError as error:
-            violation = Violation("records.damaged", subject, error.what, error.remedy)
+            violation = Violation("records.damaged", subject, error.message, error.remedy)
         return TaskVerification(task, workflow, violations=[violation])
 
     async def _check_rules(self, task: str, name: str) -> TaskVerification:

@@ -33,7 +33,7 @@ async def measure_capacity(wanted: int, demand: SessionDemand) -> SessionFit:
     await anyio.to_thread.run_sync(raise_descriptor_limit)
     fit = fit_sessions(await anyio.to_thread.run_sync(read_resources), wanted, demand)
     if isinstance(fit, NoSessionFits):
-        raise RefusedError(fit.what, fit.remedy)
+        raise RefusedError(fit.message, fit.remedy)
     return fit
 
 

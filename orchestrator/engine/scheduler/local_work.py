@@ -62,7 +62,7 @@ class LocalWork:
         """Queue a task for the adapters of its phase, if the phase defines any."""
         adapters, keeps = self._phase_adapters(task)
         if adapters is not None:
-            self.board.place(task, adapters, keeps_paths=keeps)
+            self.board.set_adapters(task, adapters, keeps_paths=keeps)
 
     def add_planned_tasks(self) -> None:
         """Add subtasks of expanded plans to the board, at their positions in the file."""

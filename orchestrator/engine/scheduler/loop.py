@@ -141,7 +141,7 @@ class Scheduler:
                     await self._pause()
                     await self._tick(group)
             services.cancel_scope.cancel()
-        is_over = not any(self._board.left(self._ledger.statuses()))
+        is_over = not any(self._board.remaining_adapters(self._ledger.statuses()))
         was_stopped = self._stopping or self.halted is not None
         if not is_over and (was_stopped or self._is_unavailable_work_left()):
             return False
@@ -167,7 +167,9 @@ class Scheduler:
             for name, reason in self._unavailable_adapters.items()
             if self._board.adapters.disabled.get(name) == reason
         }
-        return any(unavailable.intersection(adapters) for adapters in self._board.left(self._ledger.statuses()))
+        return any(
+            unavailable.intersection(adapters) for adapters in self._board.remaining_adapters(self._ledger.statuses())
+        )
 
     async def _tick(self, group: TaskGroup) -> None:
         if self._stopping:

@@ -124,7 +124,7 @@ class PeerSync:
         """
         while True:
             await self._clock.wait(
-                self._sweep_due, self._clock.monotonic() + self._ledger.orchestrators.timing.sweep_interval
+                self._sweep_due, self._clock.monotonic() + self._ledger.orchestrators.timing.stale_check_interval
             )
             self._sweep_due = anyio.Event()
             with suppress(StoreUnavailable), anyio.CancelScope(shield=True):

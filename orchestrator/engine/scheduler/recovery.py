@@ -73,11 +73,13 @@ async def recover(ledger: Ledger, context: RunContext) -> None:
     try:
         await context.target.refresh()
     except TargetMissing as error:
-        raise RefusedError(error.what, error.remedy) from None
+        raise RefusedError(error.message, error.remedy) from None
     except GitError as error:
         if reports_hub_damage(context.hub, error.stderr):
-            what = f"the internal repository {context.hub.root} is damaged: {error.stderr}"
-            raise RefusedError(what, "move it away and start a new run; landed commits stay on their targets") from None
+            message = f"the internal repository {context.hub.root} is damaged: {error.stderr}"
+            raise RefusedError(
+                message, "move it away and start a new run; landed commits stay on their targets"
+            ) from None
         raise to_unusable_error(error, "can't read the target", "retry when it is reachable") from None
     taken = await _take_over(ledger, context, counts=False)
     tasks = ledger.run.tasks if alone else taken

@@ -63,8 +63,8 @@ def parse_arguments(command: str, arguments: JsonObject) -> dict[str, Any]:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         location = ".".join(map(str, first["loc"]))
         known = ", ".join(model.model_fields) or "none"
-        what = f"invalid arguments for `{command}`: {f'{location}: ' if location else ''}{first['msg'].lower()}"
-        raise RefusedError(what, f"its arguments are: {known}") from None
+        message = f"invalid arguments for `{command}`: {f'{location}: ' if location else ''}{first['msg'].lower()}"
+        raise RefusedError(message, f"its arguments are: {known}") from None
     given = {name: getattr(parsed, name) for name in parsed.model_fields_set}
     return {name: value for name, value in given.items() if value is not None or model.model_fields[name].is_required()}
 

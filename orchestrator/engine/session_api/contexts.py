@@ -132,13 +132,13 @@ class SessionContexts:
         return await self._note(session, {"files": tuple(sorted(files))})
 
     @asynccontextmanager
-    async def waiting(self, session: SessionName, what: str) -> AsyncIterator[None]:
+    async def waiting(self, session: SessionName, message: str) -> AsyncIterator[None]:
         """Record a session as waiting within the body.
 
         Afterwards restore its status, unless it has reported another.
         """
         before = self._owned(session).context
-        await self._note(session, {"status": SessionStatus.WAITING, "blocked_on": what})
+        await self._note(session, {"status": SessionStatus.WAITING, "blocked_on": message})
         try:
             yield
         finally:

@@ -123,8 +123,8 @@ class SessionLocks:
             async with self._contexts.waiting(session, f"{conflict.wanted} (held by {conflict.holder.task})"):
                 conflict = await acquire(wait=left, also=self._files.list_waits)
         if conflict is not None:
-            what = f"{conflict.describe()} since {format_local_time(conflict.since)}"
-            raise RefusedError(what, "work on something else, or request it with a longer wait")
+            message = f"{conflict.describe()} since {format_local_time(conflict.since)}"
+            raise RefusedError(message, "work on something else, or request it with a longer wait")
 
     async def _lock_files(self, session: SessionName, paths: Sequence[str], until: float) -> None:
         try:

@@ -49,12 +49,12 @@ class WriteQuota:
         if account.total + size > limits["session"]:
             raise RefusedError(f"this session has reached its limit of {_mib(limits['session'])} of state", _REMEDY)
         if self._runs.get(session.run, 0) + size > limits["run"]:
-            what = f"the sessions of run {session.run} have reached their limit of {_mib(limits['run'])} of state"
-            raise RefusedError(what, _REMEDY)
+            message = f"the sessions of run {session.run} have reached their limit of {_mib(limits['run'])} of state"
+            raise RefusedError(message, _REMEDY)
         if size > account.available:
             seconds = max(1, round((size - account.available) / limits["rate"]))
-            what = f"this session exceeds its rate limit of {limits['rate'] >> 10} KiB of state per second"
-            raise RefusedError(what, f"retry in {seconds} s, and write less at once")
+            message = f"this session exceeds its rate limit of {limits['rate'] >> 10} KiB of state per second"
+            raise RefusedError(message, f"retry in {seconds} s, and write less at once")
         account.available -= size
         account.total += size
         self._runs[session.run] = self._runs.get(session.run, 0) + size

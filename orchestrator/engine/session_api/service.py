@@ -151,5 +151,5 @@ class SessionService:
         try:
             return await handler(active, **parse_arguments(command, redacted))
         except LeaseLost:
-            what = f"task {session.task} was taken over by another process"
-            raise RefusedError(what, "stop working: further work of this session can't land") from None
+            message = f"task {session.task} was taken over by another process"
+            raise RefusedError(message, "stop working: further work of this session can't land") from None

@@ -174,9 +174,9 @@ class SharedValues:
         sizes[name] = size
         if len(sizes) > MAX_KEYS or sum(sizes.values()) > MAX_BYTES:
             key = name.id.removeprefix(f"{self._run}/")
-            what = f"can't store {key}: run {self._run} already has {len(sizes) - 1} other shared values"
+            message = f"can't store {key}: run {self._run} already has {len(sizes) - 1} other shared values"
             limits = f"limits: {MAX_KEYS} values, {MAX_BYTES >> 20} MiB in total"
-            raise RefusedError(f"{what} ({limits})", "reuse a key, or share less text")
+            raise RefusedError(f"{message} ({limits})", "reuse a key, or share less text")
 
     async def _version_at(self, name: Key, position: int) -> int:
         """Return the version that a commit created.
@@ -254,5 +254,5 @@ def _entry(key: str, document: Document) -> SharedEntry:
 
 def _version_conflict(key: str, expected: int, actual: int) -> RefusedError:
     state = f"is at version {actual}" if actual else "has no value"
-    what = f"{key} {state}, not at version {expected}" if expected else f"{key} {state}, but was expected to be new"
-    return RefusedError(what, "get the current value, and put a new one based on it")
+    message = f"{key} {state}, not at version {expected}" if expected else f"{key} {state}, but was expected to be new"
+    return RefusedError(message, "get the current value, and put a new one based on it")

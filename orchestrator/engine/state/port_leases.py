@@ -54,12 +54,12 @@ class PortLease:
 
     They belong to the slot as long as it exists. `name` is a valid name for a host, a database or a Compose project:
     lower-case letters, digits and `-`, at most 40 characters, starting with a letter. `ports` are consecutive. If the
-    previous block was replaced because another program uses some of its ports, `lost` are these ports.
+    previous block was replaced because another program uses some of its ports, `conflicting` are these ports.
     """
 
     name: str
     ports: tuple[int, ...] = ()
-    lost: tuple[int, ...] = ()
+    conflicting: tuple[int, ...] = ()
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables for the commands and sessions of a slot."""
@@ -86,16 +86,16 @@ class PortLeases:
         if self._count == 0:
             await self.release(slot)
             return PortLease(_name(slot))
-        lost: set[int] = set()
+        conflicting: set[int] = set()
         async with FileLock(_home(slot) / _LOCK).hold():
             previous = await anyio.to_thread.run_sync(_read, slot)
             while True:
                 documents = await _documents(self._store)
                 lease = await anyio.to_thread.run_sync(self._settle, slot, documents)
-                lost.update(lease.lost)
+                conflicting.update(lease.conflicting)
                 with suppress(VersionConflict):  # a run of another home was first: retry
                     await self._record(slot, lease, documents, rewrite=not previous)
-                    return replace(lease, lost=tuple(port for port in previous if port in lost))
+                    return replace(lease, conflicting=tuple(port for port in previous if port in conflicting))
 
     async def release(self, slot: Path) -> None:
         """Release the lease of a slot, if any.
@@ -115,18 +115,18 @@ class PortLeases:
         previous = _read(slot) or tuple(
             sorted(port for port, document in documents.items() if _holder(document) == slot)
         )
-        lost: tuple[int, ...] = ()
+        conflicting: tuple[int, ...] = ()
         if len(previous) == self._count and all(port in self._ports for port in previous):
-            lost = tuple(port for port in previous if port in taken) or ports_in_use(previous)
-            if not lost:
+            conflicting = tuple(port for port in previous if port in taken) or ports_in_use(previous)
+            if not conflicting:
                 lease = PortLease(_name(slot), previous)
                 _write(slot, lease)
                 return lease
-        block = find_free_block(self._ports, self._count, _first_position(slot), taken.union(lost))
+        block = find_free_block(self._ports, self._count, _first_position(slot), taken.union(conflicting))
         if block is None:
             message = f"no {self._count} consecutive ports are free from {self._ports.start} to {self._ports.stop - 1}"
             raise RefusedError(message, "lower `ports` or `max` under `worktrees`")
-        lease = PortLease(_name(slot), tuple(block), lost)
+        lease = PortLease(_name(slot), tuple(block), conflicting)
         _write(slot, lease)
         return lease
 

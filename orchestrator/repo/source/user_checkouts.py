@@ -108,16 +108,16 @@ async def find_checkout(repository: LocalRepository, branch: str, git: Git) -> P
             checkouts.append(Path(attributes["worktree"]))
     for checkout in checkouts[:1]:
         if not await anyio.Path(checkout).is_dir():
-            what = f"{branch!r} is checked out in {checkout}, which does not exist"
-            raise RefusedError(what, "run `git worktree prune` in the repository")
+            message = f"{branch!r} is checked out in {checkout}, which does not exist"
+            raise RefusedError(message, "run `git worktree prune` in the repository")
         if not await anyio.Path(checkout, ".git").exists():  # git lists the git directory instead of the checkout
-            what = f"{branch!r} is checked out, but a push can't update the checkout of {checkout}"
+            message = f"{branch!r} is checked out, but a push can't update the checkout of {checkout}"
             reason = "its git directory is outside the checkout, because of a submodule or `--separate-git-dir`"
-            raise RefusedError(f"{what}: {reason}", "set `target` to a branch that is not checked out")
+            raise RefusedError(f"{message}: {reason}", "set `target` to a branch that is not checked out")
     for another in checkouts[1:]:
         if await anyio.Path(another).is_dir():
-            what = f"{branch!r} is checked out in {checkouts[0]} and in {another}, and a landing can update only one"
-            raise RefusedError(what, f"run `git -C {shlex.quote(str(another))} switch --detach`")
+            message = f"{branch!r} is checked out in {checkouts[0]} and in {another}, and a landing can update only one"
+            raise RefusedError(message, f"run `git -C {shlex.quote(str(another))} switch --detach`")
     return checkouts[0] if checkouts else None
 
 

@@ -35,12 +35,12 @@ class ProvisionFailure:
     `exhausted` means a possibly temporary lack of memory, disk, processes or descriptors.
     """
 
-    what: str
+    message: str
     remedy: str
     exhausted: bool = False
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.remedy}"
+        return f"{self.message}: {self.remedy}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,8 @@ class Provisions:
                     await anyio.to_thread.run_sync(target.symlink_to, original)
                     readable.append(Path(original))
             except (OSError, GitError) as error:
-                what, remedy = f"can't provide {path!r} in a worktree: {error}", f"check {self.checkout / path}"
-                return ProvisionFailure(what, remedy, is_resource_exhaustion(error))
+                message, remedy = f"can't provide {path!r} in a worktree: {error}", f"check {self.checkout / path}"
+                return ProvisionFailure(message, remedy, is_resource_exhaustion(error))
         return PathAccess(readable=tuple(readable))
 
     async def secrets(self) -> frozenset[str]:

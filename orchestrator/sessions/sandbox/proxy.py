@@ -80,13 +80,13 @@ class ProxyTimeouts:
 
 
 class _RefusedRequest(Exception):
-    def __init__(self, status: HTTPStatus, what: str, *headers: str) -> None:
-        super().__init__(what)
-        self.status, self.what, self.headers = status, what, headers
+    def __init__(self, status: HTTPStatus, message: str, *headers: str) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers
 
     @property
     def response(self) -> bytes:
-        body = f"council: {self.what}\n".encode()
+        body = f"council: {self.message}\n".encode()
         lines = (
             f"HTTP/1.1 {self.status.value} {self.status.phrase}",
             *self.headers,
@@ -204,8 +204,8 @@ class Proxy:
         except anyio.DelimiterNotFound:
             head = b" " * (MAX_HEAD_BYTES + 1)
         if len(head) > MAX_HEAD_BYTES:
-            what = f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"
-            raise _RefusedRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, what)
+            message = f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"
+            raise _RefusedRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
         return head
 
     async def _connect(self, request: _Request) -> anyio.abc.SocketStream:
@@ -218,8 +218,8 @@ class Proxy:
         addresses = addresses_to_try(self._entries, host, port, await self._look_up(host, shown))
         if not addresses:
             self._note(shown)
-            what = f"{shown} has a non-public address: add the address itself to `network.allow`"
-            raise _RefusedRequest(HTTPStatus.FORBIDDEN, what)
+            message = f"{shown} has a non-public address: add the address itself to `network.allow`"
+            raise _RefusedRequest(HTTPStatus.FORBIDDEN, message)
         reason = ""
         for address in addresses[:_MAX_ADDRESSES]:
             try:
@@ -243,8 +243,8 @@ class Proxy:
                 async with self._lookups:
                     return await self.resolve(host)
         except (OSError, UnicodeError, TimeoutError) as error:
-            what = f"can't connect to {shown}: name lookup failed ({error})"
-            raise _RefusedRequest(HTTPStatus.BAD_GATEWAY, what) from None
+            message = f"can't connect to {shown}: name lookup failed ({error})"
+            raise _RefusedRequest(HTTPStatus.BAD_GATEWAY, message) from None
 
     def _note(self, shown: str) -> None:
         if len(self.denied) < _MAX_DENIED:
@@ -339,5 +339,5 @@ def _build_forwarded_head(first: str, authority: str, headers: Sequence[tuple[st
     return "\r\n".join(lines).encode("ascii"), int(lengths[0]) if lengths else 0
 
 
-def _bad_request(what: str) -> _RefusedRequest:
-    return _RefusedRequest(HTTPStatus.BAD_REQUEST, what)
+def _bad_request(message: str) -> _RefusedRequest:
+    return _RefusedRequest(HTTPStatus.BAD_REQUEST, message)

@@ -114,8 +114,8 @@ def _overlay_settings(settings: SettingsOverlay, environ: Mapping[str, str]) -> 
         try:
             base = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
-            what = f"{file} is not valid JSON, so the settings of a session can't be merged into it"
-            raise RefusedError(what, f"fix it (JSON has no comments), or {_SHARE}") from None
+            message = f"{file} is not valid JSON, so the settings of a session can't be merged into it"
+            raise RefusedError(message, f"fix it (JSON has no comments), or {_SHARE}") from None
     merged = _merge(base if isinstance(base, dict) else {}, settings.overrides)
     return json.dumps(_merge(merged, settings.added, append_lists=True))
 

@@ -166,7 +166,7 @@ class WorktreeSetup:
             return ResourcesExhausted(str(error))
         installed = await self.provisions.install_into(slot.tree, commit, self.git)
         if isinstance(installed, ProvisionFailure):
-            text = f"{installed.what}: {installed.remedy}"
+            text = f"{installed.message}: {installed.remedy}"
             return ResourcesExhausted(text) if installed.exhausted else Failed(FailureClass.SETUP_FAILED, text)
         return PreparedWorktree(installed, variables)
 

@@ -163,7 +163,7 @@ class _RequestHandler:
                 "result": await self.session_service.handle(self.session, request.command, request.arguments),
             }
         except RefusedError as refused:
-            return _refusal(refused.what, refused.remedy)
+            return _refusal(refused.message, refused.remedy)
         except CouncilError as error:
             return _refusal(str(error), _FAULT_REMEDY)
         except Exception as error:  # noqa: BLE001  an internal error must not end the session
@@ -172,8 +172,8 @@ class _RequestHandler:
             return _refusal(_FAULT, _FAULT_REMEDY)
 
 
-def _refusal(what: str, remedy: str) -> JsonObject:
-    return {"ok": False, "error": what, "remedy": remedy}
+def _refusal(message: str, remedy: str) -> JsonObject:
+    return {"ok": False, "error": message, "remedy": remedy}
 
 
 async def _serve(listener: anyio.abc.SocketListener, handler: _RequestHandler) -> None:
@@ -202,8 +202,8 @@ async def _refuse_connection(stream: anyio.abc.SocketStream, handler: _RequestHa
     try:
         with anyio.move_on_after(_FOREIGN_TIMEOUT):
             await _read_line(stream)
-            what = "the request is not from this session: the session did not start this process"
-            await stream.send(_encoded(_refusal(what, OWN_COMMAND_REMEDY)))
+            message = "the request is not from this session: the session did not start this process"
+            await stream.send(_encoded(_refusal(message, OWN_COMMAND_REMEDY)))
     finally:
         handler.foreign.discard(stream)
 

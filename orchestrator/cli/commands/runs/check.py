@@ -36,7 +36,7 @@ async def check(context: CouncilContext, run: str | None) -> int:
 
 def _lines(found: RunVerification) -> Iterator[str]:
     for violation in found.violations:
-        yield f"{violation.rule}  {one_line(violation.location)}: {one_line(violation.what)}"
+        yield f"{violation.rule}  {one_line(violation.location)}: {one_line(violation.message)}"
         yield f"  → {one_line(violation.remedy)}"
     for task in found.tasks:
         for one in task.skipped_checks:

@@ -10,7 +10,7 @@ import click
 
 from orchestrator.cli.core.command import CouncilContext, council_command, run_argument
 from orchestrator.cli.render.next_steps import Step, halt_steps, run_step
-from orchestrator.cli.render.overview import metrics_line
+from orchestrator.cli.render.run_summary import metrics_line
 from orchestrator.cli.render.text import wrapped
 from orchestrator.engine.reports.report import RunReport
 

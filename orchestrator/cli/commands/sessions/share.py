@@ -65,7 +65,7 @@ async def _perform_outside_session(
     try:
         arguments = resolve_arguments(asked, words)
     except SessionRequestError as error:
-        raise RefusedError(error.what, error.remedy) from None
+        raise RefusedError(error.message, error.remedy) from None
     async with open_council(context) as opened:
         result = await _result(opened.council, asked, arguments, run)
     if context.output.as_json:

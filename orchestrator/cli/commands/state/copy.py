@@ -123,7 +123,7 @@ async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult
         find_project(Path())
     except RefusedError as error:
         remedy = "cd to the root of the repository, and name its store: `--state .council/state`"
-        raise RefusedError(error.what, remedy) from None
+        raise RefusedError(error.message, remedy) from None
     async with open_council(context) as opened:
         return await opened.council.state.import_from(file)
 

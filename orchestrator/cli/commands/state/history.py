@@ -29,7 +29,7 @@ from orchestrator.cli.render.documents import (
     verification_json,
     verification_lines,
 )
-from orchestrator.cli.render.overview import overview_lines
+from orchestrator.cli.render.run_summary import run_summary_lines
 from orchestrator.domain.settings.quantities import parse_duration
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, DocumentVersion, Key
@@ -46,11 +46,11 @@ async def _find_run(council: Council, run: str | None) -> str | None:
 
 
 @click.command()
-@click.argument("moment", metavar="MOMENT")
+@click.argument("point", metavar="POINT")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 @_of_run
 @council_command(is_short_lived=True)
-async def at(context: CouncilContext, moment: str, keys: tuple[str, ...], run: str | None) -> None:
+async def at(context: CouncilContext, point: str, keys: tuple[str, ...], run: str | None) -> None:
     """Show the documents at a point in time.
 
     Without KEY, lists them; with KEY, prints their values. A key is kind/id. The newest run may be omitted from it, and
@@ -63,7 +63,7 @@ async def at(context: CouncilContext, moment: str, keys: tuple[str, ...], run: s
       council state at 120 'task/*' --json
     """
     past = context.council.history
-    position, only = await _resolve_position(past, moment), await _find_run(context.council, run)
+    position, only = await _resolve_position(past, point), await _find_run(context.council, run)
     found = await past.at(position, run=only, names=keys)
     context.answer_with_damage(lambda: state_json(found), state_lines(found, with_values=bool(keys)))
 
@@ -176,8 +176,8 @@ async def show(context: CouncilContext, run: str | None) -> None:
       council state show
       council state show 20260102-030405-ab12 --json
     """
-    found = await context.council.reports.overview(run)
-    context.answer_with_damage(found.to_json, overview_lines(found))
+    found = await context.council.reports.summary(run)
+    context.answer_with_damage(found.to_json, run_summary_lines(found))
 
 
 @click.command()

@@ -58,8 +58,8 @@ def _lines(locks: Sequence[LockStatus]) -> Iterator[str]:
     rows: list[Sequence[str]] = []
     for lock in locks:
         mode = "shared by" if lock.mode == "shared" else "held by"
-        what = ", ".join(lock.what)
-        about = () if lock.name.endswith(what) else (what,)
+        resources = ", ".join(lock.resources)
+        about = () if lock.name.endswith(resources) else (resources,)
         rows += [(lock.name, mode, _user(one), *about) for one in lock.holders]
         rows += [(lock.name, "awaited by", _user(one), ", ".join(one.wants)) for one in lock.waiters]
     yield from align_columns(rows)

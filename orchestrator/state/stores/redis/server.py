@@ -174,7 +174,7 @@ def translated(address: Address, *, refuse_denied: bool = False) -> Iterator[Non
     except exceptions.RedisError as error:
         found = to_store_error(address, error)
         if refuse_denied and _is_denied(error):
-            raise RefusedError(found.what, found.remedy) from None
+            raise RefusedError(found.message, found.remedy) from None
         raise found from error
 
 

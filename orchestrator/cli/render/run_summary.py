@@ -23,18 +23,18 @@ from orchestrator.system.instants import format_local_time
 if TYPE_CHECKING:
     from orchestrator.domain.runs.metrics import Metrics
     from orchestrator.domain.runs.model import RunDocument
-    from orchestrator.engine.reports.overview import RunOverview
     from orchestrator.engine.reports.report import RunReport
+    from orchestrator.engine.reports.run_summary import RunSummary
     from orchestrator.engine.reports.task_report import TaskReport
 
 
-def overview_lines(overview: RunOverview) -> Iterator[str]:
+def run_summary_lines(summary: RunSummary) -> Iterator[str]:
     """Yield a run's state, options, tasks, active sessions, newest events and metrics."""
-    yield run_summary(overview.report)
-    yield from align_columns(_options(overview.record.run), "  ")
+    yield run_summary(summary.report)
+    yield from align_columns(_options(summary.record.run), "  ")
     yield "tasks"
-    yield from described([_task(task, overview) for task in overview.report.tasks], "  ")
-    if overview.sessions:
+    yield from described([_task(task, summary) for task in summary.report.tasks], "  ")
+    if summary.sessions:
         yield "active sessions"
         yield from align_columns(
             [
@@ -45,15 +45,15 @@ def overview_lines(overview: RunOverview) -> Iterator[str]:
                     f"since {format_local_time(one.started)}",
                     one.worktree or "",
                 ]
-                for one in overview.sessions
+                for one in summary.sessions
             ],
             "  ",
         )
     yield "newest events"
-    rows = [[str(one.position), format_local_time(one.time), event_text(one.event)] for one in overview.events]
+    rows = [[str(one.position), format_local_time(one.time), event_text(one.event)] for one in summary.events]
     yield from align_columns(rows, "  ")
     yield "metrics"
-    yield from wrapped(metrics_line(overview.report, overview.metrics), head="  ", indent="    ")
+    yield from wrapped(metrics_line(summary.report, summary.metrics), head="  ", indent="    ")
 
 
 def _options(run: RunDocument) -> list[list[str]]:
@@ -79,19 +79,19 @@ def _options(run: RunDocument) -> list[list[str]]:
     return [[name, value] for name, value in fields.items() if value]
 
 
-def _task(task: TaskReport, overview: RunOverview) -> list[str]:
+def _task(task: TaskReport, summary: RunSummary) -> list[str]:
     attempts = f"{task.attempts} {'attempt' if task.attempts == 1 else 'attempts'}"
-    statuses = overview.phase_statuses(task.id)
+    statuses = summary.phase_statuses(task.id)
     phases = ", ".join(f"{phase} {format_visit(status)}" for phase, status in statuses.items())
-    minutes = overview.minutes.get(task.id)
+    minutes = summary.minutes.get(task.id)
     took = "" if minutes is None else format_elapsed(minutes * 60)
     kept = "" if task.branch is None else f"saved as {salvage_name(task.branch)}"
     where = [f"landed as {task.landed[:10]}" if task.landed else kept]
     if task.pull_request is not None:
         where.append(f"pull request {task.pull_request}")
     why = "" if task.landed or task.reason is None else one_line(task.reason)
-    rest = "; ".join(filter(None, [*where, overview.worktrees.get(task.id), why]))
-    return [short_name(task.id), format_state(task.status, overview.report), attempts, phases, took, rest]
+    rest = "; ".join(filter(None, [*where, summary.worktrees.get(task.id), why]))
+    return [short_name(task.id), format_state(task.status, summary.report), attempts, phases, took, rest]
 
 
 def metrics_line(report: RunReport, metrics: Metrics) -> str:

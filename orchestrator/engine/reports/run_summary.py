@@ -18,7 +18,7 @@ _NOT_OPTIONS = {"id", "tasks", "started", "ended", "imported"}
 
 
 @dataclass(frozen=True, slots=True)
-class RunOverview:
+class RunSummary:
     """The current state of a run."""
 
     record: RunRecord
@@ -88,14 +88,14 @@ def landing_times(tasks: Mapping[str, TaskDocument], documents: Mapping[str, Doc
     return {task: time for task, time in times.items() if time is not None}
 
 
-def build_overview(
+def build_run_summary(
     record: RunRecord,
     report: RunReport,
     landed_at: Mapping[str, float],
     worktrees: Mapping[str, str],
     events: Sequence[RecordedEvent],
     active: ActiveTime,
-) -> RunOverview:
+) -> RunSummary:
     """Summarize a run; `landed_at` has the landing times (wall-clock seconds) by task."""
     minutes = {
         task: taken
@@ -107,4 +107,4 @@ def build_overview(
     ]
     sessions = [one for one in reported if one is not None] if report.status is RunStatus.RUNNING else []
     metrics = compute_metrics(record.tasks, landed_at, active)
-    return RunOverview(record, report, worktrees, minutes, sessions, events, metrics)
+    return RunSummary(record, report, worktrees, minutes, sessions, events, metrics)
