@@ -180,7 +180,12 @@ async def test_workers_survive_an_outage_longer_than_their_leases(repository: Re
     repository.environ["COUNCIL_STATE"] = url = server.url()
     gate = repository.spawns.parent / "gate"
     tasks = [{"id": f"t{number}", "prompt": f"await {gate}\nwrite {number}.txt x"} for number in range(4)]
-    timing = {"heartbeat_interval": "2s", "stale_after": "6s", "owner_stale_after": "6s", "sweep_interval": "500ms"}
+    timing = {
+        "heartbeat_interval": "2s",
+        "stale_after": "6s",
+        "owner_stale_after": "6s",
+        "stale_check_interval": "500ms",
+    }
     config = repository.configure(tasks, capacity=2, coordination=timing)
     children = [repository.start("run", str(config), "--json")]
     await to_thread.run_sync(wait_for, repository.spawns.exists)
@@ -233,7 +238,7 @@ async def test_run_continues_without_its_server(repository: Repository, server: 
     assert not list((repository.top / ".council" / "outage").glob("*"))
 
 
-@pytest.mark.extended_but_first
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "postgresql://admin@127.0.0.1:1/postgres"])
 def test_command_without_its_server_fails_with_the_fix(repository: Repository, url: str) -> None:
     """In one line, which names the server."""
