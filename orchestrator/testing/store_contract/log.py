@@ -142,6 +142,15 @@ class LogContract(StoreSuite):
             assert found is not None
             assert found.version == 3
 
+    async def test_compaction_without_old_commits_prunes_nothing(self) -> None:
+        """The whole log stays readable."""
+        async with self.open_store() as store:
+            for number in range(3 * VERSIONS_KEPT):
+                await store.commit(make_commit(TASK, number, {"n": number}))
+            assert (await store.compact(0.0, 1_000_000_000)).first == 0
+            left = await watch(store, 0, 3 * VERSIONS_KEPT)
+            assert [record.position for record in left] == list(range(1, 3 * VERSIONS_KEPT + 1))
+
     async def test_valid_store_is_verified_and_not_repaired(self) -> None:
         """Both report a valid store, and the repair adds no commit."""
         async with self.open_store() as store:

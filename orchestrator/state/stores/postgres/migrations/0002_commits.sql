@@ -129,7 +129,9 @@ DECLARE
 BEGIN
     SELECT h.bytes INTO _before FROM {schema}.head h;
     IF pg_try_advisory_xact_lock('{schema}.log'::regclass::oid::bigint) THEN
+        -- Without the zero, nothing to prune would be NULL, which least() ignores: it would prune everything.
         SELECT greatest(h.first, least(h.position - 1, greatest(
+            0,
             (SELECT l.position FROM {schema}.log l WHERE l.time < _older_than ORDER BY l.position DESC LIMIT 1),
             (SELECT kept.position FROM (
                 SELECT l.position, sum(l.bytes) OVER (ORDER BY l.position DESC) AS bytes FROM {schema}.log l
