@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
-
 from orchestrator.domain.documents.delta import (
     Delta,
     Modified,
-    apply_delta,
     compute_delta,
     delta_to_json,
     format_delta,
-    revert_delta,
 )
-from orchestrator.errors import RefusedError
+from tests.deltas import apply_delta, revert_delta
 
 OLD = {
     "status": "running",
@@ -100,40 +94,3 @@ def test_exported_delta_is_plain_json() -> None:
         "modified": [{"path": ["z"], "old": 1, "new": 3}],
         "removed": [],
     }
-
-
-@pytest.mark.parametrize(
-    ("document", "what"),
-    [
-        ({"a": 2, "l": [{}]}, "a is 2, not 1"),
-        ({"a": 1, "l": [{}], "n": None}, "n is null, not absent"),
-        ({"l": [{}]}, "a is absent, not 1"),
-        ({"a": 1, "l": [{}, {}]}, "l[1] is {}, not absent"),
-        ({"a": 1, "l": []}, "can't insert l[1]"),
-        ({"a": 1, "l": {}}, "can't insert l[1]"),
-    ],
-)
-def test_delta_of_another_version_is_rejected(document: dict[str, Any], what: str) -> None:
-    """The error names the first difference, and the document is unchanged."""
-    delta = compute_delta({"a": 1, "l": [{}]}, {"a": 3, "l": [{}, {}], "n": 4})
-    with pytest.raises(RefusedError) as caught:
-        apply_delta(document, delta)
-    assert caught.value.message == what
-
-
-def test_rest_of_a_longer_list_is_kept() -> None:
-    """Records removed at the end are not removed elsewhere."""
-    delta = compute_delta({"l": [{}, {}]}, {"l": [{}]})
-    with pytest.raises(RefusedError) as caught:
-        apply_delta({"l": [{}, {}, {"n": 1}]}, delta)
-    assert caught.value.message == "l[1] is not the last item"
-
-
-def test_field_of_a_non_object_is_rejected() -> None:
-    """Text and lists have no fields."""
-    delta = compute_delta({"x": {}}, {"x": {"y": 1}})
-    others: list[Any] = [5, [], None]
-    for value in others:
-        with pytest.raises(RefusedError) as caught:
-            apply_delta({"x": value}, delta)
-        assert caught.value.message == "can't insert x.y"

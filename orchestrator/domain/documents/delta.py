@@ -1,4 +1,4 @@
-"""Compute, apply and format the difference between two versions of a document.
+"""Compute and format the difference between two versions of a document.
 
 Objects are compared member by member. Lists are compared item by item if all items of both versions are objects: such
 lists are records that grow at the end and change in place. Any other list is compared as one value.
@@ -9,12 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
-
-from orchestrator.errors import RefusedError
 
 Path = tuple[str | int, ...]
 """Member names and item indexes that lead to a value; the document itself has the empty path."""
@@ -62,27 +59,6 @@ def compute_delta(old: dict[str, Any], new: dict[str, Any]) -> Delta:
         {path: change for path, change in changes.items() if _ABSENT not in (change.old, change.new)},
         {path: change.old for path, change in changes.items() if change.new is _ABSENT},
     )
-
-
-def apply_delta(old: dict[str, Any], delta: Delta) -> dict[str, Any]:
-    """Return the new version of a document; `old` is not changed.
-
-    Raises RefusedError if the delta was not computed from `old`.
-    """
-    made = deepcopy(old)
-    for path, value in reversed(list(delta.removed.items())):  # the last item of a list first
-        _set(made, path, value, _ABSENT)
-    for path, (before, after) in delta.modified.items():
-        _set(made, path, before, after)
-    for path, value in delta.added.items():
-        _set(made, path, _ABSENT, value)
-    return made
-
-
-def revert_delta(new: dict[str, Any], delta: Delta) -> dict[str, Any]:
-    """Return a document's old version; raise RefusedError as `apply_delta` does."""
-    inverted = {path: Modified(after, before) for path, (before, after) in delta.modified.items()}
-    return apply_delta(new, Delta(delta.removed, inverted, delta.added))
 
 
 def format_delta(delta: Delta, longest: int = MAX_SHOWN_CHARS) -> list[str]:
@@ -140,39 +116,6 @@ def _same(old: Any, new: Any) -> bool:
         return False
     # In Python, 1 == 1.0 == True; their JSON texts differ.
     return json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
-
-
-def _set(document: dict[str, Any], path: Path, old: Any, new: Any) -> None:
-    """Replace the value at a path with a copy of `new`; both values may be absent."""
-    container: Any = document
-    for step in path[:-1]:
-        container = _at(container, step)
-    step, found = path[-1], _at(container, path[-1])
-    remedy = "apply a delta only to the version that it was computed from"
-    if found is not old and not _same(found, old):
-        actual, expected = (_format_value(value, MAX_SHOWN_CHARS) for value in (found, old))
-        raise RefusedError(f"{format_path(path)} is {actual}, not {expected}", remedy)
-    if not _is_applicable(container, step, old, new):
-        where = format_path(path)
-        raise RefusedError(f"can't insert {where}" if old is _ABSENT else f"{where} is not the last item", remedy)
-    if new is _ABSENT:
-        del container[step]
-    elif isinstance(container, list) and old is _ABSENT:
-        container.append(deepcopy(new))
-    else:
-        container[step] = deepcopy(new)
-
-
-def _is_applicable(container: Any, step: str | int, old: Any, new: Any) -> bool:
-    if isinstance(container, list) and _ABSENT in (old, new):  # lists grow and shrink at their end
-        return step == len(container) - (new is _ABSENT)
-    return isinstance(container, dict) == isinstance(step, str)
-
-
-def _at(container: Any, step: str | int) -> Any:
-    if isinstance(container, list) and isinstance(step, int):
-        return container[step] if step < len(container) else _ABSENT
-    return container.get(step, _ABSENT) if isinstance(container, dict) else _ABSENT
 
 
 def _format_value(value: Any, longest: int) -> str:
