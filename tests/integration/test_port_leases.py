@@ -31,6 +31,7 @@ from orchestrator.engine.state.port_leases import (
 )
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Commit, Key, Store, Write
+from orchestrator.state.documents.validation import verify_store
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from tests.store_kinds import ALL_KINDS, SERVERS, empty_state, open_kind
@@ -327,6 +328,12 @@ async def test_ports_of_a_live_slot_are_not_taken_over(store: Store, ports: rang
     assert not set(again.ports) & set(before.ports)
     assert await leases.lease(theirs) == before
     assert await recorded(store) == expected({ours: again, theirs: before})
+
+
+async def test_lease_is_a_valid_document(ports: range, tmp_path: Path) -> None:
+    store = MemoryStore(SystemClock())
+    await leases_of(store, ports).lease(make_slot(tmp_path, 0))
+    assert (await verify_store(store)).unreadable == {}
 
 
 async def test_stale_leases_are_found_and_removed(store: Store, ports: range, tmp_path: Path) -> None:
