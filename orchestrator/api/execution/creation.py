@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 
+import anyio
 import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
@@ -23,15 +26,18 @@ from orchestrator.engine.diagnostics.preflight import (
 from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.state.merge_run import MERGE_TASK, build_merge_run
 from orchestrator.engine.state.records import new_run_id, read_specs, record_new_run
-from orchestrator.engine.trackers import fetch_tracked_tasks
-from orchestrator.errors import NothingToMerge, RefusedError
+from orchestrator.errors import NothingToMerge, PluginFailed, RefusedError, plugin_code
 from orchestrator.plugins import Plugins
 from orchestrator.project import council_home, exclude_from_git
+from orchestrator.protocols import TrackedTask, Tracker
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import internal_ref_name, work_branch_name
 from orchestrator.repo.worktrees.origin import StoreLocation
 from orchestrator.state.log.identity import record_store_use
+
+#: The timeout of a tracker, in seconds.
+FETCH_TIMEOUT = 60.0
 
 
 async def create_run(
@@ -89,14 +95,32 @@ async def add_open_tracked_tasks(config: RunConfig, plugins: Plugins) -> RunConf
     if not config.trackers:
         return config
     stored = {name: tracker.to_stored() for name, tracker in config.trackers.items()}
-    tracked = await fetch_tracked_tasks(
-        {name: partial(plugins.open, "tracker", name, tracker) for name, tracker in stored.items()}
-    )
+    tracked = {
+        name: await _fetch_tracked_tasks(name, partial(plugins.open, "tracker", name, tracker))
+        for name, tracker in stored.items()
+    }
     config = add_tracked_tasks(config, tracked, plugins.adapters)
     if not config.tasks:
         names = ", ".join(map(repr, tracked))
         raise RefusedError(f"nothing to do: no open task in {names}", "add a task, or try again later")
     return config
+
+
+async def _fetch_tracked_tasks(
+    name: str, open_tracker: Callable[[], AbstractAsyncContextManager[Tracker]]
+) -> Sequence[TrackedTask]:
+    """Return the open tasks of a tracker; raise RefusedError if it can't list them."""
+    remedy = "fix the tracker, or remove it from the file"
+    try:
+        with plugin_code(RefusedError, TimeoutError), anyio.fail_after(FETCH_TIMEOUT):
+            async with open_tracker() as tracker:
+                return [TrackedTask(task.id, task.prompt, tuple(task.needs)) for task in await tracker.tasks()]
+    except RefusedError as error:
+        raise RefusedError(f"tracker {name!r}: {error.message}", error.remedy) from error
+    except TimeoutError as error:
+        raise RefusedError(f"tracker {name!r} did not list its tasks within {FETCH_TIMEOUT:g} s", remedy) from error
+    except PluginFailed as failed:
+        raise RefusedError(f"tracker {name!r} can't list its tasks: {failed}", remedy) from failed
 
 
 async def create_merge_run(context: ProjectContext, run: str) -> str:
