@@ -39,8 +39,8 @@ class WorkCollector:
     stopping: anyio.Event
     """Set to end retries."""
 
-    async def collect(self) -> tuple[CollectionResult, tuple[str, ...], TreeDiff | None]:
-        """Collect the session's work; return it with discarded paths and the changes.
+    async def collect(self) -> tuple[CollectionResult, TreeDiff | None]:
+        """Collect the session's work, and return it with the changes in its worktree.
 
         Retries while the machine lacks a resource. Raises GitError or OSError if the work can't be collected, or if
         the session is stopped during a retry wait.
@@ -58,7 +58,7 @@ class WorkCollector:
             with attempt:
                 diff = await self.checkout.compare()
                 work = await self._commit(diff)
-                return work, () if self.assignment.writes else await self._discard(work), diff
+                return work if self.assignment.writes else await self._discard(work), diff
         raise AssertionError("an attempt returns or raises")
 
     async def _wait(self, seconds: float) -> None:
@@ -75,14 +75,15 @@ class WorkCollector:
         git, worktree = self.tools.git, assignment.worktree
         return await collect_work(git, worktree, base, message, rules=rules, diff=diff)
 
-    async def _discard(self, work: CollectionResult) -> tuple[str, ...]:
-        """Discard the changes of a session without write permission; return their paths."""
+    async def _discard(self, work: CollectionResult) -> CollectionResult:
+        """Discard the changes of a session without write permission."""
         if work.commit is None:
-            return work.left_out
+            return replace(work, complete=True, discarded=work.left_out)
         assignment, git = self.assignment, self.tools.git
         changes = await git.changes(assignment.start or assignment.base, work.commit)
         await git("update-ref", "-d", f"refs/heads/{assignment.worktree.branch}")
-        return tuple(dict.fromkeys((*(printable_name(change.path) for change in changes), *work.left_out)))
+        paths = dict.fromkeys((*(printable_name(change.path) for change in changes), *work.left_out))
+        return replace(work, commit=None, complete=True, discarded=tuple(paths))
 
 
 async def salvage_session(git: Git, worktree: Worktree, base: str, prompt: str, rules: IntakeRules) -> CollectionResult:

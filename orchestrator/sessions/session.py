@@ -20,6 +20,7 @@ from orchestrator.domain.runs.outcome import (
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.errors import GitError, LeaseLost, RefusedError, SessionError, is_resource_exhaustion
 from orchestrator.protocols import JsonObject
+from orchestrator.repo.intake.collect import CollectionResult
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.checkouts import HeldSlot
 from orchestrator.repo.worktrees.files.change_detection import TreeDiff
@@ -38,22 +39,16 @@ from orchestrator.system.process import kill_by_environment
 from orchestrator.system.resources import is_disk_full
 
 _STOPPED = ProcessExit(None, None, "stop", None)
+_NOTHING, _UNCOLLECTED = CollectionResult(None), CollectionResult(None, complete=False)
 
 
 @dataclass(frozen=True, slots=True)
 class SessionResult:
-    """The outcome of a session and the branch with its work, if any.
-
-    `collected` is false if some files could not be committed; the worktree is then the only copy and must be
-    preserved. `salvaged` lists the refs that preserve the branches that the session created.
-    """
+    """The outcome of a session, its work, and the branch with the work, if any."""
 
     outcome: Outcome
+    work: CollectionResult = _NOTHING
     branch: str | None = None
-    collected: bool = True
-    salvaged: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    """The parts of the worktree that were not collected, with reasons."""
     faults: tuple[str, ...] = ()
     """Errors of the `after_run` commands."""
     session_api_faults: tuple[str, ...] = ()
@@ -65,8 +60,6 @@ class SessionResult:
     """The folder in which the program ran."""
     message: str = ""
     """The program's complete final message."""
-    discarded: tuple[str, ...] = ()
-    """The paths that a session without write permission changed."""
     failed_command: CommandFailed | None = None
     """The `until` command that failed on its work."""
     handoff_file: HandoffData | MalformedHandoff | None = None
@@ -125,7 +118,7 @@ class Session:
         except SessionError as error:
             await anyio.to_thread.run_sync(kill_by_environment, self.assignment.worktree.marker)
             # Unsupervised processes may still be writing to the worktree, so it can only be preserved.
-            return SessionResult(Failed(FailureClass.TRANSIENT, str(error)), collected=False)
+            return SessionResult(Failed(FailureClass.TRANSIENT, str(error)), _UNCOLLECTED)
         if self._checkout is None:
             return SessionResult(self._stopped_for or Interrupted("stopped before it started"))
         failpoint("session.ended")
@@ -141,10 +134,10 @@ class Session:
         faults = () if prepared is None else await self.tools.worktree_setup.run_after(worktree, prepared)
         collector = WorkCollector(self.tools, assignment, checkout, command.scratch_patterns, self._stopping)
         try:
-            work, discarded, self._tree_diff = await collector.collect()
+            work, self._tree_diff = await collector.collect()
         except (GitError, OSError) as error:
             reason = f"the work in {worktree.tree} could not be collected: {error}"
-            return SessionResult(Failed(FailureClass.TRANSIENT, reason), collected=False)
+            return SessionResult(Failed(FailureClass.TRANSIENT, reason), _UNCOLLECTED)
         outcome, transcript, message = await program.judge(exit_, work.commit, work.refused)
         if isinstance(outcome, Interrupted) and self._stopped_for is not None:
             outcome = self._stopped_for
@@ -152,17 +145,14 @@ class Session:
             outcome = ResourcesExhausted(f"the disk is full; the session failed: {outcome.reason}")
         return SessionResult(
             outcome,
-            branch=worktree.branch if work.commit and assignment.writes else None,
-            collected=work.complete or not assignment.writes,
-            salvaged=work.salvaged,
-            notes=work.notes,
+            work,
+            branch=worktree.branch if work.commit else None,
             faults=tuple(faults),
             session_api_faults=() if program.socket is None else tuple(program.socket.faults),
             denied_hosts=program.denied_hosts,
             transcript=transcript,
             folder=worktree.tree,
             message=message,
-            discarded=discarded,
         )
 
     async def release(self, *, saved: bool) -> None:

@@ -203,10 +203,10 @@ class AttemptRecorder:
             branch=finished.branch,
             outcome=event.outcome,
             reason=event.reason,
-            is_kept=not finished.collected,
+            is_kept=not finished.work.complete,
             folder=None if finished.folder is None else str(finished.folder),
             resumed=active.session.assignment.earlier_conversation is not None,
-            discarded=finished.discarded[:_MAX_DISCARDED_PATHS],
+            discarded=finished.work.discarded[:_MAX_DISCARDED_PATHS],
             denied_tools=finished.transcript.denials,
             **self.context.accounting.recorded(finished.transcript, document.attempts),
         )
@@ -219,7 +219,7 @@ class AttemptRecorder:
 def end_events(active: ActiveAttempt, finished: SessionResult) -> Iterator[TaskEvent]:
     """Yield the events that accompany the end of a session."""
     task, number = active.task, active.session.assignment.worktree.attempt
-    for ref in finished.salvaged:
+    for ref in finished.work.salvaged:
         yield TaskSalvaged(task=task, branch=ref)
     for fault in finished.faults:
         yield TaskAfterRunFailed(task=task, reason=fault)
@@ -229,8 +229,8 @@ def end_events(active: ActiveAttempt, finished: SessionResult) -> Iterator[TaskE
         yield TaskHostDenied(task=task, host=host)
     if (denials := finished.transcript.denials).count:
         yield TaskToolsDenied(task=task, attempt=number, count=denials.count, tools=denials.tools, reason=str(denials))
-    if finished.discarded:
-        yield TaskChangesDiscarded(task=task, attempt=number, paths=finished.discarded[:MAX_EVENT_PATHS])
-    if not finished.collected:
-        reason = "; ".join(("it has changes that are not on any branch", *finished.notes))
+    if discarded := finished.work.discarded:
+        yield TaskChangesDiscarded(task=task, attempt=number, paths=discarded[:MAX_EVENT_PATHS])
+    if not finished.work.complete:
+        reason = "; ".join(("it has changes that are not on any branch", *finished.work.notes))
         yield TaskWorktreePreserved(task=task, worktree=str(active.session.assignment.worktree.tree), reason=reason)

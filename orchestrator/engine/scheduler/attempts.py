@@ -118,22 +118,23 @@ class AttemptRunner:
         if active.spec.checks or active.next_phase.phase.until:
             self.pool.prewarm_checks(active.session.assignment.base)
         finished = self._apply_budget(active, await self._run(active))
-        if not finished.collected:
+        work = finished.work
+        if not work.complete:
             assignment = active.session.assignment
             notes = await try_to_preserve(self.context.git, assignment.worktree, assignment.start or assignment.base)
-            finished = replace(finished, notes=(*finished.notes, *notes))
+            finished = replace(finished, work=replace(work, notes=(*work.notes, *notes)))
         try:
             end = await self.recorder.record(active, finished)
         except ClaimLost as error:
             lost = TaskClaimLost(task=active.task, attempt=number, orchestrator=error.owner, branch=finished.branch)
             await self.ledger.note(lost)
-            await active.session.release(saved=finished.collected)
+            await active.session.release(saved=work.complete)
             return None
         failpoint("attempt.ended")
         await self.budgets.count(active.task, active.spec, self.ledger.task(active.task).attempts[number - 1])
         for event in end_events(active, finished):
             await self.ledger.note(event)
-        await active.session.release(saved=finished.collected)
+        await active.session.release(saved=work.complete)
         return end
 
     async def _begin(self, active: ActiveAttempt) -> bool:

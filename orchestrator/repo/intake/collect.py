@@ -41,7 +41,8 @@ class CollectionResult:
     `commit`: the commit with the changes, or None without changes. `refused`: the reason why it can't be landed, or
     None. `complete`: whether the trusted repository has all allowed work; if not, the worktree is the only copy of the
     rest. `left_out`: the paths of secrets and huge files excluded from the commit; a retry won't help. `salvaged`: the
-    refs created for commits that are not on any branch. `notes`: what else was not collected, with reasons.
+    refs created for commits that are not on any branch. `notes`: the parts of the worktree that were not collected,
+    with reasons. `discarded`: the paths that a session without write permission changed; nothing else of it is kept.
     """
 
     commit: str | None
@@ -50,6 +51,7 @@ class CollectionResult:
     left_out: tuple[str, ...] = ()
     salvaged: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    discarded: tuple[str, ...] = ()
 
 
 async def collect_work(
