@@ -422,6 +422,7 @@ async def test_worktree_with_a_secret_is_preserved_and_can_be_dropped(repository
     shown = repository.council("salvage", "show", "env/1").stdout
     assert "good.txt" in shown
     assert ".env" not in shown
+    assert f"copy files from {kept[1]['worktree']}" in repository.council("salvage", "apply", "env/1/worktree").stderr
     assert repository.council("salvage", "drop", "--yes", "env/1/worktree").code == 0
     assert not Path(kept[1]["worktree"]).exists()
     for repository_path in (repository.top / ".git", Path(ended.result["repository"])):
@@ -988,9 +989,11 @@ def killed_with_work(repository: Repository) -> str:
 
 @pytest.mark.extended
 def test_diff_shows_the_worktree_of_a_killed_run(repository: Repository) -> None:
-    """The same diff as of the running session; `salvage list` names that worktree."""
-    killed_with_work(repository)
-    assert "t/1/worktree" in repository.council("salvage", "list").stdout
+    """The same diff as of the running session; `salvage list` names that worktree and that it is interrupted."""
+    run = killed_with_work(repository)
+    assert "t/1/worktree  task interrupted" in repository.council("salvage", "list").stdout
+    applied = repository.council("salvage", "apply", "t/1/worktree")
+    assert (applied.code, f"`council resume {run}` saves it" in applied.stderr) == (2, True), applied
     shown = repository.council("diff", "t")
     assert (shown.code, "+half" in shown.stdout) == (0, True), shown
 

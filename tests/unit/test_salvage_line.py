@@ -11,7 +11,7 @@ from orchestrator.cli.commands.runs.salvage import _applied, _lines
 @pytest.mark.parametrize("committed", [99_999_999_999_999, 2**63, -(2**63)])
 def test_commit_of_any_time_can_be_listed(committed: int) -> None:
     one = PreservedWork("build/1/other", "run", "build", "landed", "subject", "0" * 40, committed, None)
-    run, line = _lines([one])
+    run, line = _lines([one], {})
     assert (run, line.split()) == ("run run", ["build/1/other", "task", "landed", "?", "subject"])
 
 

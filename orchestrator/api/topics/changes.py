@@ -111,8 +111,10 @@ class TaskChanges(Topic):
         """
         run = await self._find(run)
         git, document = await self._git(run), await read_run(self._context.store, run)
-        if await self._preserved_worktree(run, name) is not None:
-            raise RefusedError(f"{name!r} is a worktree without a commit", "copy files from it manually")
+        if (worktree := await self._preserved_worktree(run, name)) is not None:
+            folder = (await self._describe_worktree(worktree)).worktree
+            remedy = f"`council resume {run}` saves it" if folder is None else f"copy files from {folder}"
+            raise RefusedError(f"{name!r} is a worktree without a commit", remedy)
         found = salvage.find_unmerged_work(await salvage.list_unmerged_work(git, run), name)
         environ = self._context.environ
         site = await find_run_repository(document.repo, is_url=document.is_url, environ=environ)

@@ -39,7 +39,7 @@ _MAX_COMMAND_CHARS = 80
 _GIT_TIMEOUT = 10.0  # seconds
 #: Lines and characters of the output tail in messages. Installers print the cause above their last lines.
 _TAIL_LINES, _TAIL_CHARS = 15, 2000
-_NOTE_PREFIXES = ("[notice]", "note:", "hint:")
+_NOTE_PREFIXES = ("[notice]", "npm notice", "note:", "hint:")
 _MAX_DENIED_HOSTS = 5  # in messages
 _MAX_NAMED_COMMANDS = 5  # in messages
 

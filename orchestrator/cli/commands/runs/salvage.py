@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import groupby
@@ -15,7 +15,9 @@ from orchestrator.cli.core.command import CouncilContext, council_command, run_o
 from orchestrator.cli.core.completion import complete_preserved_work
 from orchestrator.cli.core.confirm import confirm_action, yes_option
 from orchestrator.cli.core.group import SuggestingGroup
+from orchestrator.cli.render.result import format_state
 from orchestrator.cli.render.text import described
+from orchestrator.engine.reports.report import RunReport
 
 
 @click.group(cls=SuggestingGroup)
@@ -47,21 +49,23 @@ async def list_kept(context: CouncilContext, run: str | None) -> None:
       council salvage list --run 20260102-030405-ab12
     """
     council = context.council
-    names = [await council.runs.find(run)] if run else [one.run for one in await council.runs.list()][::-1]
+    reports = {one.run: one for one in await council.runs.list()}
+    names = [await council.runs.find(run)] if run else [*reports][::-1]
     found = [one for name in names for one in await council.changes.preserved(name)]
-    context.output.answer(lambda: {"preserved": [asdict(one) for one in found]}, _lines(found))
+    context.output.answer(lambda: {"preserved": [asdict(one) for one in found]}, _lines(found, reports))
     if not found:
         context.output.notice("no unmerged work" + (f" of run {names[0]}" if run else ""))
 
 
-def _lines(found: Sequence[PreservedWork]) -> Iterator[str]:
+def _lines(found: Sequence[PreservedWork], reports: Mapping[str, RunReport]) -> Iterator[str]:
     """Yield a line for each run, followed by a row for each piece of unmerged work."""
     for run, group in groupby(found, key=lambda one: one.run):
         yield f"run {run}"
+        report = reports.get(run)  # None: a part of the run is unreadable
         rows = [
             [
                 one.name,
-                f"task {one.status}",
+                f"task {one.status if report is None else format_state(one.status, report)}",
                 _local(one.committed) if one.committed else "",
                 one.worktree or one.subject,
             ]
