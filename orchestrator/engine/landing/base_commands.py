@@ -87,8 +87,8 @@ class BaseCommands:
     async def run(self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str) -> CheckResult:
         """Run commands on a commit; retry a few times if they could not complete."""
         # A separate folder per process avoids conflicts with leftovers of a killed or suspended process.
-        by = self.ledger.orchestrators.me.id.rpartition("-")[2]
-        check_args = (self.pool, self.ledger.run.id, task, _BASE_CHECK_ATTEMPT, spec, commands, by)
+        checker = self.ledger.orchestrators.me.id.rpartition("-")[2]
+        check_args = (self.pool, self.ledger.run.id, task, _BASE_CHECK_ATTEMPT, spec, commands, checker)
 
         async def check() -> CheckResult:
             return await self.context.checks(*check_args).run(commit, commit)

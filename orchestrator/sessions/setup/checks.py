@@ -103,9 +103,9 @@ class CheckRunner:
 
     async def _run_all(self, prepared: PreparedWorktree) -> CheckResult:
         shell = self._shell(prepared)
-        by = f".{self.worktree.checker}" if self.worktree.checker else ""
+        suffix = f".{self.worktree.checker}" if self.worktree.checker else ""
         for number, text in enumerate(self.commands, start=1):
-            log = log_path(self.logs, self.worktree.task, self.worktree.attempt, f"check{number}{by}")
+            log = log_path(self.logs, self.worktree.task, self.worktree.attempt, f"check{number}{suffix}")
             result = await shell.run(ShellCommand(text, log, self.timeout, "checks_timeout"))
             failpoint("check.ended")
             match result:
