@@ -307,6 +307,48 @@ class VerificationReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """The connections of this process to a store's server, without those that only wait for changes."""
+
+    size: int
+    max_size: int
+    in_use: int
+    waiting: int
+    """The calls that wait for a connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatistics:
+    """A replica of a store's server, as seen by the primary."""
+
+    name: str
+    state: str
+    """In the server's own words, such as `streaming` or `online`."""
+    is_synchronous: bool
+    """Whether durable commits wait for it."""
+    lag_bytes: int | None = None
+    """How much of the primary's log it has not confirmed yet; None if unknown."""
+    lag_seconds: float | None = None
+    """The age of its last confirmation (Redis), or its delay (PostgreSQL); None if unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatistics:
+    """The server of a store."""
+
+    version: str
+    """Its name and version."""
+    connections: int
+    """The connections of all programs."""
+    max_connections: int
+    pool: PoolStatistics
+    replicas: Sequence[ReplicaStatistics] = ()
+    problem: str = ""
+    """Why the server may lose commits or not accept them; empty if it does neither."""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStatistics:
     """The size of a store as of `position`; sizes are in bytes."""
 
@@ -322,10 +364,8 @@ class StoreStatistics:
     """Documents that have expired and have not been deleted or rewritten since."""
     large: Sequence[tuple[Key, int]] = ()
     """Documents larger than LARGE_DOCUMENT_BYTES with their sizes, largest first."""
-    server: str = ""
-    """The server on one line: version, latency, connections, replication; empty for a store without a server."""
-    server_problem: str = ""
-    """Why the server may lose commits or stop accepting them; empty if it will not."""
+    server: ServerStatistics | None = None
+    """The server; None for a store without one."""
 
 
 class DumpedDocument(NamedTuple):

@@ -30,8 +30,8 @@ GUARDED = "guarded"
 class PostgresServer:
     """A server of our own on this machine, which can be killed and restarted; it trusts all users but one."""
 
-    def __init__(self, programs: Path, **settings: str) -> None:
-        """Start a server of the folder `programs`, with these settings."""
+    def __init__(self, programs: Path, primary: PostgresServer | None = None, **settings: str) -> None:
+        """Start a server of the folder `programs`, with these settings; with `primary`, a standby of it."""
         self.folder = Path(tempfile.mkdtemp(prefix="council-postgres-"))
         self.programs, self.settings = programs, settings
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -40,9 +40,15 @@ class PostgresServer:
         if self.user is not None:
             os.chown(self.folder, NOBODY, NOBODY)
         self.process: subprocess.Popen[bytes] | None = None
-        self._run("initdb", "-D", str(self.data), "-U", ADMIN, "-E", "UTF8", "--locale=C", "-A", "trust", "--no-sync")
-        rules = f"host all {GUARDED} 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\n"
-        (self.data / "pg_hba.conf").write_text(rules)
+        if primary is None:
+            self._run(
+                "initdb", "-D", str(self.data), "-U", ADMIN, "-E", "UTF8", "--locale=C", "-A", "trust", "--no-sync"
+            )
+            hosts = (f"all {GUARDED} 127.0.0.1/32 scram-sha-256", "all,replication all 127.0.0.1/32 trust")
+            (self.data / "pg_hba.conf").write_text("".join(f"host {host}\n" for host in hosts))
+        else:
+            source = ("--host=127.0.0.1", f"--port={primary.port}", f"--username={ADMIN}", "--checkpoint=fast")
+            self._run("pg_basebackup", "-D", str(self.data), "--write-recovery-conf", "--no-sync", *source)
         self.start()
 
     @property
@@ -133,10 +139,10 @@ def temporary_url() -> Iterator[str]:
 
 
 @contextmanager
-def started_server(**settings: str) -> Iterator[PostgresServer]:
+def started_server(primary: PostgresServer | None = None, **settings: str) -> Iterator[PostgresServer]:
     """Start a server of the test's own, which it may kill and reconfigure; skips the test if there is no program."""
     with skipping(URL):
-        server = PostgresServer(require_programs(), **settings)
+        server = PostgresServer(require_programs(), primary, **settings)
     with closing(server):
         yield server
 

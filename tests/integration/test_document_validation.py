@@ -90,7 +90,7 @@ async def read_project(council: Council) -> None:
     await council.runs.list()
     await council.runs.list(active=True)
     await council.runs.newest()
-    assert await council.state.check_health()
+    assert (await council.state.check_health()).findings
     await council.state.compact()
     await council.state.verify()
     await council.state.conflicts()
@@ -280,7 +280,7 @@ async def test_unreadable_document_affects_its_run_only(council: Council, name: 
     assert "\n" not in "".join(refused)
     found = await council.state.verify()
     assert (list(found.unreadable), found.is_valid) == ([key], False)
-    assert str(key) in " ".join(f"{one.name} {one.message}" for one in await council.state.check_health())
+    assert str(key) in " ".join(f"{one.name} {one.message}" for one in (await council.state.check_health()).findings)
 
     after = await council.state.repair()
     assert after.is_valid

@@ -39,9 +39,7 @@ async def settle(store: Store) -> None:
     if not isinstance(store, PostgresStore):
         return
     with anyio.fail_after(30):
-        while (found := store._server.pool_statistics)["pool_available"] != found["pool_size"] or not found[
-            "pool_size"
-        ]:
+        while (found := store._server.pool).in_use or not found.size:
             await anyio.sleep(0.001)
 
 

@@ -9,6 +9,7 @@ import pytest
 from orchestrator.domain.settings.run_settings import Retention
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.engine.diagnostics.state_findings import (
+    LARGE_LAG,
     SLOW_COMMIT,
     LogGrowth,
     SilentSession,
@@ -16,10 +17,19 @@ from orchestrator.engine.diagnostics.state_findings import (
     check_integrity,
     check_latency,
     check_log,
+    check_server,
     check_silent_sessions,
     check_unfinished_runs,
 )
-from orchestrator.protocols import Damage, Key, StoreStatistics, VerificationReport
+from orchestrator.protocols import (
+    Damage,
+    Key,
+    PoolStatistics,
+    ReplicaStatistics,
+    ServerStatistics,
+    StoreStatistics,
+    VerificationReport,
+)
 
 DAY = 86400.0
 KEPT = Retention(retention=30 * DAY, max_size=1000)
@@ -70,6 +80,34 @@ def test_latency_is_rated() -> None:
     """A slow commit is a warning."""
     assert check_latency(SLOW_COMMIT).level is Level.OK
     assert check_latency(2 * SLOW_COMMIT).level is Level.WARNING
+
+
+@pytest.mark.parametrize(
+    ("connections", "problem", "level"),
+    [(90, "", Level.OK), (91, "", Level.WARNING), (1, "it evicts data", Level.WARNING)],
+)
+def test_server_is_rated(connections: int, problem: str, level: Level) -> None:
+    """By its problem and its free connections; a store without a server has no finding."""
+    server = ServerStatistics("redis 8.0", connections, 100, PoolStatistics(2, 16, 1, 0), (), problem, "change it")
+    (found,) = check_server(server)
+    assert (found.name, found.level, problem in found.message) == ("server", level, True)
+    assert "2 of 16 open, 1 in use, 0 waiting" in found.message
+    assert list(check_server(None)) == []
+
+
+@pytest.mark.parametrize(
+    ("replica", "level", "message"),
+    [
+        (ReplicaStatistics("b", "streaming", True, 0), Level.OK, "synchronous, streaming, 0B behind"),
+        (ReplicaStatistics("b", "online", False, 1000, 2.04), Level.OK, "asynchronous, online, 1.0KB behind, 2.0 s"),
+        (ReplicaStatistics("b", "online", False, LARGE_LAG + 1), Level.WARNING, "asynchronous, online, 17MB behind"),
+        (ReplicaStatistics("b", "hidden", False), Level.OK, "asynchronous, lag unknown"),
+    ],
+)
+def test_replica_is_rated(replica: ReplicaStatistics, level: Level, message: str) -> None:
+    """By its lag."""
+    _, found = check_server(ServerStatistics("redis 8.0", 1, 100, PoolStatistics(1, 16, 1, 0), (replica,)))
+    assert (found.name, found.level, found.message) == ("replica b", level, message)
 
 
 def test_integrity_is_rated() -> None:

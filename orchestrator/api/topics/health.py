@@ -22,7 +22,7 @@ from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.state_findings import LogGrowth, SilentSession
 from orchestrator.engine.state.records import read_run, read_run_with_tasks, read_spec, task_documents
 from orchestrator.errors import HistoryCompacted, RefusedError, StoreUnavailable, UnreadableDocument
-from orchestrator.protocols import Commit, CommitRecord, Event, Store, StoreStatistics
+from orchestrator.protocols import Commit, CommitRecord, Event, ServerStatistics, Store, StoreStatistics
 from orchestrator.sessions.output.log_files import log_path
 from orchestrator.state.documents.conflicts import list_pending
 from orchestrator.state.documents.log_reader import read_range
@@ -30,6 +30,19 @@ from orchestrator.state.documents.validation import verify_store
 
 #: The number of newest commits from which the growth of the log is estimated.
 _RECENT_COMMITS: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class StateHealth:
+    """The health of a project's state."""
+
+    findings: Sequence[Finding]
+    read_seconds: float
+    """The duration of a read."""
+    commit_seconds: float | None
+    """The duration of a durable commit; None if it failed."""
+    server: ServerStatistics | None
+    """The store's server; None for a store without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +56,27 @@ class Health:
         """The reader of runs."""
         return RunReader(self.context)
 
-    async def examine(self) -> list[Finding]:
-        """Return all findings; makes one durable commit to measure the latency."""
+    async def examine(self) -> StateHealth:
+        """Examine everything; makes one durable commit to measure the latency."""
         store = self.context.store
         runs = [run for name in await self.reader.index.ids() if (run := await self._run(name)) is not None]
         open_runs = {run.id: await self.reader.index.has_live_process(run.id) for run in runs if run.ended is None}
         sessions = [one for run, is_live in open_runs.items() if is_live for one in await self._readable_sessions(run)]
         statistics, now = await store.statistics(), self.context.clock.now()
-        return [
-            *findings.check_integrity(await verify_store(store)),
+        integrity = await verify_store(store)
+        read, commit, latency = await self._latency()
+        found = [
+            *findings.check_integrity(integrity),
             findings.check_log(statistics, await _growth(store, statistics, now), await read_retention(self.context)),
             *findings.check_documents(statistics),
             findings.check_expired(statistics),
-            *findings.check_server(statistics),
-            await self._latency(),
+            *findings.check_server(statistics.server),
+            latency,
             findings.check_unfinished_runs([run.id for run in runs if await self._is_left(run, open_runs)]),
             *findings.check_silent_sessions(sessions),
             findings.check_conflicts(len(await list_pending(store))),
         ]
+        return StateHealth(found, read, commit, statistics.server)
 
     async def _run(self, run: str) -> RunDocument | None:
         with suppress(RefusedError):  # an unreadable run has its own finding
@@ -78,14 +94,18 @@ class Health:
             return (await self.reader.status(run.id, allow_missing=True)).has_unfinished_tasks
         return False
 
-    async def _latency(self) -> Finding:
+    async def _latency(self) -> tuple[float, float | None, Finding]:
+        """Return the durations of a read and of a commit (None: it failed), and the finding about them."""
         store, clock = self.context.store, self.context.clock
         began = clock.monotonic()
+        await store.position()
+        read, began = clock.monotonic() - began, clock.monotonic()
         try:
             await store.commit(Commit([], [Event.of(StateProbed())]))
         except StoreUnavailable as error:
-            return Finding("latency", Level.PROBLEM, error.message, error.remedy)
-        return findings.check_latency(clock.monotonic() - began)
+            return read, None, Finding("latency", Level.PROBLEM, error.message, error.remedy)
+        commit = clock.monotonic() - began
+        return read, commit, findings.check_latency(commit, read)
 
     async def _readable_sessions(self, run: str) -> list[SilentSession]:
         with suppress(UnreadableDocument):

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import IO
 
 from orchestrator.api.run_index import RunIndex
-from orchestrator.api.topics.health import Health, read_retention
+from orchestrator.api.topics.health import Health, StateHealth, read_retention
 from orchestrator.api.topics.topic import Topic
 from orchestrator.api.transfer import export_store, import_store
 from orchestrator.domain.documents.conflicts import DocumentUpdate
-from orchestrator.engine.diagnostics.findings import Finding
 from orchestrator.engine.phases.verification import RunVerification, verify_run
 from orchestrator.engine.views.export import ViewPosition, export_views
 from orchestrator.errors import RefusedError
@@ -138,8 +137,8 @@ class State(Topic):
         await repair_documents(store, idle)
         return await verify_store(store) if idle else report
 
-    async def check_health(self) -> Sequence[Finding]:
-        """Check integrity, size, latency, runs, sessions and open conflicts.
+    async def check_health(self) -> StateHealth:
+        """Check integrity, size, latency, server, runs, sessions and open conflicts.
 
         Makes one durable commit to measure the latency.
         """

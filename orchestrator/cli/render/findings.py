@@ -11,10 +11,13 @@ from orchestrator.cli.render.text import one_line, pluralize, printable
 from orchestrator.engine.diagnostics.findings import Finding, Level
 
 
-def show_findings(findings: Sequence[Finding], code: int, output: Output) -> None:
-    """Print findings with their remedies, and the number of problems and warnings."""
+def show_findings(findings: Sequence[Finding], code: int, output: Output, **details: object) -> None:
+    """Print findings with their remedies, and the number of problems and warnings.
+
+    `details` are printed as JSON only.
+    """
     if output.as_json:
-        output.json({"findings": [asdict(finding) for finding in findings], "exit": code})
+        output.json({"findings": [asdict(finding) for finding in findings], **details, "exit": code})
         return
     for line in finding_lines(findings):
         output.text(f"{line}\n")

@@ -10,13 +10,17 @@ from orchestrator.domain.settings.quantities import format_duration, format_size
 from orchestrator.domain.settings.run_settings import Retention
 from orchestrator.domain.wording import join_names
 from orchestrator.engine.diagnostics.findings import Finding, Level
-from orchestrator.protocols import Key, StoreStatistics, VerificationReport
+from orchestrator.protocols import Key, ReplicaStatistics, ServerStatistics, StoreStatistics, VerificationReport
 
 #: The duration in seconds above which a commit is slow: each status change of a task takes three or four commits.
 SLOW_COMMIT: Final = 0.5
 #: The minimum time in seconds until the log may reach its size limit.
 _MIN_LOG_LIFETIME: Final = 3600.0
 _MOST_NAMED: Final = 5
+#: The share of a server's connections above which few are free.
+_MANY_CONNECTIONS: Final = 0.9
+#: The bytes of log above which a replica is too far behind: a file of PostgreSQL's log.
+LARGE_LAG: Final = 16 << 20
 _REPAIR: Final = "run `council state verify --repair` to keep the readable part"
 
 
@@ -88,18 +92,42 @@ def check_log(found: StoreStatistics, growth: LogGrowth, retention: Retention) -
     return Finding("log", Level.OK, message)
 
 
-def check_server(found: StoreStatistics) -> Iterator[Finding]:
-    """Yield a finding about the store's server, if it has one."""
-    if found.server_problem:
-        yield Finding("server", Level.WARNING, f"{found.server}: {found.server_problem}")
-    elif found.server:
-        yield Finding("server", Level.OK, found.server)
+def check_server(found: ServerStatistics | None) -> Iterator[Finding]:
+    """Yield findings about the store's server, if it has one, and about its replicas."""
+    if found is None:
+        return
+    pool = found.pool
+    what = (
+        f"{found.version}, {found.connections} of {found.max_connections} connections, pool of this process: "
+        f"{pool.size} of {pool.max_size} open, {pool.in_use} in use, {pool.waiting} waiting"
+    )
+    if found.problem:
+        yield Finding("server", Level.WARNING, f"{what}: {found.problem}", found.remedy)
+    elif found.connections > found.max_connections * _MANY_CONNECTIONS:
+        yield Finding("server", Level.WARNING, f"{what}: few free connections", "raise the limit in its configuration")
+    else:
+        yield Finding("server", Level.OK, what)
+    for one in found.replicas:
+        yield _check_replica(one)
 
 
-def check_latency(seconds: float) -> Finding:
-    """Check the duration of a durable commit."""
-    found = f"a durable commit took {seconds * 1000:,.0f} ms"
-    if seconds > SLOW_COMMIT:
+def _check_replica(found: ReplicaStatistics) -> Finding:
+    title, kind = f"replica {found.name}", "synchronous" if found.is_synchronous else "asynchronous"
+    if found.lag_bytes is None:
+        return Finding(title, Level.OK, f"{kind}, lag unknown", "`GRANT pg_monitor` to the user, to see it")
+    seconds = "" if found.lag_seconds is None else f", {found.lag_seconds:.1f} s"
+    what = f"{kind}, {found.state}, {format_size_short(found.lag_bytes)} behind{seconds}"
+    if found.lag_bytes > LARGE_LAG:
+        return Finding(title, Level.WARNING, what, "check the replica's disk and its network")
+    return Finding(title, Level.OK, what)
+
+
+def check_latency(commit: float, read: float | None = None) -> Finding:
+    """Check the seconds that a durable commit took, and report those of a read."""
+    found = f"a durable commit took {commit * 1000:,.0f} ms"
+    if read is not None:
+        found += f", a read {read * 1000:,.1f} ms"
+    if commit > SLOW_COMMIT:
         return Finding(
             "latency", Level.WARNING, found, "find the processes that keep the disk busy, or move `state_dir`"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import anyio.to_thread
@@ -31,17 +32,20 @@ from orchestrator.system.instants import format_local_time
 async def health(context: CouncilContext) -> int:
     """Check the health of the state, and suggest fixes.
 
-    Checks its integrity, size and growth, the latency of a commit, interrupted runs, silent sessions and unresolved
-    conflicts. The exit code is 1 if there is a problem or a warning.
+    Checks its integrity, size and growth, the latency of a read and a commit, the server with its connections and
+    replicas, interrupted runs, silent sessions and unresolved conflicts. The exit code is 1 if there is a problem or a
+    warning.
 
     \b
     Examples:
       council state health
       council state health --json
     """
-    findings = await context.council.state.check_health()
-    code = int(any(finding.level is not Level.OK for finding in findings))
-    show_findings(findings, code, context.output)
+    found = await context.council.state.check_health()
+    code = int(any(finding.level is not Level.OK for finding in found.findings))
+    latency = {"read": found.read_seconds, "commit": found.commit_seconds}
+    server = None if found.server is None else asdict(found.server)
+    show_findings(found.findings, code, context.output, latency=latency, server=server)
     return code
 
 

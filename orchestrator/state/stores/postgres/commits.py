@@ -27,7 +27,7 @@ class CommitGroups:
     """The commits of this process on a server, one transaction per group."""
 
     def __init__(self, server: Server, queries: Mapping[str, str]) -> None:
-        self._server, self._query = server, queries["commit"]
+        self._server, self._query, self._await_standbys = server, queries["commit"], queries["await_standbys"]
         self._by = escape(get_writer_name())
         self.position = KnownPosition(str(server.address))
         self._unknown: dict[str, None] = {}
@@ -48,7 +48,8 @@ class CommitGroups:
 
     async def _send(self, group: Sequence[PendingCommit]) -> Sequence[Any]:
         """Return the server's reply to each commit of a group, in one transaction."""
-        query = "SELECT " + ", ".join(self._query.replace("{n}", str(number)) for number in range(len(group)))
+        calls = (self._query.replace("{n}", str(number)) for number in range(len(group)))
+        query = "SELECT " + ", ".join((*calls, self._await_standbys))
         ids = [one.commit.id for one in group]
         parameters: dict[str, Any] = {"by": self._by, "is_repeated": any(name in self._unknown for name in ids)}
         parameters["is_durable"] = any(one.commit.durable for one in group)
@@ -59,7 +60,7 @@ class CommitGroups:
             # A later attempt has a higher number, also that of a caller who tries again.
             parameters.update(attempt=time.time_ns(), seen=self.position.newest)
             try:
-                (replies,) = await fetch(connection, query, parameters)
+                ((*replies, _),) = await fetch(connection, query, parameters)
             except psycopg.Error:
                 parameters["is_repeated"] = True
                 raise

@@ -5,6 +5,15 @@
     %(values{n})b::bytea[], %(guard_kinds{n})s::text[], %(guard_ids{n})s::text[], %(epochs{n})s::numeric[]
 )
 
+-- name: await_standbys
+-- A durable commit that is found when it is sent again may not be on the synchronous standbys yet, if the server was
+-- restarted while it waited for them. A message in the log makes this transaction wait for them.
+CASE WHEN %(is_repeated)s AND %(is_durable)s THEN concat(
+    CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')
+        THEN set_config('synchronous_commit', 'on', true) END,
+    pg_logical_emit_message(true, 'council', '')
+) END
+
 -- name: get
 SELECT kind, id, version, value, position, time, by, expires FROM {schema}.documents
 WHERE kind = %(kind)s AND id = %(id)s AND {schema}.document_exists(value, expires, {schema}.server_time())
@@ -62,6 +71,15 @@ ORDER BY octet_length(value) DESC, kind, id
 -- name: expired
 SELECT kind, id FROM {schema}.documents
 WHERE value IS NOT NULL AND expires <= {schema}.server_time() ORDER BY kind, id
+
+-- name: connections
+SELECT sum(numbackends)::bigint FROM pg_stat_database
+
+-- name: replicas
+SELECT coalesce(nullif(application_name, ''), host(client_addr), pid::text), coalesce(state, 'in an unknown state'),
+    coalesce(sync_state IN ('sync', 'quorum'), false), pg_wal_lsn_diff(pg_current_wal_lsn(), flush_lsn)::bigint,
+    extract(epoch FROM flush_lag)::double precision
+FROM pg_stat_replication WHERE state IS DISTINCT FROM 'backup' ORDER BY 1
 
 -- name: damaged_versions
 SELECT kind, id, version, position FROM {schema}.history

@@ -22,7 +22,9 @@ OLDEST: Final = 130_000
 _CHECK: Final = """
 SELECT current_setting('server_version_num')::int AS version, current_setting('server_encoding') AS encoding,
     current_setting('fsync') AS fsync, current_setting('full_page_writes') AS full_page_writes,
-    pg_is_in_recovery() AS is_standby, to_regclass('{schema}.migrations') IS NOT NULL AS has_tables
+    current_setting('server_version') AS name, current_setting('max_connections')::int AS max_connections,
+    current_setting('synchronous_standby_names') AS standbys, pg_is_in_recovery() AS is_standby,
+    to_regclass('{schema}.migrations') IS NOT NULL AS has_tables
 """
 _NEWEST: Final = "SELECT coalesce(max(number), 0) FROM {schema}.migrations"
 
@@ -69,6 +71,14 @@ def check_settings(address: Address, settings: Mapping[str, Any]) -> None:
             raise RefusedError(f"{address}: {what}", remedy)
 
 
+async def read_settings(server: Server, connection: Connection) -> Mapping[str, Any]:
+    """Return the settings of a server, and whether its schema has tables."""
+    cursor = connection.cursor(row_factory=psycopg.rows.dict_row)
+    settings = await (await cursor.execute(server.sql(_CHECK))).fetchone()
+    assert settings is not None, "it has one row"  # noqa: S101  (for the type checker)
+    return settings
+
+
 async def prepare(server: Server) -> None:
     """Check the server, and bring the tables up to date.
 
@@ -76,9 +86,7 @@ async def prepare(server: Server) -> None:
     """
 
     async def run(connection: Connection) -> None:
-        cursor = connection.cursor(row_factory=psycopg.rows.dict_row)
-        settings = await (await cursor.execute(server.sql(_CHECK))).fetchone()
-        assert settings is not None, "it has one row"  # noqa: S101  (for the type checker)
+        settings = await read_settings(server, connection)
         check_settings(server.address, settings)
         if not settings["has_tables"] or await _newest(server, connection) != read_migrations()[-1][0]:
             await _migrate(server, connection)

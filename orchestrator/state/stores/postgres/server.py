@@ -20,6 +20,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 from orchestrator.domain.wording import quote_text
 from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable, StoreUnreachable
+from orchestrator.protocols import PoolStatistics
 from orchestrator.state.stores.servers import read_password
 
 T = TypeVar("T")
@@ -88,7 +89,8 @@ def parse_url(url: str) -> Address:
     """
     try:
         parts = urlsplit(url)
-        _ = parts.port  # raises ValueError
+        if "," not in parts.netloc:  # several hosts, for a failover
+            _ = parts.port  # raises ValueError
         own = dict(parse_qsl(parts.query, keep_blank_values=True))
         schema = own.pop("schema", "council")
         options = conninfo_to_dict(parts._replace(query=urlencode(own)).geturl())
@@ -148,9 +150,11 @@ class Server:
         return f"council.{self.address.schema}"
 
     @property
-    def pool_statistics(self) -> Mapping[str, int]:
-        """The counts of the connection pool."""
-        return self._pool.get_stats()
+    def pool(self) -> PoolStatistics:
+        """The connections of the pool."""
+        found = self._pool.get_stats()
+        size, free = found["pool_size"], found["pool_available"]
+        return PoolStatistics(size, _CONNECTIONS, size - free, found["requests_waiting"])
 
     async def open_connection(self) -> Connection:
         """Return a new connection that is not part of the pool. Raises StoreUnavailable."""

@@ -32,6 +32,7 @@ from orchestrator.state.log.codec import encode_commit
 from orchestrator.state.log.commit_queue import CommitQueue
 from orchestrator.state.log.loading import check_intact, not_empty_error, read_dump_parts
 from orchestrator.state.stores.postgres.commits import CommitGroups
+from orchestrator.state.stores.postgres.health import read_server
 from orchestrator.state.stores.postgres.maintenance import read_dumped, repair_state, verify_state
 from orchestrator.state.stores.postgres.notifications import Notifications
 from orchestrator.state.stores.postgres.records import (
@@ -166,6 +167,7 @@ class PostgresStore:
             ((count, size),) = await fetch(connection, self._queries["totals"])
             expired = await fetch(connection, self._queries["expired"])
             large = await fetch(connection, self._queries["large"], {"bytes": LARGE_DOCUMENT_BYTES})
+            server = await read_server(self._server, connection, self._queries)
         return StoreStatistics(
             position,
             first,
@@ -174,6 +176,7 @@ class PostgresStore:
             log_bytes,
             [_key(*row) for row in expired],
             [(_key(kind, name), length) for kind, name, length in large],
+            server,
         )
 
     async def verify(self) -> VerificationReport:

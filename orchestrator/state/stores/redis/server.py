@@ -17,6 +17,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 
 from orchestrator.domain.wording import quote_text
 from orchestrator.errors import RefusedError, StoreFull, StoreUnavailable, StoreUnreachable
+from orchestrator.protocols import PoolStatistics, ReplicaStatistics, ServerStatistics
 
 PASSWORD: Final = "COUNCIL_REDIS_PASSWORD"  # noqa: S105  (the name of a variable)
 PASSWORD_FILE: Final = f"{PASSWORD}_FILE"
@@ -139,6 +140,61 @@ class Server:
     """See `choose_wait`."""
 
 
+class CountedPool(BlockingConnectionPool):
+    """A pool that counts the calls that wait for a connection."""
+
+    waiting = 0
+
+    async def get_connection(self, *_names: object, **_options: object) -> Any:
+        """Return a free connection, or wait for one; the parameters have no effect."""
+        self.waiting += 1
+        try:
+            return await super().get_connection()  # type: ignore[no-untyped-call]  # of the library
+        finally:
+            self.waiting -= 1
+
+    @property
+    def statistics(self) -> PoolStatistics:
+        """The connections of the pool."""
+        in_use = len(self._in_use_connections)
+        return PoolStatistics(len(self._available_connections) + in_use, self.max_connections, in_use, self.waiting)
+
+
+async def read_server(server: Server) -> ServerStatistics:
+    """Return the state of a server: its connections, its replicas, and unsuitable settings."""
+    info, config = await server.client.info(), await server.client.config_get()
+    problem = remedy = ""
+    try:
+        choose_wait(server.address, info, config)
+    except RefusedError as error:
+        problem, remedy = error.message, error.remedy
+    pool: CountedPool = server.client.connection_pool
+    return ServerStatistics(
+        f"redis {info['redis_version']}",
+        int(info["connected_clients"]),
+        int(config["maxclients"]),
+        pool.statistics,
+        _read_replicas(server.address, info),
+        problem,
+        remedy,
+    )
+
+
+def _read_replicas(address: Address, info: Mapping[str, Any]) -> Sequence[ReplicaStatistics]:
+    found = [value for name, value in info.items() if name.startswith("slave") and name[5:].isdigit()]
+    offset, is_synchronous = int(info["master_repl_offset"]), address.replicas >= len(found)
+    return [
+        ReplicaStatistics(
+            f"{one['ip']}:{one['port']}",
+            one["state"],
+            is_synchronous,
+            max(offset - int(one["offset"]), 0),
+            float(one["lag"]),
+        )
+        for one in found
+    ]
+
+
 @asynccontextmanager
 async def connect(address: Address, password: str | None) -> AsyncIterator[Server]:
     """Connect to a server and check its settings.
@@ -156,7 +212,7 @@ async def connect(address: Address, password: str | None) -> AsyncIterator[Serve
         # Each call can be repeated: a commit by its id. After a timeout, another attempt would not help.
         "retry": Retry(ExponentialWithJitterBackoff(0.5, 0.02), _ATTEMPTS - 1, (exceptions.ConnectionError,)),
     }
-    pool = BlockingConnectionPool(max_connections=_CONNECTIONS, timeout=None, **options)
+    pool = CountedPool(max_connections=_CONNECTIONS, timeout=None, **options)
     async with Redis.from_pool(pool) as client, Redis.from_pool(ConnectionPool(**options)) as watcher:
         with translated(address, refuse_denied=True):
             info, config = await client.info(), await client.config_get()

@@ -12,7 +12,6 @@ PREFIX:staged:…   an unfinished load
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
@@ -21,12 +20,12 @@ import anyio
 from redis.asyncio.lock import Lock
 from redis.exceptions import LockError, RedisError
 
-from orchestrator.errors import RefusedError, StoreUnavailable
+from orchestrator.errors import StoreUnavailable
 from orchestrator.protocols import Key
 from orchestrator.state.log.codec import LogLine, without_damaged_payload
 from orchestrator.state.log.table import DocumentTable, TableEntry
 from orchestrator.state.stores.redis.records import UNREADABLE, decode_entry, decode_key, decode_record
-from orchestrator.state.stores.redis.server import Server, choose_wait
+from orchestrator.state.stores.redis.server import Server
 
 PART: Final = 100
 """The number of commits to read or write per call."""
@@ -78,24 +77,6 @@ class ServerLog:
     async def size(self) -> int:
         """Return the estimated memory of the log on the server, in bytes."""
         return sum([await self.client.memory_usage(name) or 0 for name in (self.log, self.pruned)])
-
-    async def describe_server(self) -> tuple[str, str]:
-        """Return the server on one line, and its problem: unsuitable settings, or few free connections."""
-        began = time.perf_counter()
-        info, config = await self.client.info(), await self.client.config_get()
-        milliseconds = (time.perf_counter() - began) * 500
-        limit, used = int(config["maxclients"]), int(info["connected_clients"])
-        synced = [int(info[name]["offset"]) for name in info if name.startswith("slave") and name[5:].isdigit()]
-        lag = max((int(info["master_repl_offset"]) - offset for offset in synced), default=0)
-        text = (
-            f"redis {info['redis_version']}, {milliseconds:.1f} ms per call, {used} of {limit} connections, "
-            f"{info['connected_slaves']} replicas" + (f" ({lag} bytes behind)" if synced else "")
-        )
-        try:
-            choose_wait(self.server.address, info, config)
-        except RefusedError as error:
-            return text, str(error)
-        return text, "few free connections: raise `maxclients`" if used > limit * 0.9 else ""
 
     @asynccontextmanager
     async def exclusive(self, *, is_waiting: bool = True) -> AsyncIterator[Lock]:

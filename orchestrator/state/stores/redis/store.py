@@ -40,7 +40,15 @@ from orchestrator.state.log.loading import check_intact, damaged_log_error
 from orchestrator.state.log.table import CommitStage, DocumentTable, read_versions, rebuild_state
 from orchestrator.state.stores.redis.maintenance import examine, load_dump, prune, repair_state
 from orchestrator.state.stores.redis.records import encode_key
-from orchestrator.state.stores.redis.server import PASSWORD, SET_PASSWORD, Server, connect, parse_url, translated
+from orchestrator.state.stores.redis.server import (
+    PASSWORD,
+    SET_PASSWORD,
+    Server,
+    connect,
+    parse_url,
+    read_server,
+    translated,
+)
 from orchestrator.state.stores.redis.server_log import ServerLog
 from orchestrator.state.stores.servers import KnownPosition, read_password
 from orchestrator.system.clock import Clock
@@ -236,9 +244,8 @@ class RedisStore:
     async def statistics(self) -> StoreStatistics:
         """See `Store.statistics`."""
         table, now = await self._refresh()
-        server, problem = await self._log.describe_server()
         found = table.statistics(await self._log.first(), await self._log.size(), now)
-        return replace(found, server=server, server_problem=problem)
+        return replace(found, server=await read_server(self._log.server))
 
     @_translates_errors
     async def verify(self) -> VerificationReport:
