@@ -24,7 +24,18 @@ _NO_NAMES: Final = re.compile(
     r"\w+=\w+|\{.*\}|(state|state_dir|memory):|\.council/.*|async \w+|anyio\.\w+|COUNCIL_STATE"
 )
 _WORDS: Final = {
-    *("change", "epoch", "expected_version", "find", "landed", "max_size", "names", "recovered_at", "remove"),
+    *(
+        "change",
+        "epoch",
+        "expected_version",
+        "fdatasync",
+        "find",
+        "landed",
+        "max_size",
+        "names",
+        "recovered_at",
+        "remove",
+    ),
     *("retention", "run", "idle_timeout", "ttl"),
 }
 
@@ -38,6 +49,36 @@ FUNCTIONS: Final = [
     row for name in ("Distributed State Module", "State Manager Module", "State Management Framework")
     for row in rows(name)
 ]  # fmt: skip
+
+
+STORES: Final = {"Memory": "`memory:`", "File": "file, the default", "Redis": "Redis", "Postgres": "PostgreSQL"}
+"""The classes of `tests/contract/test_stores.py`, and their columns."""
+
+
+def _name_tests(cell: str) -> str:
+    """Return the tests of a cell; one of the store contract is named without its file and its classes."""
+    classes = [f"`tests/contract/test_stores.py::Test{store}Store::" for store in STORES]
+    return re.sub(r"`(test_\w+)`", lambda found: ", ".join(f"{one}{found[1]}`" for one in classes), cell)
+
+
+FUNCTIONS_PER_STORE: Final = [[row[0], " ".join(row[1:-1]), _name_tests(row[-1])] for row in rows("State per store")]
+
+
+class TestFunctionsPerStore(ReplacedFunctionsContract):
+    """Check the functions of each store."""
+
+    functions = FUNCTIONS_PER_STORE
+    fewest = 15
+
+    def is_word(self, name: str) -> bool:
+        """Accept terms."""
+        return name in _WORDS or _NO_NAMES.fullmatch(name) is not None
+
+    def test_table_has_each_store(self) -> None:
+        """In the order of the classes."""
+        header = next(line for line in SECTIONS["State per store"].splitlines() if line.startswith("| "))
+        assert header.strip("| ").split(" | ")[2:-1] == list(STORES.values())
+        assert all(len(row) == len(STORES) + 3 and all(row) for row in rows("State per store"))
 
 
 class TestFunctions(ReplacedFunctionsContract):
