@@ -12,33 +12,27 @@ from anyio import to_thread
 from orchestrator.domain.settings.run_settings import Retention
 from orchestrator.protocols import Commit, Event, Key, Store, Write
 from orchestrator.testing.clock import ManualClock
-from tests import postgres_server, redis_server
 from tests.conftest import Repository
-from tests.integration.file_store_worker import SHARED
-from tests.integration.test_file_store_processes import Start, start
+from tests.integration.store_worker import SHARED
 from tests.integration.test_monitor import pass_, watched
+from tests.integration.test_store_processes import Start, start
 from tests.recorded_run import RUN_STARTED
+from tests.store_kinds import empty_state
 from tests.stores import open_store
 
 __all__ = ["start"]
 
 
-@pytest.fixture(params=["redis", "postgresql", "file"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Return the URL of an empty store."""
-    match request.param:
-        case "redis":
-            return redis_server.empty_store_url()
-        case "postgresql":
-            return postgres_server.empty_store_url()
-        case _:
-            return (tmp_path / "state").as_uri()
+@pytest.fixture(params=["redis", "postgres", "file"])
+def state(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the folder or URL of an empty store."""
+    return empty_state(request.param, tmp_path / "state")
 
 
 @pytest.mark.extended
-def test_commands_work_on_a_store(repository: Repository, url: str, tmp_path: Path) -> None:
+def test_commands_work_on_a_store(repository: Repository, state: str, tmp_path: Path) -> None:
     """A run, its checkpoints, time travel, health, copies and pruning."""
-    flag, repository.environ["COUNCIL_STATE"] = repository.spawns.parent / "flag", url
+    flag, repository.environ["COUNCIL_STATE"] = repository.spawns.parent / "flag", state
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write one.txt 1"},
         {"id": "two", "prompt": f"without {flag} exit 1\nwrite two.txt 2", "attempts": 1},
@@ -67,30 +61,30 @@ def test_commands_work_on_a_store(repository: Repository, url: str, tmp_path: Pa
     health = repository.council("state", "health", "--json")
     assert {one["level"] for one in health.result["findings"] if one["name"] != "runs"} == {"ok"}, health
     assert health.result["latency"].keys() == {"read", "commit"}
-    assert (health.result["server"] is None) == url.startswith("file:")
+    assert (health.result["server"] is None) == state.startswith("/")
     log = repository.council("state", "log", "--json").stdout
     copy, again = (tmp_path / "copy").as_uri(), (tmp_path / "again").as_uri()
-    assert repository.council("state", "copy", url, copy).code == 0
+    assert repository.council("state", "copy", state, copy).code == 0
     assert repository.council("state", "export", str(tmp_path / "exported")).code == 0
     assert repository.council("state", "import", str(tmp_path / "exported"), "--state", again).code == 0
     for other in (copy, again):
         assert repository.council("state", "log", "--state", other, "--json").stdout == log
 
     pruned = repository.council("state", "compact", "--max-size", "1KB", "--json").result
-    assert pruned["first"] > 0 or url.startswith("file:")  # the file store keeps the newest file of its log
+    assert pruned["first"] > 0 or state.startswith("/")  # the file store keeps the newest file of its log
     assert repository.council("state", "at", "1", "--json").code == (2 if pruned["first"] else 0)
     assert repository.council("state", "views", "--json").code == 0
     assert repository.council("status", "--json").states == {"one": "landed", "two": "landed"}
 
 
 @pytest.mark.extended_but_first
-async def test_active_run_maintains_a_store(url: str, tmp_path: Path) -> None:
+async def test_active_run_maintains_a_store(state: str, tmp_path: Path) -> None:
     """Expired documents are deleted, the log is pruned, findings are recorded, and checkpoints are created."""
     clock = ManualClock(RUN_STARTED)
     lock, big = Key("lock", "a"), Key("other", "big")
     found = set[str]()
     expected = {"state.expired_deleted", "state.compacted", "state.warning", "checkpoint.created"}
-    async with open_store(url.removeprefix("file://"), segment_bytes=2_000) as store:
+    async with open_store(state, segment_bytes=2_000) as store:
 
         async def collect() -> None:
             async for record in store.watch():
@@ -116,9 +110,9 @@ async def test_active_run_maintains_a_store(url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.extended_but_first
-async def test_no_read_is_older_than_an_acknowledged_commit(start: Start, url: str) -> None:
+async def test_no_read_is_older_than_an_acknowledged_commit(start: Start, state: str) -> None:
     """Neither of another process, nor what another reader of this process has seen."""
-    state, count, newest = url.removeprefix("file://"), 100, 0
+    count, newest = 100, 0
 
     async def read(store: Store) -> None:
         nonlocal newest
