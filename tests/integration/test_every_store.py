@@ -23,7 +23,7 @@ from tests.stores import open_store
 __all__ = ["start"]
 
 
-@pytest.fixture(params=["redis", "postgres", "file"])
+@pytest.fixture(params=["redis", *(pytest.param(kind, marks=pytest.mark.extended) for kind in ("postgres", "file"))])
 def state(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Return the folder or URL of an empty store."""
     return empty_state(request.param, tmp_path / "state")
@@ -77,7 +77,6 @@ def test_commands_work_on_a_store(repository: Repository, state: str, tmp_path: 
     assert repository.council("status", "--json").states == {"one": "landed", "two": "landed"}
 
 
-@pytest.mark.extended_but_first
 async def test_active_run_maintains_a_store(state: str, tmp_path: Path) -> None:
     """Expired documents are deleted, the log is pruned, findings are recorded, and checkpoints are created."""
     clock = ManualClock(RUN_STARTED)
@@ -109,7 +108,6 @@ async def test_active_run_maintains_a_store(state: str, tmp_path: Path) -> None:
         assert (await store.verify()).is_valid
 
 
-@pytest.mark.extended_but_first
 async def test_no_read_is_older_than_an_acknowledged_commit(start: Start, state: str) -> None:
     """Neither of another process, nor what another reader of this process has seen."""
     count, newest = 100, 0
