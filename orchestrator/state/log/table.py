@@ -20,8 +20,17 @@ from orchestrator.protocols import (
     Key,
     StateSnapshot,
     StoreStatistics,
+    Write,
 )
-from orchestrator.state.log.codec import EncodedCommit, EncodedWrite, LineChange, LogLine, iter_values, to_version
+from orchestrator.state.log.codec import (
+    MAX_TTL,
+    EncodedCommit,
+    EncodedWrite,
+    LineChange,
+    LogLine,
+    iter_values,
+    to_version,
+)
 
 
 class TableEntry(NamedTuple):
@@ -258,6 +267,14 @@ def _entry(line: LogLine, change: LineChange, value: bytes | None) -> TableEntry
 
 def _document(key: Key, entry: TableEntry) -> Document:
     return Document(key, entry.version, entry.value or b"{}", *entry[2:])
+
+
+def repair_write(key: Key, entry: TableEntry, now: float) -> Write:
+    """Return the write of a document's known value; a deletion if it does not exist, or its value is unknown."""
+    if not entry.exists(now):  # only its version number continues
+        return Write(key, 0, None)
+    known = None if entry.value is None else json.loads(entry.value)
+    return Write(key, entry.version, known, None if entry.expires is None else min(entry.expires - now, MAX_TTL))
 
 
 def read_versions(

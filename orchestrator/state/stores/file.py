@@ -7,7 +7,6 @@ reading the high-water mark (one system call).
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, closing, suppress
@@ -39,7 +38,7 @@ from orchestrator.protocols import (
     VerificationReport,
     Write,
 )
-from orchestrator.state.log.codec import MAX_TTL, encode_commit
+from orchestrator.state.log.codec import encode_commit
 from orchestrator.state.log.commit_queue import CommitQueue, PendingCommit
 from orchestrator.state.log.compaction import log_size
 from orchestrator.state.log.identity import ensure_log, require_log
@@ -47,7 +46,7 @@ from orchestrator.state.log.journal import InlineResult, Journal, translated
 from orchestrator.state.log.loading import Staging, check_intact, read_dump_parts
 from orchestrator.state.log.reading import check_retained, read_dumped_commits, read_records
 from orchestrator.state.log.segments import HighWaterMark, LogCursor, find_line, pruned_through
-from orchestrator.state.log.table import DocumentTable, read_versions
+from orchestrator.state.log.table import DocumentTable, read_versions, repair_write
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
 
@@ -285,13 +284,10 @@ def _repair_commit(table: DocumentTable, keys: Sequence[Key], damage: int, now: 
         entry = table.entry(key)
         if entry is None:
             continue
-        if not entry.exists(now):  # nothing was lost; only its version number continues
-            writes.append(Write(key, 0, None))
-            continue
-        known = None if entry.value is None else json.loads(entry.value)
-        ttl = None if entry.expires is None else min(entry.expires - now, MAX_TTL)
-        writes.append(Write(key, entry.version, known, ttl))
-        events.append(StateRepaired(key=str(key), lost_version=entry.version, is_known=known is not None))
+        writes.append(repair_write(key, entry, now))
+        if entry.exists(now):  # otherwise nothing was lost
+            is_known = entry.value is not None
+            events.append(StateRepaired(key=str(key), lost_version=entry.version, is_known=is_known))
     return Commit(writes, [*map(Event.of, events), Event.of(StateLogRepaired(damage=damage))])
 
 

@@ -10,15 +10,14 @@ from typing import Any, Final, NamedTuple
 from uuid import uuid4
 
 import anyio
-import orjson
 from redis.asyncio.lock import Lock
 from redis.exceptions import LockNotOwnedError, RedisError, WatchError
 
 from orchestrator.domain.events.state import StateLogRepaired, StateRepaired
 from orchestrator.protocols import VERSIONS_KEPT, Commit, Damage, Dump, Event, Key, VerificationReport, Write
-from orchestrator.state.log.codec import MAX_TTL, LogLine, prune_line, without_damaged_payload
+from orchestrator.state.log.codec import LogLine, prune_line, without_damaged_payload
 from orchestrator.state.log.loading import not_empty_error, read_dump_lines
-from orchestrator.state.log.table import DocumentTable, TableEntry
+from orchestrator.state.log.table import DocumentTable, TableEntry, repair_write
 from orchestrator.state.stores.redis.records import UNREADABLE, decode_entry, encode_entry, encode_key, encode_record
 from orchestrator.state.stores.redis.server_log import PART, Replay, ServerLog
 
@@ -95,11 +94,7 @@ def _repair_commit(lost: dict[Key, TableEntry], damage: int, now: float) -> Comm
     """Return a commit that writes documents' known values, or deletes those without."""
     writes, events = list[Write](), list[Event]()
     for key, entry in lost.items():
-        if not entry.exists(now):  # deleted or expired; its version number continues
-            writes.append(Write(key, 0, None))
-        else:
-            ttl = None if entry.expires is None else min(entry.expires - now, MAX_TTL)
-            writes.append(Write(key, entry.version, orjson.loads(entry.value or b"{}"), ttl))
+        writes.append(repair_write(key, entry, now))
         is_known = entry.value is not None
         events.append(Event.of(StateRepaired(key=str(key), lost_version=entry.version, is_known=is_known)))
     return Commit(writes, [*events, Event.of(StateLogRepaired(damage=damage))])
