@@ -275,7 +275,7 @@ def test_command_waits_for_its_server_and_continues(
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("step", [60, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [60, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize("command", COMMANDS)
 async def test_any_failing_request_costs_only_time(
     repository: Repository, server: Server, command: str, step: int
