@@ -29,6 +29,7 @@ from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import Repository
+from tests.printed_commands import printed_commands
 
 TWO = [{"plan": {"access": "read", "produces": "plan"}}, {"build": {"produces": "build"}}]
 PLAN = {"tasks": [{"id": "t1", "prompt": "b"}], "dependencies": [], "timeline": [], "resources": []}
@@ -218,6 +219,9 @@ async def test_done_session_without_an_end_is_reported(repository: Repository) -
             clock.advance(seconds)
             found = await verify_run(store, run, HANDOFF_KINDS, {}, clock, repository.environ)
             assert [one.rule for one in found.violations] == rules
+            for idle_session in found.violations:
+                commands = printed_commands(idle_session.remedy)
+                assert commands == [["cancel", "t", "--run", run], ["retry", "t", "--run", run]]
 
 
 async def test_plugin_rules_run_and_their_errors_are_reported(repository: Repository) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -20,6 +19,7 @@ from orchestrator.domain.events.runs import describe_file_changes
 from orchestrator.errors import describe_shortage
 from tests.command_server import StartedCommand
 from tests.conftest import CommandResult, Repository
+from tests.printed_commands import printed_commands
 from tests.terminal import Terminal
 from tests.waiting import wait_for
 
@@ -723,11 +723,6 @@ async def test_reload_adopts_adapters_and_pending_tasks(repository: Repository) 
     assert (repository.top / "later.txt").read_text().strip() == "new"
     assert (repository.top / "shell.txt").exists()
     await repository.assert_invariants()
-
-
-def printed_commands(text: str) -> list[list[str]]:
-    """Return the arguments of the `council` commands in backticks."""
-    return [shlex.split(command) for command in re.findall(r"`council ([^`]*)`", text)]
 
 
 @pytest.mark.extended

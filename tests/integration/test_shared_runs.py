@@ -32,6 +32,7 @@ from tests.command_server import StartedCommand
 from tests.conftest import FAKE_CLI, Repository
 from tests.faults import SHELL_ADAPTER
 from tests.integration.test_scheduler import until_event
+from tests.printed_commands import printed_commands
 from tests.stores import open_store
 from tests.waiting import wait_for
 
@@ -379,6 +380,8 @@ async def test_unshared_run_can_not_be_joined(repository: Repository) -> None:
     run = repository.council("status", "--json").result["run"]
     refused = repository.council("work", "--run", run)
     assert (refused.code, "enabled: true" in refused.stderr) == (2, True)
+    active = repository.council("resume", run)
+    assert (active.code, printed_commands(active.stderr)) == (2, [["watch", run]]), active
     child.send_signal(signal.SIGINT)
     ended(child)
     async with FileStore.open(repository.log, SystemClock()) as store:

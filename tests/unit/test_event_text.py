@@ -32,7 +32,7 @@ def test_waiting_run_names_what_it_waits_for(adapters: list[str], approvals: lis
     ("type_", "facts", "words"),
     [
         ("task.awaiting_approval", {},
-         "t: waiting for your approval: `council approve t`, or `council reject t --note TEXT`"),
+         "t: waiting for your approval: `council approve t --run r`, or `council reject t --note TEXT --run r`"),
         ("task.approved", {"phase": "plan", "note": None}, "t: phase plan approved"),
         ("task.rejected", {"phase": "plan", "note": "keep\nit", "reason": "rejected"},
          "t: phase plan rejected, will be repeated: keep: it"),

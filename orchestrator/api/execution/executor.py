@@ -97,7 +97,8 @@ class RunExecutor:
                         reader, before, ledger, run_context, capacity=capacity, only_lands=only_lands
                     )
         except LockHeld as held:
-            raise run_active_error(run, held, or_else=f"join it with `council work {run}`") from None
+            join = f"join it with `council work {run}`" if settings.enabled else ""
+            raise run_active_error(run, held, or_else=join) from None
 
     async def work(
         self, run: str, capacity: int | None = None, coordination: CoordinationOverrides | None = None

@@ -123,7 +123,10 @@ class TaskAwaitingApproval(AttemptEvent):
     """The result of a phase waits for approval."""
 
     type = "task.awaiting_approval"
-    sentence = "waiting for your approval: `council approve {task}`, or `council reject {task} --note TEXT`"
+    sentence = (
+        "waiting for your approval: `council approve {task} --run {run}`, "
+        "or `council reject {task} --note TEXT --run {run}`"
+    )
     shown = Shown.ALWAYS
 
 

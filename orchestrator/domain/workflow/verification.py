@@ -23,7 +23,7 @@ from orchestrator.domain.workflow.violations import HandoffContext, Violation, r
 IDLE_LIMIT: Final = 300.0
 
 _RETRY_REMEDY: Final = "repeat the phase with `council retry TASK --from PHASE`"
-_RESTORE_REMEDY: Final = "written by another program: restore a checkpoint with `council checkpoint restore`"
+_RESTORE_REMEDY: Final = "written by another program: restore a checkpoint with `council checkpoint restore CHECKPOINT`"
 
 
 @dataclass(frozen=True, slots=True)

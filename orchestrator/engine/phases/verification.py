@@ -30,7 +30,7 @@ from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.clock import Clock
 
 _REPAIR = "run `council state verify --repair` to keep the readable part"
-_FOREIGN_WRITER = "not written by `council`: restore an earlier state with `council checkpoint restore`"
+_FOREIGN_WRITER = "not written by `council`: restore an earlier state with `council checkpoint restore CHECKPOINT`"
 
 
 @dataclass(frozen=True, slots=True)

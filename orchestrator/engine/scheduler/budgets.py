@@ -65,7 +65,7 @@ class _Limit(NamedTuple):
         A run uses its file as recorded at the start.
         """
         if self.scope not in _KEYS:
-            return "continue with a higher limit: `council resume --budget LIMITS`"
+            return "continue with a higher limit"
         then = ", then `council retry TASK --reload`" if self.is_reloadable else " and start a new run"
         return f"raise its `{_KEYS[self.scope]}` in the file{then}, or split the task"
 

@@ -360,9 +360,7 @@ async def _detach(context: CouncilContext, run: str, options: Sequence[str] = ()
     """Execute a run in another process, which outlives this one and the terminal."""
     council = context.council
     if await council.runs.is_live(run):
-        raise RefusedError(
-            f"run {run} is already running", f"`council watch {run}` shows it, `council work {run}` joins it"
-        )
+        raise RefusedError(f"run {run} is already running", f"`council watch {run}` shows it")
     log = council.project.background_log(run)
     store = store_option_url()
     arguments = ["resume", run, *(["--state", store] if store else []), *options]
