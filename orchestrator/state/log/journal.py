@@ -99,18 +99,22 @@ class Journal:
 
     def try_refresh_inline(self) -> bool:
         """Read a few new commits without a thread; return True if now current."""
-        mark = self.log.lock.read()
-        if mark == self.log.end:
+        if self.log.lock.read() == self.log.end:
             return True
-        if mark is None or not self._io.acquire(blocking=False):
+        if not self._io.acquire(blocking=False):
             return False
         try:
-            if not self.log.cursor.is_near(mark):
-                return False
-            self.log.follow(mark)
-            return True
+            return self._follow_near()
         finally:
             self._io.release()
+
+    def _follow_near(self) -> bool:
+        """Read the new commits if they are few; return True if now current."""
+        mark = self.log.lock.read()
+        if mark is None or not self.log.cursor.is_near(mark):
+            return False
+        self.log.follow(mark)
+        return True
 
     def end(self) -> HighWaterMark:
         """Return the current end of the log."""
@@ -229,9 +233,11 @@ class Journal:
         """Commit all pending commits and set their outcomes; more may be queued."""
         with self._io:
             if pending:
-                with _failing_on_error(_take_all(pending), self._directory) as group, self.log.lock.held():
-                    self.log.recover()
-                    self._append(group)
+                with _failing_on_error(_take_all(pending), self._directory) as group:
+                    self.log.follow(self.log.lock.read())  # most of it without the lock, for which others wait
+                    with self.log.lock.held():
+                        self.log.recover()
+                        self._append(group)
 
     def try_commit_inline(self, pending: deque[PendingCommit]) -> InlineResult:
         """Commit like `commit` if that is faster than a thread hop."""
@@ -240,16 +246,19 @@ class Journal:
             return InlineResult.TOO_MUCH
         try:
             group = list[PendingCommit]()
-            with _failing_on_error(group, self._directory), self.log.lock.try_held() as is_held:
-                if not is_held:
-                    return InlineResult.BUSY
-                mark = self.log.lock.read()
-                is_roomy = self.log.cursor.offset < self._segment_bytes and not self._rolls
-                if mark is None or not (is_roomy and self.log.cursor.is_near(mark) and self.log.is_complete(mark)):
+            with _failing_on_error(group, self._directory):
+                if not self._follow_near():  # most of it without the lock, for which others wait
                     return InlineResult.TOO_MUCH
-                group += _take_all(pending)
-                self.log.follow(mark)
-                self._append(group)
+                with self.log.lock.try_held() as is_held:
+                    if not is_held:
+                        return InlineResult.BUSY
+                    mark = self.log.lock.read()
+                    is_roomy = self.log.cursor.offset < self._segment_bytes and not self._rolls
+                    if mark is None or not (is_roomy and self.log.cursor.is_near(mark) and self.log.is_complete(mark)):
+                        return InlineResult.TOO_MUCH
+                    group += _take_all(pending)
+                    self.log.follow(mark)
+                    self._append(group)
             return InlineResult.DONE if group else InlineResult.TOO_MUCH
         finally:
             self._io.release()
