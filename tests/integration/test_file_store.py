@@ -63,8 +63,7 @@ async def test_replaced_folder_is_written_by_new_openers_only(tmp_path: Path, wh
 
 async def test_follower_is_woken_by_commits_of_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an hour between two polls, a commit of this process is still seen at once."""
-    for pause in ("_POLL_FASTEST", "_POLL_SLOWEST"):
-        monkeypatch.setattr(file, pause, 3600.0)
+    monkeypatch.setattr(file, "_POLL", 3600.0)
     async with FileStore.open(tmp_path, SystemClock()) as store, anyio.create_task_group() as tasks:
 
         async def answer() -> None:

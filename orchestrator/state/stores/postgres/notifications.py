@@ -28,6 +28,8 @@ class Notifications:
         self._connection: Connection | None = None
         self._is_taken = False
         self._news = anyio.Event()
+        self.count = 0
+        """The number of times that watchers were woken."""
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Notifications]:
@@ -37,8 +39,10 @@ class Notifications:
         finally:
             await self._close()
 
-    async def wait(self) -> None:
-        """Wait for news; may return without any."""
+    async def wait(self, count: int) -> None:
+        """Wait for news since `count`; may return without any."""
+        if self.count != count:
+            return
         if self._is_taken:
             with anyio.move_on_after(self._interval):
                 await self._news.wait()
@@ -48,6 +52,7 @@ class Notifications:
             await self._receive()
         finally:
             self._is_taken = False
+            self.count += 1
             self._news.set()
             self._news = anyio.Event()
 

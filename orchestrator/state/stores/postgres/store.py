@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import anyio
+
 from orchestrator.errors import HistoryCompacted, RefusedError, StateLost
 from orchestrator.protocols import (
     LARGE_DOCUMENT_BYTES,
@@ -57,6 +59,8 @@ from orchestrator.state.stores.postgres.server import (
 
 _POLL: Final = 0.25
 """The seconds after which watchers look for commits whose announcement was lost."""
+_PAUSE: Final = 0.02
+"""The minimum seconds between queries of a watcher, so that it reads frequent commits together."""
 _RECORDS: Final = 50
 """The number of commits that watchers read at once."""
 
@@ -120,6 +124,7 @@ class PostgresStore:
         Another process's commit is announced, or seen within a quarter of a second.
         """
         while True:
+            news, pause = self._notifications.count, anyio.current_time() + _PAUSE
             rows = await self._fetch("records", after=after, limit=_RECORDS)
             if after < rows[0][0]:
                 raise HistoryCompacted(after, rows[0][0])
@@ -129,8 +134,9 @@ class PostgresStore:
                     raise StateLost(str(self._server.address), f"commit {after + 1} is missing")
                 after = commit.position
                 yield to_record(commit)
-            if not commits:
-                await self._notifications.wait()
+            if len(commits) < _RECORDS:
+                await self._notifications.wait(news)
+                await anyio.sleep_until(pause)
 
     async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
         """See `Store.history`."""
