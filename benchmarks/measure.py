@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import statistics
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 #: Above this many runs the median of a baseline hardly improves.
 ROUNDS: Final = 15
@@ -74,6 +75,16 @@ def measure_pairs(measured: Callable[[], Cost], baseline: Callable[[], Cost], ro
 
 def median(values: Iterator[float] | Sequence[float]) -> float:
     return statistics.median(values)
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    """Return the lowest value that at least `part` of all values do not exceed."""
+    return sorted(values)[min(int(part * len(values)), len(values) - 1)]
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """Print a line atomically: several processes share this output."""
+    os.write(1, json.dumps(values).encode() + b"\n")
 
 
 def measure_command(

@@ -12,7 +12,8 @@ from uuid import uuid4
 
 import psycopg
 
-from benchmarks.server_stores import main, make_commit, wait_for_begin
+from benchmarks.measure import BenchmarkRow
+from benchmarks.server_stores import main, make_commit, measure_store, wait_for_begin
 from orchestrator.protocols import Key
 from orchestrator.state.log.codec import encode_commit, split_events, split_values
 from orchestrator.state.stores.postgres.store import PostgresStore
@@ -29,6 +30,10 @@ BARE: Final = (
     time = excluded.time, by = excluded.by, expires = excluded.expires, value = excluded.value""",
     'NOTIFY "{channel}"',
 )
+
+
+def _measure(quick: bool) -> list[BenchmarkRow]:
+    return measure_store("postgres_store", "psycopg", empty_store_url, quick=quick)
 
 
 async def _by_store(url: str, commits: int, me: int) -> None:
@@ -58,4 +63,4 @@ async def _by_client(url: str, commits: int, me: int) -> None:
 
 
 if __name__ == "__main__":
-    main("postgres_store", "psycopg", empty_store_url, _by_store, _by_client)
+    main("postgres_store", {"store": _by_store, "bare": _by_client}, _measure)

@@ -10,7 +10,8 @@ from typing import Final
 
 from redis.asyncio import Redis
 
-from benchmarks.server_stores import main, make_commit, wait_for_begin
+from benchmarks.measure import BenchmarkRow
+from benchmarks.server_stores import main, make_commit, measure_store, wait_for_begin
 from orchestrator.protocols import Key
 from orchestrator.state.log.codec import encode_commit
 from orchestrator.state.stores.redis.records import encode_key
@@ -27,6 +28,10 @@ redis.call('HSET', documents, 'position', position, key, document)
 redis.call('HSET', commits, id, position)
 return position
 """
+
+
+def _measure(quick: bool) -> list[BenchmarkRow]:
+    return measure_store("redis_store", "redis-py", empty_store_url, quick=quick)
 
 
 async def _by_store(url: str, commits: int, me: int) -> None:
@@ -52,4 +57,4 @@ async def _by_client(url: str, commits: int, me: int) -> None:
 
 
 if __name__ == "__main__":
-    main("redis_store", "redis-py", empty_store_url, _by_store, _by_client)
+    main("redis_store", {"store": _by_store, "bare": _by_client}, _measure)

@@ -1,6 +1,6 @@
 """Processes that share one store, for `benchmarks/state.py`.
 
-Usage: `python -m benchmarks.shared_store JOB FOLDER COUNT`.
+Usage: `python -m benchmarks.shared_store JOB FOLDER COUNT PROCESSES`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ from typing import Any, Final
 
 import anyio
 
-from benchmarks.measure import BenchmarkRow, median
+from benchmarks.measure import BenchmarkRow, median, percentile, print_json
 from orchestrator.errors import VersionConflict
-from orchestrator.protocols import Commit, Event, Key, Write
+from orchestrator.protocols import Commit, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 
 CLAIMERS: Final = 8
 READERS: Final = 50
 PRIORITIES: Final = 20
-RATE_LIMIT: Final = 2.0  # times SQLite's duration
+RATE_LIMIT: Final = 1.5  # times SQLite's duration
 CLAIM_LIMIT: Final = 50.0  # ms, of the slowest in a hundred
-SEEN_LIMIT: Final = 250.0  # ms
-IDLE_LIMIT: Final = 1.0  # % of a processor
 
 
 def measure_claims(scratch: Path, *, quick: bool) -> list[BenchmarkRow]:
@@ -47,32 +45,12 @@ def measure_claims(scratch: Path, *, quick: bool) -> list[BenchmarkRow]:
         ours = _run_processes("claim", scratch / f"store{number}", CLAIMERS, tasks)
         pairs.append((ours, _run_processes("claim-sqlite", scratch / f"sqlite{number}", CLAIMERS, tasks)))
     took, theirs = (median([pair[side][0] for pair in pairs]) / tasks * 1e6 for side in (0, 1))
-    slowest = median([_percentile(pair[0][1], 0.99) for pair in pairs]) * 1e3
+    slowest = median([percentile(pair[0][1], 0.99) for pair in pairs]) * 1e3
     ratio = median([ours[0] / other[0] for ours, other in pairs])
     what, base = f"claims by priority, {CLAIMERS} processes", f"SQLite WAL, NORMAL: {theirs:.3g} µs"
     return [
         BenchmarkRow(what, took, "µs", base, ratio, RATE_LIMIT, is_ratio_limited=True),
         BenchmarkRow(f"{what}: 99 of 100 within", slowest, "ms", limit=CLAIM_LIMIT),
-    ]
-
-
-def measure_watching(scratch: Path, *, quick: bool) -> list[BenchmarkRow]:
-    """Return the cost of waiting for a change, and its delay to another process."""
-    changes, idle = (3, 0.2) if quick else (40, 5.0)
-    argv = [sys.executable, "-m", "benchmarks.shared_store", "watch", str(scratch), str(changes)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as watcher:
-        assert watcher.stdin  # noqa: S101  as asked for
-        assert watcher.stdout  # noqa: S101  as asked for
-        watcher.stdout.readline()
-        anyio.run(_change, scratch, changes, idle)
-        reported = json.loads(watcher.stdout.readline())
-    seen = [delay * 1e3 for delay in reported["seen"]]
-    return [
-        BenchmarkRow("a change seen by another process, half within", _percentile(seen, 0.5), "ms"),
-        BenchmarkRow(
-            "a change seen by another process, 99 of 100 within", _percentile(seen, 0.99), "ms", limit=SEEN_LIMIT
-        ),
-        BenchmarkRow("a watcher at rest: processor", max(reported["idle"], 1e-3), "%", limit=IDLE_LIMIT),
     ]
 
 
@@ -89,10 +67,6 @@ def measure_many_processes(scratch: Path, *, quick: bool) -> list[BenchmarkRow]:
         process.communicate()
     took = (time.perf_counter() - begin) / (each * CLAIMERS) * 1e6
     return [BenchmarkRow(f"durable commits of {CLAIMERS} processes, followed by {READERS}", took, "µs")]
-
-
-def _percentile(found: list[float], part: float) -> float:
-    return sorted(found)[min(int(part * len(found)), len(found) - 1)]
 
 
 def _start(job: str, scratch: Path, processes: int, number: int) -> subprocess.Popen[str]:
@@ -141,34 +115,7 @@ def _fill_sqlite(scratch: Path, tasks: int) -> None:
         database.executemany("INSERT INTO tasks (id, priority) VALUES (?, ?)", rows)
 
 
-async def _change(scratch: Path, changes: int, idle: float) -> None:
-    async with FileStore.open(scratch, SystemClock()) as store:
-        await store.commit(Commit(events=[Event("begin")]))
-        await anyio.sleep(idle)
-        for _ in range(changes):
-            # Long enough for watchers to reach their lowest polling rate.
-            await anyio.sleep(random.uniform(0.0, 0.5))  # noqa: S311  no secret
-            await store.commit(Commit(events=[Event("sent", {"at": time.monotonic()})]))
-
-
 # The jobs of the processes. Each gets the function that waits for the start.
-
-
-async def _watch(scratch: Path, changes: int) -> None:
-    async with FileStore.open(scratch, SystemClock()) as store:
-        print_json({"ready": True})
-        seen, idle, since, spent = list[float](), 0.0, 0.0, 0.0
-        async for record in store.watch():
-            (event,) = record.events
-            if event.type == "begin":
-                since, spent = time.monotonic(), time.process_time()
-                continue
-            now = time.monotonic()
-            idle = idle or (time.process_time() - spent) / (now - since) * 100
-            seen.append(now - event.data["at"])
-            if len(seen) == changes:
-                break
-    print_json({"seen": seen, "idle": idle})
 
 
 async def _claim(scratch: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
@@ -228,11 +175,6 @@ async def _follow(scratch: Path, until: int, _me: int, begin: Callable[[], None]
                 return
 
 
-def print_json(values: dict[str, Any]) -> None:
-    """Print a line atomically: several processes share this output."""
-    os.write(1, json.dumps(values).encode() + b"\n")
-
-
 def _fork(job: Callable[..., Any], scratch: Path, number: int, processes: int) -> int:
     """Run a job in many processes, which start together once stdin ends."""
     ready, tell = os.pipe()
@@ -257,8 +199,5 @@ def _fork(job: Callable[..., Any], scratch: Path, number: int, processes: int) -
 _JOBS: Final = {"claim": _claim, "claim-sqlite": _claim_sqlite, "commit": _commit, "follow": _follow}
 
 if __name__ == "__main__":
-    name, folder, amount, *rest = sys.argv[1:]
-    if name == "watch":
-        anyio.run(_watch, Path(folder), int(amount))
-    else:
-        sys.exit(_fork(_JOBS[name], Path(folder), int(amount), int(rest[0])))
+    name, folder, amount, processes = sys.argv[1:]
+    sys.exit(_fork(_JOBS[name], Path(folder), int(amount), int(processes)))

@@ -9,7 +9,8 @@ compared with `import click`; both with the same Python, in wall time, on an idl
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,8 @@ from benchmarks.measure import (
 
 TASKS: Final = 10_000
 QUICK_TASKS: Final = 200  # with fewer no snapshot is written
+STORE_LIMIT: Final = 1.5  # times the duration with the embedded store
+_WALL, _CPU = attrgetter("wall"), attrgetter("cpu")
 
 _HELLO: Final = """
 import sys
@@ -82,11 +85,38 @@ def _status(scratch: Path, env: Mapping[str, str], rounds: int, tasks: int) -> l
     ]
 
 
+def measure_status_on(url: str, name: str, *, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
+    """Return the duration of `council status` on an empty store of another kind, compared with the embedded one."""
+    tasks, rounds = (QUICK_TASKS, QUICK_ROUNDS) if quick else (TASKS, ROUNDS)
+    with scratch_folder(folder) as scratch:
+        env = user_environment(None if quick else scratch / "bytecode", COUNCIL_HOME=str(scratch / "home"))
+        top = scratch / "repository"
+        log = long_run.make_project(top, tasks, scratch / "home")
+        measure_command([council_path(), "state", "copy", str(log.parent), url], env=env, cwd=top)
+        command, other = [council_path(), "status"], {**env, "COUNCIL_STATE": url}
+        pairs = measure_pairs(
+            lambda: measure_command(command, env=other, cwd=top, code=INTERRUPTED),
+            lambda: measure_command(command, env=env, cwd=top, code=INTERRUPTED),
+            rounds,
+        )
+    what, than = f"{name}: council status, {tasks:,} tasks", "embedded store"
+    return [
+        _row(what, pairs, than, limit=STORE_LIMIT, is_ratio_limited=True),
+        _row(f"{what}: processor", pairs, than, limit=STORE_LIMIT, is_ratio_limited=True, of=_CPU),
+    ]
+
+
 def _row(
-    what: str, pairs: list[tuple[Cost, Cost]], than: str, *, limit: float, is_ratio_limited: bool = False
+    what: str,
+    pairs: list[tuple[Cost, Cost]],
+    than: str,
+    *,
+    limit: float,
+    is_ratio_limited: bool = False,
+    of: Callable[[Cost], float] = _WALL,
 ) -> BenchmarkRow:
-    took, base = (median([pair[side].wall for pair in pairs]) for side in (0, 1))
-    ratio = median([ours.wall / other.wall for ours, other in pairs])
+    took, base = (median([of(pair[side]) for pair in pairs]) for side in (0, 1))
+    ratio = median([of(ours) / of(other) for ours, other in pairs])
     return BenchmarkRow(what, took, "s", f"{than}: {base:.3g} s", ratio, limit, is_ratio_limited)
 
 

@@ -21,8 +21,9 @@ from typing import Final
 
 import anyio
 
-from benchmarks import shared_store
+from benchmarks import shared_store, watching
 from benchmarks.measure import BenchmarkRow, Cost, argument_parser, measure_cost, median, print_table, scratch_folder
+from orchestrator.config.store import folder_url
 from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
@@ -62,7 +63,7 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
         rows += shared_store.measure_claims(scratch, quick=quick)
         return [
             *rows,
-            *shared_store.measure_watching(scratch / "watched", quick=quick),
+            *watching.measure_watching(folder_url(scratch / "watched"), "file", quick=quick),
             *shared_store.measure_many_processes(scratch / "crowd", quick=quick),
         ]
 
