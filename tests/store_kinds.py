@@ -17,13 +17,15 @@ from orchestrator.state.stores.postgres.server import MAINTENANCE_TIMEOUT, TIMEO
 from orchestrator.state.stores.postgres.store import PostgresStore
 from orchestrator.state.stores.redis.store import RedisStore
 from orchestrator.system.clock import Clock
-from tests import postgres_server, redis_server
+from tests import pooler, postgres_server, redis_server
 from tests.postgres_server import PostgresServer
 from tests.redis_server import RedisServer
 
 Server = PostgresServer | RedisServer
 #: Modules that start servers, by kind of store.
 SERVERS: Final[Mapping[str, ModuleType]] = {"postgres": postgres_server, "redis": redis_server}
+#: The same, and PostgreSQL behind a pooler.
+REACHED: Final[Mapping[str, ModuleType]] = {**SERVERS, "pooled postgres": pooler}
 #: Parameters: all kinds. The tests of those on servers take longer.
 ALL_KINDS: Final = ("memory", "file", *(pytest.param(kind, marks=pytest.mark.extended) for kind in SERVERS))
 #: Parameters: the kinds that several processes can share.

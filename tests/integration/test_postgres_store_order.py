@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
@@ -11,6 +12,7 @@ import pytest
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Event, Key, Write
 from orchestrator.state.stores.postgres.store import PostgresStore
+from tests import pooler
 from tests.postgres_server import empty_store_url
 from tests.stores import numbers
 
@@ -97,6 +99,36 @@ async def test_watcher_whose_notifications_are_lost_gets_commits() -> None:
                 )
                 await theirs.commit(Commit([], [Event("e")]))
         assert seen == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.extended
+async def test_stores_behind_a_pooler_see_all_commits_in_order() -> None:
+    """They share its connections, and listen on none: announcements would pile up in other clients."""
+    with pooler.started_server() as server:
+        url = server.url()
+        async with AsyncExitStack() as stack:
+            stores = [await stack.enter_async_context(PostgresStore.open(url)) for _ in range(4)]
+            seen = dict[int, list[int]]()
+
+            async def follow(number: int) -> None:
+                seen[number] = []
+                async for record in stores[number].watch():
+                    seen[number].append(record.position)
+                    if record.position == 40:
+                        return
+
+            async def commit(number: int) -> None:
+                for _ in range(10):
+                    await stores[number].commit(Commit([], [Event("e")]))
+
+            async with anyio.create_task_group() as tasks:
+                for number in range(4):
+                    tasks.start_soon(follow, number)
+                    tasks.start_soon(commit, number)
+            assert list(seen.values()) == [list(range(1, 41))] * 4
+            backends = "SELECT count(*), count(*) FILTER (WHERE query LIKE 'LISTEN%%') FROM pg_stat_activity"
+            ((used, listening),) = await stores[0]._server.fetch(f"{backends} WHERE datname = 'postgres'")
+        assert (used <= 3, listening) == (True, 0)
 
 
 async def test_many_watchers_share_a_connection() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from orchestrator.protocols import Commit, Event, Guard, Key, Write
 from orchestrator.state.stores.postgres.schema import check_settings, read_queries
 from orchestrator.state.stores.postgres.server import PASSWORD, PASSWORD_FILE, fetch, parse_url
 from orchestrator.state.stores.postgres.store import PostgresStore
+from tests.cutting_proxy import create_certificate
 from tests.postgres_server import GUARDED, PostgresServer, empty_store_url, started_server
 
 TASK, OTHER, LEASE = Key("task", "a"), Key("task", "b"), Key("lease", "a")
 SECRET = "s3cret-of-the-test"
+PGPASS = f"127.0.0.1:*:*:{GUARDED}:{SECRET}\n"
 PROPER = {"version": 150_000, "encoding": "UTF8", "fsync": "on", "full_page_writes": "on", "is_standby": False}
 
 
@@ -26,9 +30,8 @@ PROPER = {"version": 150_000, "encoding": "UTF8", "fsync": "on", "full_page_writ
 def server() -> Iterator[PostgresServer]:
     """Return a server with a user whose password is `SECRET`, and one without privileges."""
     with started_server() as made:
-        with psycopg.connect(made.url().partition("?")[0], autocommit=True) as admin:
-            admin.execute(f"CREATE ROLE {GUARDED} LOGIN PASSWORD '{SECRET}'")
-            admin.execute(f"GRANT CREATE ON DATABASE postgres TO {GUARDED}")
+        made.guard(SECRET)
+        with made.connect() as admin:
             admin.execute("CREATE ROLE powerless LOGIN")
         yield made
 
@@ -92,7 +95,7 @@ def test_options_of_the_client_library_are_passed_on() -> None:
         ({"database": "nothing"}, "CREATE DATABASE"),
         ({"user": "nobody"}, "CREATE ROLE"),
         ({"user": GUARDED}, PASSWORD),
-        ({"user": "powerless"}, "GRANT CREATE ON DATABASE postgres TO powerless"),
+        ({"user": "powerless"}, 'GRANT CREATE ON DATABASE "postgres" TO "powerless"'),
         ({"options": "&sslmode=require"}, "sslmode"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -123,7 +126,7 @@ async def test_password_comes_from_a_variable_a_file_or_pgpass(
     monkeypatch.delenv(PASSWORD)
     for name, variable, text in (
         ("password", PASSWORD_FILE, f"{SECRET}\n"),
-        ("pgpass", "PGPASSFILE", f"127.0.0.1:*:*:{GUARDED}:{SECRET}\n"),
+        ("pgpass", "PGPASSFILE", PGPASS),
     ):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o600)
@@ -135,6 +138,18 @@ async def test_password_comes_from_a_variable_a_file_or_pgpass(
     assert SECRET not in said + caplog.text
 
 
+async def test_readable_pgpass_is_ignored_with_the_needed_mode(
+    server: PostgresServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The client library explains it on standard error."""
+    (tmp_path / "pgpass").write_text(PGPASS)
+    (tmp_path / "pgpass").chmod(0o644)
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "pgpass"))
+    with pytest.raises(StoreUnavailable, match=r"needs a password: .*pgpass \(mode 600\)"):
+        await opens(server.url(user=GUARDED))
+    assert "has group or world access" in capfd.readouterr().err
+
+
 async def test_missing_file_with_the_password_is_reported(
     server: PostgresServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -144,22 +159,70 @@ async def test_missing_file_with_the_password_is_reported(
         await opens(server.url(user=GUARDED))
 
 
-async def test_revoked_privileges_are_reported_and_restored(server: PostgresServer) -> None:
+@pytest.mark.parametrize("right", ["ALL ON ALL TABLES", "ALL ON", "EXECUTE ON ALL FUNCTIONS"])
+async def test_revoked_privilege_is_granted_by_the_statement_in_the_message(server: PostgresServer, right: str) -> None:
     """A commit without a privilege changes nothing, and succeeds afterwards."""
-    url = server.url()
-    async with PostgresStore.open(url) as admin:
-        schema = admin._server.address.schema
-        await admin.commit(Commit([Write(TASK, 0, {"n": 1})]))
-        grants = (f'USAGE ON SCHEMA "{schema}"', f'ALL ON ALL TABLES IN SCHEMA "{schema}"')
-        for grant in grants:
-            await _execute(admin, f"GRANT {grant} TO powerless")
-        async with PostgresStore.open(server.url(schema, user="powerless")) as store:
+    url = server.url(user="powerless")
+    schema = url.rpartition("=")[2]
+    with server.connect() as admin:
+        admin.execute(f"CREATE SCHEMA {schema} AUTHORIZATION powerless")
+        async with PostgresStore.open(url) as store:
+            assert await store.commit(Commit([Write(TASK, 0, {"n": 1})])) == 1
+            admin.execute(
+                f"REVOKE {right} {'IN ' if 'ALL ' in right[4:] else ''}SCHEMA {schema} FROM PUBLIC, powerless"
+            )
+            with pytest.raises(StoreUnavailable, match="lacks a privilege") as caught:
+                await store.commit(Commit([Write(TASK, 1, {"n": 2})]))
+            admin.execute(caught.value.remedy.split("`")[1])
             assert await store.commit(Commit([Write(TASK, 1, {"n": 2})])) == 2
-            await _execute(admin, f"REVOKE {grants[1]} FROM powerless")
-            with pytest.raises(StoreUnavailable, match="lacks a privilege"):
-                await store.commit(Commit([Write(TASK, 2, {"n": 3})]))
-            await _execute(admin, f"GRANT {grants[1]} TO powerless")
-            assert await store.commit(Commit([Write(TASK, 2, {"n": 3})])) == 3
+
+
+async def test_statements_in_messages_lead_to_a_working_store(server: PostgresServer) -> None:
+    """A user who lacks everything gets it step by step."""
+    url = server.url(user="new-comer").replace("/postgres?", "/private?")
+    with server.connect() as admin:
+        admin.execute('CREATE ROLE "new-comer" CONNECTION LIMIT 0')
+        admin.execute("CREATE DATABASE private CONNECTION LIMIT 0")
+        admin.execute("REVOKE CONNECT ON DATABASE private FROM PUBLIC")
+        for expected in (
+            "ALTER ROLE .* LOGIN", "ALTER ROLE .* LIMIT", "GRANT CONNECT", "ALTER DATABASE .* LIMIT", "GRANT CREATE",
+        ):  # fmt: skip
+            with pytest.raises(StoreUnavailable, match=expected) as caught:
+                await opens(url)
+            assert "\n" not in str(caught.value)
+            admin.execute(caught.value.remedy.split("`")[1])
+        await opens(url)
+
+
+async def test_certificate_of_the_server_is_verified(server: PostgresServer) -> None:
+    """Another authority, a missing file of authorities and another host name are reported in one line."""
+    certificate, other = create_certificate(), create_certificate.__wrapped__()
+    for name in ("server.crt", "server.key"):
+        shutil.copy(certificate, server.data)
+        (server.data / certificate.name).rename(server.data / name).chmod(0o600)
+        if server.user is not None:
+            os.chown(server.data / name, server.user, server.user)
+    with server.connect() as admin:
+        try:
+            admin.execute("ALTER SYSTEM SET ssl = on")
+        except psycopg.errors.InvalidParameterValue as error:
+            pytest.skip(f"this server has no TLS: {error}")
+        admin.execute("SELECT pg_reload_conf()")
+    url = f"{server.url()}&sslmode=verify-full&sslrootcert="
+    authority = certificate.with_name("authority.pem")
+    async with PostgresStore.open(f"{url}{authority}") as store:
+        query = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+        assert await store._server.fetch(query) == [(True,)]
+    for wrong, what in (
+        (f"{url}{other.with_name('authority.pem')}", "certificate verify failed"),
+        (f"{url}/missing.pem", '"/missing.pem" does not exist'),
+        (f"{url}{authority}".replace("127.0.0.1", "localhost"), 'does not match host name "localhost"'),
+    ):
+        with pytest.raises(
+            StoreUnavailable, match=f"TLS failed: .*{what}.*correct `sslmode` or `sslrootcert`"
+        ) as caught:
+            await opens(wrong)
+        assert "\n" not in str(caught.value)
 
 
 async def _execute(store: PostgresStore, statement: str) -> None:
@@ -172,8 +235,9 @@ async def test_tables_of_a_newer_program_are_refused() -> None:
     url = empty_store_url()
     async with PostgresStore.open(url) as store:
         await _execute(store, store._server.sql("INSERT INTO {schema}.migrations VALUES (1000)"))
-    with pytest.raises(RefusedError, match="upgrade cli-council"):
+    with pytest.raises(RefusedError, match="upgrade cli-council") as caught:
         await opens(url)
+    assert "\n" not in str(caught.value)
 
 
 async def test_stores_that_are_opened_at_once_create_the_tables_once() -> None:

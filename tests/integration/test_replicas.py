@@ -24,8 +24,6 @@ from tests.stores import numbers, open_store
 
 pytestmark = pytest.mark.extended
 
-STANDBY = {"cluster_name": "second", "wal_retrieve_retry_interval": "100ms"}
-
 
 @pytest.fixture
 def primary() -> Iterator[PostgresServer]:
@@ -37,7 +35,7 @@ def primary() -> Iterator[PostgresServer]:
 @pytest.fixture
 def standby(primary: PostgresServer) -> Iterator[PostgresServer]:
     """Return a standby of the primary."""
-    with postgres_server.started_server(primary, **STANDBY) as made:
+    with postgres_server.started_server(primary, cluster_name="second", wal_retrieve_retry_interval="100ms") as made:
         yield made
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import pytest
+import zstandard
 from anyio import to_thread
 
 from orchestrator.domain.events.base import TypedEvent
@@ -19,12 +20,17 @@ from orchestrator.domain.events.state import OutageEnded
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import CommitRecord
 from orchestrator.state.documents.log_reader import read_range
+from orchestrator.state.stores.postgres import server as postgres
+from orchestrator.state.stores.redis import server as redis
 from tests.conftest import CommandResult, Repository
 from tests.cutting_proxy import CuttingProxy
+from tests.faults import SHELL_ADAPTER, files_with, processes_with, read_objects
 from tests.integration.test_failing_store import COMMANDS
 from tests.integration.test_shared_runs import assert_each_landed_once, ended, shared, states
+from tests.pooler import Pooler
+from tests.postgres_server import PostgresServer
 from tests.redis_server import RedisServer
-from tests.store_kinds import SERVERS, Server
+from tests.store_kinds import REACHED, SERVERS, Server
 from tests.stores import open_store
 from tests.waiting import wait_for
 
@@ -36,10 +42,13 @@ TIMEOUT = 5
 Outage = Callable[[], Awaitable[None]]
 
 
+PASSWORDS = {PostgresServer: postgres.PASSWORD, RedisServer: redis.PASSWORD}
+
+
 @pytest.fixture(params=SERVERS)
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest) -> Iterator[Server | Pooler]:
     """Return a server of the test's own."""
-    with SERVERS[request.param].started_server() as made:
+    with REACHED[request.param].started_server() as made:
         yield made
 
 
@@ -121,6 +130,7 @@ def count_landed(repository: Repository) -> int:
     return Counter(states(repository).values())["landed"]
 
 
+@pytest.mark.parametrize("server", REACHED, indirect=True)
 @pytest.mark.parametrize(
     ("count", "restarts"),
     [
@@ -129,13 +139,14 @@ def count_landed(repository: Repository) -> int:
     ],
 )
 async def test_tasks_of_three_processes_land_once_despite_restarts(
-    repository: Repository, server: Server, count: int, restarts: int
+    repository: Repository, server: Server | Pooler, count: int, restarts: int
 ) -> None:
     """Work resumes within seconds; meanwhile `status` names the server that is waited for."""
 
     async def restart() -> None:
         server.kill()
-        await assert_server_is_named(repository, server.port, ": unreachable")
+        # A pooler may accept connections and not answer.
+        await assert_server_is_named(repository, server.port, "" if isinstance(server, Pooler) else ": unreachable")
         await to_thread.run_sync(server.start)
 
     url = server.url()
@@ -301,18 +312,71 @@ async def test_any_failing_request_costs_only_time(
         number += step
 
 
-@pytest.mark.parametrize("server", ["redis"], indirect=True)
-def test_password_is_shown_nowhere(repository: Repository, server: RedisServer) -> None:
-    """Neither in the output, nor in the state, the logs or the events."""
-    password = "hidden-4f1c"
-    anyio.run(server.set_password, password)
-    repository.environ["COUNCIL_STATE"], repository.environ["COUNCIL_REDIS_PASSWORD"] = server.url(), password
+@pytest.mark.extended
+def test_commands_report_an_unusable_server_in_one_line(repository: Repository, server: Server) -> None:
+    """It has the fix; with `--json` both are fields."""
     config = repository.configure([{"id": "one", "prompt": "append a.txt 1"}])
-    shown = [repository.council("run", str(config)), repository.council("run", str(config), "--json")]
-    shown += [repository.council(*words) for words in (["where"], ["status"], ["state", "health"], ["state", "log"])]
-    repository.environ["COUNCIL_REDIS_PASSWORD"] = f"{password}-wrong"
-    shown.append(repository.council("status"))
-    assert "password of user 'default' is missing or wrong" in shown[-1].stderr
-    assert not any(password in one.stdout + one.stderr for one in shown)
-    for path in repository.top.parent.rglob("*"):
-        assert not path.is_file() or password.encode() not in path.read_bytes(), path
+    url, variable = server.url(user=server.guard("right")), PASSWORDS[type(server)]
+    for place, password, what, fix in (
+        (url.replace("127.0.0.1", "unknown.invalid"), "right", "unknown host 'unknown.invalid'", "in the URL"),
+        (url, "wrong", "wrong", f"set {variable}, or {variable}_FILE to"),
+    ):
+        repository.environ.update({"COUNCIL_STATE": place, variable: password})
+        for words in (["status"], ["run", str(config)]):
+            ended, shown = repository.council(*words), repository.council(*words, "--json")
+            assert ended.code == shown.code in {1, 2}, ended
+            assert len(ended.stderr.splitlines()) == 1, ended
+            assert f"council: {shown.result['error']}: {shown.result['remedy']}" in ended.stderr
+            assert what in shown.result["error"]
+            assert fix in shown.result["remedy"]
+
+
+SHOWN = (
+    "where", "where --json", "doctor", "doctor --json", "status", "status --json", "runs", "show one", "logs one",
+    "usage", "check", "locks", "state show", "state log --json", "state at now *", "state health",
+    "state health --json", "state views", "state export state.zst",
+)  # fmt: skip
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("is_file", [False, True], ids=["variable", "file"])
+def test_password_is_shown_nowhere(
+    repository: Repository, server: Server, is_file: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Neither in output, state, logs and landed work, nor in other processes; in a file, it can't be redacted."""
+    password, file = "hidden-4f1c", tmp_path_factory.mktemp("secret") / "password"
+    url, variable = server.url(user=server.guard(password)), PASSWORDS[type(server)]
+    given = f"{variable}_FILE" if is_file else variable
+
+    def give(text: str) -> None:
+        file.write_text(text)
+        repository.environ[given] = str(file) if is_file else text
+
+    give(password)
+    repository.environ["COUNCIL_STATE"] = url
+    folder = repository.spawns.parent
+    waits = f"touch {folder}/started; until [ -e {folder}/go ]; do sleep 0.05; done"
+    adapter = {**SHELL_ADAPTER, "writable": [str(folder)]}
+    task = {"id": "one", "prompt": f"env | tee env.txt; {waits}", "checks": ["env"]}
+    config = repository.configure([task], adapters={"sh": adapter})
+    run = repository.start("run", str(config), "--json")
+    wait_for((folder / "started").exists)
+    assert processes_with(password.encode()) == []
+    (folder / "go").touch()
+    shown = "".join(run.communicate(timeout=60))
+    assert run.returncode == 0, shown
+    shown += "".join(repr(repository.council(*words.split())) for words in SHOWN)
+    give(f"{password}-wrong")
+    for words in ("status", "status --json", f"run {config}", "doctor", "where"):
+        shown += (refused := repr(repository.council(*words.split())))
+        assert "wrong" in refused or words in {"doctor", "where"}, refused
+    give(password)
+    server.break_state(url)
+    broken = repository.council("state", "log")
+    assert broken.code == 3, broken
+    assert password not in shown + repr(broken)
+    assert files_with(repository.top.parent, password.encode()) == []
+    with zstandard.open(repository.top / "state.zst") as export:
+        assert password.encode() not in export.read()
+    for objects in repository.top.parent.rglob("objects"):
+        assert password.encode() not in read_objects(objects.parent)

@@ -14,21 +14,22 @@ from orchestrator.protocols import Commit, Event, Key, Store, Write
 from orchestrator.state.stores.postgres.store import PostgresStore
 from orchestrator.state.stores.redis.store import RedisStore
 from tests.cutting_proxy import CuttingProxy
-from tests.store_kinds import SERVERS, Server
+from tests.pooler import Pooler
+from tests.store_kinds import REACHED, SERVERS, Server
 from tests.stores import numbers, open_store
 
 TASK = Key("task", "a")
 
 
 @pytest.fixture(scope="module", params=SERVERS)
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest) -> Iterator[Server | Pooler]:
     """Return a server of these tests."""
-    with SERVERS[request.param].started_server() as made:
+    with REACHED[request.param].started_server() as made:
         yield made
 
 
 @asynccontextmanager
-async def opened(server: Server) -> AsyncIterator[tuple[CuttingProxy, Store]]:
+async def opened(server: Server | Pooler) -> AsyncIterator[tuple[CuttingProxy, Store]]:
     """Open a store through a proxy."""
     async with CuttingProxy(server.port).serve() as proxy, open_store(server.url(port=proxy.port)) as store:
         yield proxy, store
@@ -48,6 +49,7 @@ async def settle(store: Store) -> None:
     [
         ("postgres", 97, {"request": 500, "reply": 50}),
         pytest.param("postgres", 1, {"request": 500, "reply": 50}, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param("pooled postgres", 97, {"request": 500, "reply": 50}, marks=pytest.mark.extended),
         pytest.param("redis", 1, {"request": 150, "reply": 5}, marks=pytest.mark.extended),
     ],
     indirect=["server"],
@@ -55,7 +57,7 @@ async def settle(store: Store) -> None:
 )
 @pytest.mark.parametrize("has_write", [False, True], ids=["events", "write"])
 async def test_commit_is_applied_once_wherever_its_exchange_is_cut(
-    server: Server, has_write: bool, step: int, least: dict[str, int]
+    server: Server | Pooler, has_write: bool, step: int, least: dict[str, int]
 ) -> None:
     """The same applies to a commit of events alone, which no version protects."""
 

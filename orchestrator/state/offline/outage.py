@@ -127,7 +127,7 @@ class Outage:
         """Mark the store as unreachable; send one event for the whole outage."""
         if self._since is None:
             self._since, self._ended = self._clock.monotonic(), anyio.Event()
-            self._on_event(OutageStarted(mode=self._mode, reason=error.message, started=self._clock.now()))
+            self._on_event(OutageStarted(mode=self._mode, reason=str(error), started=self._clock.now()))
 
     def end(self, **facts: int) -> None:
         """Mark the store as reachable; send an event if there was an outage."""

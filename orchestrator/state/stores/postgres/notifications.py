@@ -12,21 +12,21 @@ import anyio
 import psycopg
 
 from orchestrator.errors import StoreUnavailable
-from orchestrator.state.stores.postgres.server import Connection, Server
+from orchestrator.state.stores.postgres.server import Connection, Server, fetch
 
 
 class Notifications:
     """The announced commits of all processes, on one connection per store.
 
-    One watcher waits for the connection, the others wait for this watcher. Behind a pooler in transaction mode,
-    announcements don't arrive, and only the interval applies.
+    One watcher waits for the connection, the others wait for this watcher. Behind a pooler, only the interval applies:
+    announcements would arrive at other clients, if at all.
     """
 
     def __init__(self, server: Server, interval: float) -> None:
         """Wake watchers at the latest after `interval` seconds."""
         self._server, self._interval = server, interval
         self._connection: Connection | None = None
-        self._is_taken = False
+        self._is_taken = self._is_pooled = False
         self._news = anyio.Event()
         self.count = 0
         """The number of times that watchers were woken."""
@@ -58,17 +58,26 @@ class Notifications:
 
     async def _receive(self) -> None:
         try:
-            if self._connection is None:
-                connection = await self._server.open_connection()
-                self._connection = connection
-                with self._server.time_limit(connection):
-                    await connection.execute(self._server.sql('LISTEN "{channel}"'))
-                return  # a commit may have been announced before
-            async for _ in self._connection.notifies(timeout=self._interval, stop_after=1):
-                pass
+            if self._is_pooled:
+                await anyio.sleep(self._interval)
+            elif self._connection is None:
+                await self._listen()  # a commit may have been announced before
+            else:
+                async for _ in self._connection.notifies(timeout=self._interval, stop_after=1):
+                    pass
         except (psycopg.Error, StoreUnavailable):
             await self._close()
             await anyio.sleep(self._interval)
+
+    async def _listen(self) -> None:
+        self._connection = connection = await self._server.open_connection()
+        with self._server.time_limit(connection):
+            ((process,),) = await fetch(connection, "SELECT pg_backend_pid()")
+            self._is_pooled = process != connection.info.backend_pid
+            if not self._is_pooled:
+                await connection.execute(self._server.sql('LISTEN "{channel}"'))
+        if self._is_pooled:
+            await self._close()
 
     async def _close(self) -> None:
         with anyio.CancelScope(shield=True):

@@ -36,7 +36,11 @@ TIMEOUT: Final = 5.0
 """Seconds without an answer after which a server counts as unreachable."""
 MAINTENANCE_TIMEOUT: Final = 600.0
 """The same for statements that read the whole log."""
-_SET_PASSWORD: Final = f"set {PASSWORD}, or {PASSWORD_FILE} to the path of a file that contains it, or use ~/.pgpass"
+_SET_PASSWORD: Final = (
+    f"set {PASSWORD}, or {PASSWORD_FILE} to the path of a file that contains it, or use ~/.pgpass (mode 600)"
+)
+_ALL_USED: Final = "it has its maximum of connections"
+_RAISE_LIMIT: Final = "end other connections, raise `max_connections`, or use a pooler"
 _URL_FORM: Final = "use postgresql://[USER@]HOST[:PORT]/DATABASE[?schema=NAME][&sslmode=verify-full]"
 _CONNECTIONS: Final = 4
 _PAUSES: Final = (0, 0.2, 0.6)
@@ -62,24 +66,28 @@ class Address:
     schema: str
     """The schema that contains the tables."""
 
+    def option(self, name: str, fallback: str = "") -> str:
+        """Return an option of the URL, or its default in the environment of this process, or `fallback`."""
+        defaults = {one.keyword: one.val for one in psycopg.pq.Conninfo.get_defaults()}
+        return str(self.options.get(name) or (defaults[name.encode()] or b"").decode() or fallback)
+
     @property
     def user(self) -> str:
-        """The user on the server, as far as the URL or the environment name it."""
-        return str(self.options.get("user") or os.environ.get("PGUSER") or "of this process")
+        """The user on the server."""
+        return self.option("user")
 
     @property
     def database(self) -> str:
         """The database; the server's default is named like the user."""
-        return str(self.options.get("dbname") or os.environ.get("PGDATABASE") or self.user)
+        return self.option("dbname", self.user)
 
     @property
     def host(self) -> str:
         """The host, or several hosts separated by commas."""
-        return str(self.options.get("host") or os.environ.get("PGHOST") or "localhost")
+        return self.option("host", "localhost")
 
     def __str__(self) -> str:
-        port = self.options.get("port") or os.environ.get("PGPORT") or 5432
-        return f"postgresql {self.host}:{port}/{self.database}"
+        return f"postgresql {self.host}:{self.option('port')}/{self.database}"
 
 
 def parse_url(url: str) -> Address:
@@ -282,43 +290,48 @@ def is_disconnected(error: BaseException | None) -> bool:
 
 
 _Report = tuple[str, type[StoreUnavailable], str, str]
-#: States of errors of the server, or words in them, and what to report.
+#: States of errors of the server, or words in them, and what to report. A refused connection has no state.
 _REPORTS: Final[Sequence[_Report]] = (
     ("53100", StoreFull, "the server's disk is full", "free space on it"),
     ("53200", StoreUnavailable, "the server is out of memory", "add memory, or reduce its connections"),
     ("25006", StoreUnavailable, "the server accepts no writes", "use the URL of the primary"),
     ("42501", StoreUnavailable, "user {user!r} lacks a privilege: {text}", "{grant}"),
     ("42P01", StoreUnavailable, "the tables of the store are missing: {text}", "restore them, or use another schema"),
-    ("57P03", StoreUnreachable, "it is starting or stopping", "wait for it"),
-    ("the database system is", StoreUnreachable, "it is starting or stopping", "wait for it"),  # no state on connecting
+    ("the database system is", StoreUnreachable, "{text}", "wait for it, or see the server's log"),
     ("password authentication failed", StoreUnavailable, "the password of user {user!r} is wrong", _SET_PASSWORD),
     ("no password supplied", StoreUnavailable, "user {user!r} needs a password", _SET_PASSWORD),
-    (
-        "no pg_hba.conf entry",
-        StoreUnavailable,
-        "the server accepts no such connection: {text}",
-        "add it to pg_hba.conf",
-    ),
+    ("pg_hba.conf", StoreUnavailable, "the server accepts no such connection: {text}", "add it to pg_hba.conf"),
+    ("not permitted to log in", StoreUnavailable, "{text}", "`ALTER ROLE {role} LOGIN`"),
+    ("connections for role", StoreUnavailable, "{text}", "`ALTER ROLE {role} CONNECTION LIMIT -1`"),
+    ("connections for database", StoreUnavailable, "{text}", "`ALTER DATABASE {database} CONNECTION LIMIT -1`"),
+    ("too many", StoreUnavailable, _ALL_USED, _RAISE_LIMIT),
+    ("remaining connection slots", StoreUnavailable, _ALL_USED, _RAISE_LIMIT),
+    ("permission denied for database", StoreUnavailable, "{text}", "`GRANT CONNECT ON DATABASE {database} TO {role}`"),
     ("role ", StoreUnavailable, "{text}", "`CREATE ROLE NAME LOGIN PASSWORD '…'`, or correct the user in the URL"),
     ("database ", StoreUnavailable, "{text}", "`CREATE DATABASE NAME`, or correct the database in the URL"),
     ("resolve host", StoreUnavailable, "unknown host {host!r}", "correct its name in the URL"),
     ("translate host", StoreUnavailable, "unknown host {host!r}", "correct its name in the URL"),
     ("SSL", StoreUnavailable, "TLS failed: {text}", "correct `sslmode` or `sslrootcert` in the URL"),
     ("certificate", StoreUnavailable, "TLS failed: {text}", "correct `sslmode` or `sslrootcert` in the URL"),
-    ("too many", StoreUnavailable, "it has its maximum of connections", "raise `max_connections`, or use a pooler"),
-    ("remaining connection slots", StoreUnavailable, "it has its maximum of connections", "raise `max_connections`"),
     ("No space left", StoreFull, "the server's disk is full", "free space on it"),
 )
+#: Objects in "permission denied for OBJECT NAME", and the privilege that is missing.
+_GRANTS: Final[Mapping[str, str]] = {
+    "database": "CREATE ON DATABASE {database}",
+    "schema": "ALL ON SCHEMA {schema}",
+    "function": "EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema}",
+    "": "ALL ON ALL TABLES IN SCHEMA {schema}",
+}
 
 
 def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
     """Return the store's error, with a remedy, for an error of the client library."""
     text = _summary(error)
-    facts = {
-        "text": text, "user": address.user, "host": address.host,
-        "grant": f"`GRANT CREATE ON DATABASE {address.database} TO {address.user}`, and the schema "
-        f"{address.schema} must belong to this user: `ALTER SCHEMA {address.schema} OWNER TO {address.user}`",
-    }  # fmt: skip
+    names = {"role": address.user, "database": address.database, "schema": address.schema}
+    facts = {name: psycopg.sql.Identifier(value).as_string() for name, value in names.items()}
+    grant = next(grant for kind, grant in _GRANTS.items() if f"denied for {kind}" in text or not kind)
+    facts |= {"text": text, "user": address.user, "host": address.host}
+    facts |= {"grant": f"`GRANT {grant} TO {{role}}`".format(**facts)}
     state = getattr(error, "sqlstate", None) or ""
     for words, kind, what, remedy in _REPORTS:
         if words == state or words in text:
@@ -339,7 +352,8 @@ def _no_answer(address: Address, seconds: float) -> StoreUnreachable:
 def _summary(error: Exception) -> str:
     """Return an error's message on one line, without the names of the host."""
     message = error.diag.message_primary if isinstance(error, psycopg.Error) else None
-    # A hint of the client library is indented.
-    lines = [line.strip(" -") for line in (message or str(error)).splitlines() if line.strip() and line[0] != "\t"]
-    line = next((line for line in lines if "FATAL:" in line), lines[-1] if lines else type(error).__name__)
-    return line.rpartition("FATAL:")[2].rpartition(" failed: ")[2].strip()
+    lines = [line for line in (message or str(error)).splitlines() if line.strip()]
+    # Of several addresses of a host, each failure is an item of a list; hints are in further lines.
+    (reason,) = [line for line in lines if line.startswith("- ")][-1:] or lines[:1] or [type(error).__name__]
+    line = next((line for line in lines if "FATAL:" in line), reason)
+    return re.sub(r".*(FATAL:| failed: |connection is bad: )", "", line).strip()

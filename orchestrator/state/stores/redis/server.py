@@ -24,6 +24,7 @@ PASSWORD_FILE: Final = f"{PASSWORD}_FILE"
 TIMEOUT: Final = 5.0
 """Seconds without an answer after which a server counts as unreachable."""
 SET_PASSWORD: Final = f"set {PASSWORD}, or {PASSWORD_FILE} to the path of a file that contains it"
+_RAISE_LIMIT: Final = "end other connections, then raise `maxclients`"
 _CONNECTIONS: Final = 16
 _ATTEMPTS: Final = 3
 _OLDEST: Final = (6, 2)
@@ -52,6 +53,10 @@ class Address:
     def user(self) -> str:
         """The user on the server."""
         return str(self.options.get("username", "default"))
+
+    def command(self, words: str) -> str:
+        """Return a command for the server, as typed in a shell."""
+        return f"`redis-cli -h {self.options['host']} -p {self.options.get('port', 6379)} {words}`"
 
     def __str__(self) -> str:
         return self.name
@@ -84,38 +89,49 @@ def choose_wait(address: Address, info: Mapping[str, Any], config: Mapping[Any, 
     None if each acknowledgement implies durability. Raises RefusedError for a server that may lose an acknowledged
     commit, with the commands that fix this.
     """
+    # Valkey reports the version of Redis with which it is compatible.
     version = tuple(int(part) for part in str(info["redis_version"]).split(".")[:2])
-    replicas, can_wait = int(info.get("connected_slaves", 0)), version >= _WITH_WAITAOF
+    replicas, can_wait = find_replicas(info), version >= _WITH_WAITAOF
     policy, eviction = config.get("appendfsync"), config.get("maxmemory-policy")
+
+    def change(setting: str) -> str:
+        lasts = address.command("config rewrite") if info.get("config_file") else f"start it with `--{setting}`"
+        return f"{address.command(f'config set {setting}')}, and to make this permanent {lasts}"
+
     problems: Sequence[tuple[bool, str, str]] = (
-        (version < _OLDEST, f"the server is redis {info['redis_version']}", "upgrade it to 6.2 or newer, or to Valkey"),
+        (version < _OLDEST, f"the server is {describe_version(info)}", "upgrade it to 6.2 or newer, or to Valkey"),
         (
             info.get("redis_mode") == "cluster" or bool(info.get("cluster_enabled")),
             "the server is in cluster mode, where no commit is atomic",
-            "use a server with `cluster-enabled no`",
+            "start the server with `--cluster-enabled no`",
         ),
-        (info.get("role") != "master", "the server is a replica", "use the URL of the primary"),
         (
-            replicas > address.replicas,
-            f"it has {replicas} replicas, which may lack acknowledged commits after a failover",
-            f"add `replicas={replicas}` to the URL, so that commits wait for them, or detach them",
+            info.get("role") != "master",
+            "the server is a replica",
+            f"use the URL of the primary, {info.get('master_host')}:{info.get('master_port')}",
+        ),
+        (
+            len(replicas) > address.replicas,
+            f"it has {len(replicas)} replicas, which may lack acknowledged commits after a failover",
+            f"add `replicas={len(replicas)}` to the URL, so that commits wait for them, or detach them: "
+            + " and ".join(f"`redis-cli -h {one['ip']} -p {one['port']} replicaof no one`" for one in replicas),
         ),
         (
             address.replicas > 0 and not can_wait,
-            f"redis {info['redis_version']} can't wait for the disks of replicas",
+            f"{describe_version(info)} can't wait for the disks of replicas",
             "upgrade it to 7.2 or newer, or remove `replicas` from the URL",
         ),
-        (config.get("appendonly") != "yes", "it loses its data when it stops", _set("appendonly", "yes")),
-        (eviction != "noeviction", f"it evicts data ({eviction})", _set("maxmemory-policy", "noeviction")),
+        (config.get("appendonly") != "yes", "it loses its data when it stops", change("appendonly yes")),
+        (eviction != "noeviction", f"it evicts data ({eviction})", change("maxmemory-policy noeviction")),
         (
             config.get("no-appendfsync-on-rewrite") != "no",
             "it does not sync its log while it rewrites it",
-            _set("no-appendfsync-on-rewrite", "no"),
+            change("no-appendfsync-on-rewrite no"),
         ),
         (
             policy == "no" or (policy == "everysec" and not can_wait),
             f"with `appendfsync {policy}`, a power failure loses acknowledged commits",
-            _set("appendfsync", "always"),
+            change("appendfsync always"),
         ),
     )
     for is_wrong, what, remedy in problems:
@@ -124,8 +140,14 @@ def choose_wait(address: Address, info: Mapping[str, Any], config: Mapping[Any, 
     return None if policy == "always" and not address.replicas else (1, address.replicas)
 
 
-def _set(name: str, value: str) -> str:
-    return f"`redis-cli config set {name} {value}` and `redis-cli config rewrite`"
+def find_replicas(info: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return the attached replicas of a server."""
+    return [one for name, one in info.items() if name.startswith("slave") and name[5:].isdigit()]
+
+
+def describe_version(info: Mapping[str, Any]) -> str:
+    """Return the name and the version of a server."""
+    return f"valkey {info['valkey_version']}" if "valkey_version" in info else f"redis {info['redis_version']}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +192,7 @@ async def read_server(server: Server) -> ServerStatistics:
         problem, remedy = error.message, error.remedy
     pool: CountedPool = server.client.connection_pool
     return ServerStatistics(
-        f"redis {info['redis_version']}",
+        describe_version(info),
         int(info["connected_clients"]),
         int(config["maxclients"]),
         pool.statistics,
@@ -214,39 +236,29 @@ async def connect(address: Address, password: str | None) -> AsyncIterator[Serve
     }
     pool = CountedPool(max_connections=_CONNECTIONS, timeout=None, **options)
     async with Redis.from_pool(pool) as client, Redis.from_pool(ConnectionPool(**options)) as watcher:
-        with translated(address, refuse_denied=True):
+        with translated(address):
             info, config = await client.info(), await client.config_get()
         yield Server(address, client, watcher, choose_wait(address, info, config))
 
 
 @contextmanager
-def translated(address: Address, *, refuse_denied: bool = False) -> Iterator[None]:
-    """Raise StoreUnavailable in place of an error of the client.
-
-    With `refuse_denied`, raise RefusedError for a wrong password or a missing privilege.
-    """
+def translated(address: Address) -> Iterator[None]:
+    """Raise StoreUnavailable in place of an error of the client."""
     try:
         yield
     except exceptions.RedisError as error:
-        found = to_store_error(address, error)
-        if refuse_denied and _is_denied(error):
-            raise RefusedError(found.message, found.remedy) from None
-        raise found from error
+        raise to_store_error(address, error) from error
 
 
-def _is_denied(error: Exception) -> bool:
-    """Return True if the password is wrong, or the user lacks a privilege."""
-    denied = (exceptions.AuthenticationError, exceptions.NoPermissionError)
-    return isinstance(error, denied) or "no permissions" in str(error) or "can't run this command" in str(error)
-
-
+#: Text in errors of a script, which have no class, if the user lacks a privilege.
+_DENIED: Final = ("no permissions", "can't run this command", "can't access at least one of the keys")
 #: Text in errors of the server: the error, the description and the remedy.
 _REPORTS: Final[Sequence[tuple[str, type[StoreUnavailable], str, str]]] = (
     ("maxmemory", StoreFull, "the server's memory is full", "raise `maxmemory`, or run `council state compact`"),
     ("No space left", StoreFull, "the server's disk is full", "free some space on it"),
     ("MISCONF", StoreUnavailable, "the server can't write to its disk", "check its disk and its log"),
     ("read only replica", StoreUnavailable, "the server has become a replica", "use the URL of the primary"),
-    ("max number of clients", StoreUnavailable, "the server has no free connections", "raise `maxclients`"),
+    ("max number of clients", StoreUnavailable, "it has its maximum of connections", _RAISE_LIMIT),
 )
 
 
@@ -257,9 +269,14 @@ def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
         if part in text:
             return kind(name, what, remedy)
     if isinstance(error, exceptions.AuthenticationError):
-        return StoreUnavailable(name, f"the password of user {address.user!r} is missing or wrong", SET_PASSWORD)
-    if _is_denied(error):
-        remedy = f"`redis-cli acl setuser {address.user} '~{address.prefix}:*' +@all`"
+        what, remedy = f"the password of user {address.user!r} is missing or wrong", SET_PASSWORD
+        if "disabled" in text:
+            what += ", or the user is disabled"
+            remedy += f", or enable the user: {address.command(f'acl setuser {address.user} on')}"
+        return StoreUnavailable(name, what, remedy)
+    if isinstance(error, exceptions.NoPermissionError) or any(words in text for words in _DENIED):
+        right = f"'~{address.prefix}:*'" if "access" in text else "+@all"
+        remedy = address.command(f"acl setuser {address.user} {right}")
         return StoreUnavailable(name, f"user {address.user!r} lacks a privilege: {text}", remedy)
     if isinstance(error, exceptions.TimeoutError):
         return StoreUnreachable(name, f"no answer in {TIMEOUT:g} s", "check the network and the load of the server")

@@ -106,9 +106,9 @@ class RedisStore:
 
     async def _check_format(self) -> None:
         client, meta = self._log.client, self._log.meta
-        await client.hsetnx(meta, "format", FORMAT)
-        found = int(await client.hget(meta, "format"))
-        if found > FORMAT:
+        while (text := await client.hget(meta, "format")) is None:
+            await client.hsetnx(meta, "format", FORMAT)
+        if (found := int(text)) > FORMAT:
             what = f"{self.address}: the state has format {found}, this program knows {FORMAT}"
             raise RefusedError(what, "upgrade cli-council")
 
