@@ -16,7 +16,6 @@ import errno
 import json
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -322,14 +321,8 @@ class _Locker:
     """`flock` by an explicit portalocker locker: the default is global, maybe lockf."""
 
     def __init__(self) -> None:
-        # Its locks on a Redis server, which it omits if they can't be imported, would take most of the time.
-        is_first = "portalocker" not in sys.modules
-        if is_first:
-            sys.modules["portalocker.redis"] = None  # type: ignore[assignment]  # makes the import fail
+        # Imported late: portalocker takes up to half a second to import if redis is installed.
         import portalocker  # noqa: PLC0415  (a slow import)
-
-        if is_first:
-            del sys.modules["portalocker.redis"]
 
         self.locker = portalocker.portalocker.FlockLocker()
         self.held, self.failed = portalocker.AlreadyLocked, portalocker.LockException
