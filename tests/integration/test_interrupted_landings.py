@@ -256,18 +256,12 @@ def leave_untracked(landing: Landing) -> Done:
     return {"user.txt": "user\n"}, {"user.txt": "??"}
 
 
-def prune_objects(landing: Landing) -> Done:
-    """Delete all objects that neither a ref nor the index needs, such as those of the landing's commit."""
-    landing.repository.git("gc", "--quiet", "--prune=now")
-    return {}, {}
-
-
 def idle(_: Landing) -> Done:
     """Do nothing."""
     return {}, {}
 
 
-ACTIONS = (idle, commit_new, commit_only, commit_deletion, commit_all, commit_twice, leave_untracked, prune_objects)
+ACTIONS = (idle, commit_new, commit_only, commit_deletion, commit_all, commit_twice, leave_untracked)
 
 
 def cases(stages: set[str], actions: set[Action]) -> list[object]:
@@ -285,9 +279,7 @@ def cases(stages: set[str], actions: set[Action]) -> list[object]:
 
 
 @pytest.mark.extended_variants
-@pytest.mark.parametrize(
-    ("stage", "act"), cases({"piece", "index", "undo"}, {idle, commit_new, commit_only, prune_objects})
-)
+@pytest.mark.parametrize(("stage", "act"), cases({"piece", "index", "undo"}, {idle, commit_new, commit_only}))
 async def test_changes_of_the_user_after_a_killed_push_are_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
 ) -> None:
@@ -309,8 +301,8 @@ async def test_commits_of_the_user_before_a_push_writes_are_kept(
 ) -> None:
     """The push has already checked the checkout when they commit, and is killed at each step."""
     landing = await Landing.prepare(repository, tmp_path)
-    theirs, uncommitted = act(landing)
     await landing.bring_objects()
+    theirs, uncommitted = act(landing)
     STAGES[stage](landing)
     await landing.finish()
     landing.check(theirs, uncommitted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import anyio.to_thread
@@ -94,12 +94,10 @@ class TargetCheckouts:
         others = await anyio.to_thread.run_sync(find_locked_checkouts, self.repository, self.branch)
         others += await anyio.to_thread.run_sync(find_switched_checkouts, self.repository, self.branch, since)
         foreign: list[str] = []
-        # The user may have pruned the objects of a push that did not move the branch.
-        git = replace(self.users, objects=self.trusted.git_dir and self.trusted.git_dir / "objects")
         for checkout in dict.fromkeys([await find_checkout(self.repository, self.branch, self.users), *others]):
             try:
                 foreign += await recover_push(
-                    self.repository, checkout, self.branch, move, since, git, may_finish=may_finish,
+                    self.repository, checkout, self.branch, move, since, self.users, may_finish=may_finish,
                     was_killed=was_killed,
                 )  # fmt: skip
             except OSError as error:  # as on a full disk
