@@ -312,7 +312,10 @@ def _try_open_and_lock(path: Path, *, shared: bool = False) -> tuple[int, bool]:
 def is_held(path: Path) -> bool:
     """Return whether the lock on a file is held, like `FileLock.is_held`. Blocks."""
     # Shared, so that concurrent checks don't mistake each other for a holder.
-    fd, is_free = _try_open_and_lock(path, shared=True)
+    try:
+        fd, is_free = _try_open_and_lock(path, shared=True)
+    except FileNotFoundError:  # its folder was removed, or never created
+        return False
     _unlock(fd)
     return not is_free
 

@@ -361,6 +361,11 @@ async def test_release_frees_the_lock_despite_an_inherited_descriptor(path: Path
         child.communicate()
 
 
+async def test_lock_in_a_missing_folder_is_not_held(tmp_path: Path) -> None:
+    assert not await FileLock(tmp_path / "missing" / "lock").is_held()
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_process_that_gave_up_can_exit_while_the_lock_is_held(path: Path) -> None:
     """The thread blocked in the kernel does not keep the process alive."""
     with held_elsewhere(path), run_python(GIVES_UP, path) as child:

@@ -49,8 +49,9 @@ async def list_kept(context: CouncilContext, run: str | None) -> None:
       council salvage list --run 20260102-030405-ab12
     """
     council = context.council
+    named = await council.runs.find(run) if run else None
     reports = {one.run: one for one in await council.runs.list()}
-    names = [await council.runs.find(run)] if run else [*reports][::-1]
+    names = [named] if named else [*reports][::-1]
     found = [one for name in names for one in await council.changes.preserved(name)]
     context.output.answer(lambda: {"preserved": [asdict(one) for one in found]}, _lines(found, reports))
     if not found:
