@@ -153,6 +153,17 @@ def read_notice(run: StartedCommand) -> str:
     raise AssertionError(lines)
 
 
+@contextmanager
+def gated_run(repository: Repository, kind: str) -> Iterator[tuple[Any, StartedCommand, Path]]:
+    """Return a server, a run that uses it and has begun a session, and the file that lets the session end."""
+    with SERVERS[kind]() as server:
+        repository.environ["COUNCIL_STATE"] = server.url(user=USER)
+        tasks, gate = gated_tasks(repository)
+        run = repository.start("run", str(repository.configure(tasks)))
+        wait_for(repository.spawns.exists)
+        yield server, run, gate
+
+
 @pytest.mark.parametrize(
     ("kind", "fault", "what"),
     [
@@ -169,11 +180,7 @@ def test_run_waits_until_the_command_in_its_message_repairs_the_server(
     repository: Repository, kind: str, fault: Callable[[Any], AbstractContextManager[Repair]], what: str
 ) -> None:
     """Other commands end with exit code 1 and the same message in one line."""
-    with SERVERS[kind]() as server:
-        repository.environ["COUNCIL_STATE"] = server.url(user=USER)
-        tasks, gate = gated_tasks(repository)
-        run = repository.start("run", str(repository.configure(tasks)))
-        wait_for(repository.spawns.exists)
+    with gated_run(repository, kind) as (server, run, gate):
         with fault(server) as repair:
             gate.touch()
             assert what in read_notice(run)
@@ -198,11 +205,7 @@ def test_run_that_was_ended_while_its_server_refused_it_is_resumed(
     repository: Repository, kind: str, fault: Callable[[Any], AbstractContextManager[Repair]]
 ) -> None:
     """Until the repair, `resume` ends with exit code 1 and one line."""
-    with SERVERS[kind]() as server:
-        repository.environ["COUNCIL_STATE"] = server.url(user=USER)
-        tasks, gate = gated_tasks(repository)
-        run = repository.start("run", str(repository.configure(tasks)))
-        wait_for(repository.spawns.exists)
+    with gated_run(repository, kind) as (server, run, gate):
         with fault(server) as repair:
             gate.touch()
             message = read_notice(run)
