@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import anyio.to_thread
@@ -91,13 +91,18 @@ class TargetCheckouts:
         Returns the paths that have changed since.
         """
         self.unrecovered = move, since
-        others = await anyio.to_thread.run_sync(find_locked_checkouts, self.repository, self.branch)
-        others += await anyio.to_thread.run_sync(find_switched_checkouts, self.repository, self.branch, since)
+        locked = await anyio.to_thread.run_sync(find_locked_checkouts, self.repository, self.branch)
+        switched = await anyio.to_thread.run_sync(find_switched_checkouts, self.repository, self.branch, since)
+        objects = self.trusted.git_dir and self.trusted.git_dir / "objects"
         foreign: list[str] = []
-        for checkout in dict.fromkeys([await find_checkout(self.repository, self.branch, self.users), *others]):
+        current = await find_checkout(self.repository, self.branch, self.users)
+        for checkout in dict.fromkeys([current, *locked, *switched]):
+            # The lock proves that the push began, though the user may have pruned the objects it brought.
+            began = checkout is not None and checkout.resolve() in locked
+            git = replace(self.users, objects=objects if began else None)
             try:
                 foreign += await recover_push(
-                    self.repository, checkout, self.branch, move, since, self.users, may_finish=may_finish,
+                    self.repository, checkout, self.branch, move, since, git, may_finish=may_finish,
                     was_killed=was_killed,
                 )  # fmt: skip
             except OSError as error:  # as on a full disk

@@ -333,7 +333,8 @@ async def recover_push(
             # If the user has deleted the branch, leave the files at its old commit.
             update = _InterruptedUpdate(checkout, branch, git, old or empty, tip or old or empty, new)
             may_finish = may_finish and tip == old and await read_current_branch(checkout, git) == branch
-            if may_finish and await update.is_staged():
+            own = replace(git, objects=None)
+            if may_finish and await update.is_staged() and await _has_all_objects(checkout, old, new, own):
                 await anyio.to_thread.run_sync(_unlink, stale)
                 reflog = "council: finish an interrupted landing"
                 await git("update-ref", "-m", reflog, f"refs/heads/{branch}", new, old or "0" * len(new), cwd=checkout)
