@@ -13,6 +13,8 @@ from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 from tests.integration.test_scheduler import until_event
 
+pytestmark = pytest.mark.extended
+
 HOUR = 3600.0
 
 
@@ -55,7 +57,6 @@ async def test_run_survives_clock_jumps(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("jump", [3 * HOUR, -3 * HOUR], ids=["forwards", "backwards"])
 async def test_clock_jump_during_a_session_is_no_part_of_its_duration(repository: Repository, jump: float) -> None:
     """Neither of the time budgets is exhausted, and the reported usage is that of the session."""
@@ -110,7 +111,6 @@ async def test_cooldown_recorded_before_the_clock_was_set_back_has_ended(reposit
     await repository.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_peer_whose_clock_is_hours_ahead_takes_over_no_live_task(repository: Repository) -> None:
     """Its clock jumps while both are active: the owner's heartbeats continue, so both keep their tasks."""
     gate = repository.spawns.parent / "gate"

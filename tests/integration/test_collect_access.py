@@ -22,6 +22,8 @@ from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
 from tests.hub_fixture import HubFixture
 
+pytestmark = pytest.mark.extended
+
 RULES = IntakeRules(Redactor([]))
 ROOT = Path(__file__).parents[2]
 #: A user id that owns nothing.
@@ -53,7 +55,6 @@ async def _collect(
     return work, changes.stdout.decode()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("folder", ["", "old", "new/deep"])
 @pytest.mark.parametrize("with_diff", [True, False])

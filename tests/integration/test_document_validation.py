@@ -30,6 +30,8 @@ from tests.conftest import Repository
 from tests.hypothesis_settings import example_settings
 from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 
+pytestmark = pytest.mark.extended
+
 API = Key("task", f"{RUN}/api")
 RECORDED = ("api", "models")
 OTHER = "20260102-040000-cd34"
@@ -311,7 +313,6 @@ async def test_rejection_names_the_document_and_the_fix(council: Council, reposi
     assert repository.council("status").code == 130
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("place", ["state.appended", "state.published"])
 async def test_killed_repair_continues(council: Council, repository: Repository, place: str) -> None:
     """Some documents are restored by then; the next repair does the rest, and the one after that nothing."""

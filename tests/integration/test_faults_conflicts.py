@@ -6,8 +6,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import Repository
 from tests.faults import PYTHON_ADAPTER, SHELL_ADAPTER
+
+pytestmark = pytest.mark.extended
 
 BASE = {"content/f": "1\n2\n3\n", "gone/f": "a\nb\nc\n", "names/f": "x\ny\nz\n", "kinds/keep": "k\n",
         "binary/f": "\0\1base", "link/keep": "k\n"}  # fmt: skip

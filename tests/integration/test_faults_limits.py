@@ -15,6 +15,8 @@ from tests.conftest import CommandResult, Repository
 from tests.faults import PYTHON_ADAPTER, SHELL_ADAPTER, processes_with
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended
+
 MIB = 1 << 20
 
 
@@ -40,7 +42,6 @@ open("done-" + os.environ["COUNCIL_TASK"], "w").write("x")
 """
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize(("blocks", "width"), [(30, 32), pytest.param(100, 1, marks=pytest.mark.slow)])
 async def test_output_flood_takes_bounded_memory_and_files(repository: Repository, blocks: int, width: int) -> None:
     """Many MB, lines of 3 MB and bytes that are no text, from several sessions at once and from a check."""
@@ -101,7 +102,6 @@ def nothing_lives(repository: Repository) -> bool:
 STUBBORN = "stubborn\ndaemon daemon.txt\nwrite half.txt half\nhang"
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 async def test_run_at_the_first_signal_ends_cleanly(repository: Repository, number: signal.Signals) -> None:
     """Exit code 130, reported in JSON, with the work preserved and no process alive; resume continues."""
@@ -118,7 +118,6 @@ async def test_run_at_the_first_signal_ends_cleanly(repository: Repository, numb
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP)])
 async def test_second_signal_ends_immediately(
     repository: Repository, first: signal.Signals, second: signal.Signals
@@ -138,7 +137,6 @@ async def test_second_signal_ends_immediately(
     await repository.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_signal_during_a_push_lets_it_finish(repository: Repository) -> None:
     """Target and checkout agree afterwards, whenever the signal arrived; the landing is not interrupted."""
     hook = repository.top / ".git/hooks/pre-receive"
@@ -169,7 +167,6 @@ async def test_signal_during_a_push_lets_it_finish(repository: Repository) -> No
     assert repository.council("resume", "--json").code == 0
 
 
-@pytest.mark.extended
 async def test_thousand_sessions_under_a_low_descriptor_limit_work(repository: Repository) -> None:
     """As many run as fit, the report has the fix, and all land; if not even one fits, the run is rejected."""
     tasks = [{"id": f"t{number}", "prompt": f"write {number}.txt x"} for number in range(5)]

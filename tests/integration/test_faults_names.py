@@ -15,6 +15,8 @@ from orchestrator.errors import ConfigError
 from orchestrator.plugins import load_plugins
 from tests.conftest import Repository
 
+pytestmark = pytest.mark.extended
+
 BAD_BRANCHES = ("-b", "--upload-pack=touch x", "@", "HEAD", "refs/heads/x", "x.lock", "a/x.lock/b", "a/.b", "a..b",
                 "a@{1}", "a//b", "/a", "a/", "a.", "a\nb", "a\n", "a b", "a\tb", "a\x7f", "a:b", "a~1", "a^", "a*",
                 "a[b", "a\\b", "+a:b", "")  # fmt: skip
@@ -32,7 +34,6 @@ def test_branch_that_git_would_misread_is_rejected(repository: Repository, key: 
     assert refused.value.problems[0].remedy
 
 
-@pytest.mark.extended
 async def test_task_name_that_leaves_its_folder_is_rejected(repository: Repository) -> None:
     """Each in the file, and each on the command line, where only a task id finds anything."""
     tasks = [{"id": name, "prompt": "write x.txt x"} for name in BAD_TASKS]
@@ -53,7 +54,6 @@ async def test_task_name_that_leaves_its_folder_is_rejected(repository: Reposito
     await repository.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_unusual_branches_of_the_user_do_no_harm(repository: Repository) -> None:
     """Names that only plumbing can create exist, and the run uses only its own base and target."""
     for name in ("HEAD", "-b", "@", "refs/heads/main", "main;id", "$(id)", "\u00fc/\u2603"):
@@ -85,7 +85,6 @@ def installed(repository: Repository, *arguments: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.extended
 async def test_plugin_in_the_repository_is_not_loaded(repository: Repository, tmp_path: Path) -> None:
     """To the installed command, files of the repository and of the current folder are data."""
     ran = tmp_path / "ran"

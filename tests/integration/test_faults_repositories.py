@@ -20,6 +20,8 @@ from orchestrator.system.process_table import process_stat
 from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended
+
 ONE = [{"id": "one", "prompt": "write one.txt 1\nappend README.md More."}]
 
 
@@ -30,7 +32,6 @@ def planted(place: Path) -> Path:
     return place
 
 
-@pytest.mark.extended
 async def test_stale_locks_of_each_kind_are_removed(repository: Repository, tmp_path: Path) -> None:
     """Killed git commands leave locks in our own repository, which the run's next owner removes."""
     config = repository.configure(ONE)
@@ -46,7 +47,6 @@ async def test_stale_locks_of_each_kind_are_removed(repository: Repository, tmp_
     await repository.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_lock_stays_while_its_git_command_lives(repository: Repository, tmp_path: Path) -> None:
     """Another run's command may have created it: only locks of this run alone are removed."""
     config = repository.configure(ONE)
@@ -62,7 +62,6 @@ async def test_lock_stays_while_its_git_command_lives(repository: Repository, tm
     assert not own.exists()
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize(
     ("name", "stops"),
     [
@@ -85,7 +84,6 @@ async def test_lock_of_the_user_is_never_removed(repository: Repository, name: s
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("damage", ["HEAD", "refs/council/*/start", "objects/??/*"])
 def test_damaged_internal_repository_is_named_with_the_remedy(
     repository: Repository, tmp_path: Path, damage: str
@@ -105,7 +103,6 @@ def test_damaged_internal_repository_is_named_with_the_remedy(
     assert repository.council("run", str(config), "--json").states == {"one": "landed"}
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("start", "finish"),
     [
@@ -134,7 +131,6 @@ async def test_landing_during_a_rebase_or_bisect_of_the_target_waits(
     await repository.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_landing_on_a_rewritten_target_waits_with_a_remedy(repository: Repository) -> None:
     """The user amends its first commit while a session runs; once the old history is back, the work lands."""
     old = repository.git("rev-parse", "HEAD")
@@ -229,7 +225,6 @@ def _shallow(repository: Repository) -> None:
     repository.git("clone", "--quiet", "--depth=1", f"file://{repository.top}", "../shallow")
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("prepare", "repo", "fragment", "remedy"),
     [
@@ -293,7 +288,6 @@ def _nobody(repository: Repository) -> None:
     repository.git("config", "user.useConfigOnly", "true")
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "odd", [_sparse, _converts, *(pytest.param(odd, marks=pytest.mark.slow) for odd in (_signs, _nobody))]
 )
@@ -325,7 +319,6 @@ def refusing(repository: Repository, hook: str) -> Path:
     return place
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize(
     "hook",
     [
@@ -358,7 +351,6 @@ async def test_failing_other_hooks_of_the_user_stop_nothing(repository: Reposito
     await repository.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_missing_own_repositories_are_named(repository: Repository) -> None:
     """An incomplete folder is not reported as an internal error."""
     repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
@@ -369,7 +361,6 @@ async def test_missing_own_repositories_are_named(repository: Repository) -> Non
     assert (ended.code, "are gone from" in ended.result["error"]) == (2, True)
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("setting", ["transfer.hideRefs", "receive.hideRefs", "uploadpack.hideRefs"])
 def test_branches_hidden_by_the_configuration_are_used(repository: Repository, setting: str) -> None:
     """The user hides them from others; a run is their own."""
@@ -378,7 +369,6 @@ def test_branches_hidden_by_the_configuration_are_used(repository: Repository, s
     assert ended.states == {"one": "landed"}, ended
 
 
-@pytest.mark.extended
 async def test_vanished_repository_is_named(repository: Repository) -> None:
     """The library's own message is the path alone."""
     shutil.rmtree(repository.top / ".git")

@@ -11,6 +11,8 @@ from tests.conftest import Repository
 from tests.faults import PYTHON_ADAPTER, drop_kept_worktrees, files_with, read_objects
 from tests.sandboxes import needs_sandbox
 
+pytestmark = pytest.mark.extended
+
 CANARY = "cnry-5Tq81zXw0Vd"
 #: Python that creates a private key: a prompt that contains one is rejected.
 KEY = """
@@ -56,7 +58,6 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.extended
 async def test_secret_variable_leaves_no_trace(repository: Repository, tmp_path: Path) -> None:
     """Printed, raised, written, committed, reverted, stashed, as a name or a message: nothing of ours has it."""
     repository.environ["SERVICE_API_KEY"] = CANARY
@@ -120,7 +121,6 @@ LEFT: dict[str, tuple[str, bytes]] = {
 }  # fmt: skip
 
 
-@pytest.mark.extended
 async def test_uncommittable_files_become_no_object(repository: Repository) -> None:
     """Secrets and huge files, in the checkout or in any commit: not on the target, in no object database."""
     start = "import os, subprocess\ndef git(*a): subprocess.run(['git', *a], check=True, capture_output=True)\n" + KEY
@@ -145,7 +145,6 @@ async def test_uncommittable_files_become_no_object(repository: Repository) -> N
     await repository.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_injected_instructions_change_nothing(repository: Repository, tmp_path: Path) -> None:
     """Prompts, file contents, names, messages and outputs that imitate our messages or commands are data."""
     ran = tmp_path / "ledger" / "ran"

@@ -8,7 +8,7 @@ from tests.conftest import Repository
 from tests.faults import SHELL_ADAPTER
 from tests.sandboxes import needs_sandbox
 
-pytestmark = pytest.mark.sandbox
+pytestmark = [pytest.mark.extended, pytest.mark.sandbox]
 
 #: The agent's commands, and the files that land.
 KINDS = {
@@ -26,7 +26,6 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=[needs_sandbox, pytest.mark.slow]), "off"])
 async def test_git_changes_of_an_agent_stay_in_its_session(repository: Repository, sandbox: str) -> None:
     """Only the files of its own checkout land, once each, on the target; no other branch or setting changes."""
@@ -42,7 +41,6 @@ async def test_git_changes_of_an_agent_stay_in_its_session(repository: Repositor
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
 async def test_agent_that_reaches_for_the_users_repository_is_contained(repository: Repository, sandbox: str) -> None:
     """Sandboxed it has no effect; without a sandbox the moved branch is reported. Its own work lands."""
@@ -86,7 +84,6 @@ DENIALS = {
 }
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("sandbox", [pytest.param("auto", marks=needs_sandbox), "off"])
 async def test_agent_that_denies_access_to_its_folders_lands(repository: Repository, sandbox: str) -> None:
     """Its work lands completely, and no other task is affected."""

@@ -18,6 +18,8 @@ from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.faults import strace_fails
 
+pytestmark = pytest.mark.extended
+
 A, B, C, GONE, NEW = (Key("task", name) for name in ("a", "b", "c", "gone", "new"))
 HISTORY = [
     Commit([Write(A, 0, {"n": 1}), Write(GONE, 0, {"n": 2})]),
@@ -364,7 +366,6 @@ async def test_full_disk_changes_nothing_acknowledged(folder: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(("when", "recovers"), [("5", True), ("5..6", True), ("5..7", False), ("5+", False)])
 async def test_failing_sync_is_never_acknowledged(folder: Path, tmp_path: Path, when: str, recovers: bool) -> None:
     """If a sync fails, its commit and all later ones are rejected until the outcome is known."""

@@ -23,6 +23,8 @@ from orchestrator.testing.clock import ManualClock
 from tests.faults import strace_fails
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended
+
 SCENARIO = Path(__file__).with_name("file_store_scenario.py")
 FAULTS = [
     *((call, "ENOSPC") for call in ("pwrite64", "write", "fdatasync", "openat", "rename")),
@@ -136,7 +138,6 @@ async def run(server: Server, folder: Path, call: str, error: str, when: str) ->
     return failed
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(("call", "error"), FAULTS)
 async def test_disk_that_fails_sometimes_loses_nothing(server: Server, folder: Path, call: str, error: str) -> None:
     """Single calls, and all calls from some call on."""

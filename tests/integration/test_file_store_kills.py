@@ -17,6 +17,8 @@ from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.integration import store_worker
 
+pytestmark = pytest.mark.extended
+
 OWN = Key("own", "victim")
 STEPS = (
     "state.appended",
@@ -47,7 +49,6 @@ def run_killed(folder: Path, step: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, line.split()[1:])) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("step", STEPS)
 async def test_store_killed_at_a_failpoint_is_intact(tmp_path: Path, step: str) -> None:
     """Every acknowledged commit exists, perhaps the one in progress, and the state matches the log."""
@@ -67,7 +68,6 @@ async def test_store_killed_at_a_failpoint_is_intact(tmp_path: Path, step: str) 
     assert not list(tmp_path.glob(f"{snapshot.SNAPSHOT_FILE}*.new"))
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(("step", "left"), [("state.appended@3", 1), ("state.published@3", 1), ("state.rolled@2", 0)])
 async def test_open_store_continues_after_a_killed_writer(tmp_path: Path, step: str, left: int) -> None:
     """A small commit without a sync follows the log's end, although the mark is older."""

@@ -15,6 +15,8 @@ from orchestrator.state.log.identity import IDENTITY_FILE, check_trusted, ensure
 from tests.conftest import Repository
 from tests.faults import SHELL_ADAPTER
 
+pytestmark = pytest.mark.extended
+
 NOT_OURS = "created on another machine"
 
 
@@ -32,7 +34,6 @@ def forged(repository: Repository, tmp_path: Path) -> tuple[Path, Path]:
     return made, trace
 
 
-@pytest.mark.extended
 async def test_file_name_does_not_make_a_segment(repository: Repository, tmp_path: Path) -> None:
     """Not even one that would replace the whole log: `verify`, `status` and `resume` ignore it."""
     made, trace = forged(repository, tmp_path)
@@ -124,7 +125,6 @@ def test_lost_identity_is_found_and_a_lost_log_named(repository: Repository) -> 
         assert (refused.code, "is missing" in refused.stderr) == (2, True), (command, refused)
 
 
-@pytest.mark.extended
 def test_link_is_not_a_log(repository: Repository, tmp_path: Path) -> None:
     """A link to another log, in a folder whose own identity is known."""
     made, trace = forged(repository, tmp_path)

@@ -23,6 +23,8 @@ from tests.merge_leases import hold_merge_lease
 from tests.small_disk import mounted
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended
+
 #: Space for a repository, a run and its sessions.
 _SIZE = "32m"
 
@@ -89,7 +91,6 @@ async def test_run_on_a_full_disk_waits_and_lands_everything(small_disk: Reposit
     await small_disk.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_landing_on_a_full_disk_leaves_the_checkout_unchanged(small_disk: Repository) -> None:
     """Of three files one fits, one is cut short and one is empty: all are removed, and land when there is space."""
     names, size, room = ("a.bin", "b.bin", "c.bin"), 4 << 20, 6 << 20
@@ -150,7 +151,6 @@ async def test_run_waiting_for_room_ends_at_a_signal(small_disk: Repository) -> 
     await small_disk.assert_invariants()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "command",
     [
@@ -188,7 +188,6 @@ async def test_command_on_a_full_disk_ends_with_one_line_and_exit_code_1(
     assert again.code == 0, again
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("command", [["resume"], ["work", "--run", "latest"]], ids=lambda command: command[0])
 async def test_resume_on_a_full_disk_reports_it_and_waits(small_disk: Repository, command: list[str]) -> None:
     """In one line; it continues as soon as there is space."""

@@ -32,6 +32,8 @@ from tests.conftest import Repository
 from tests.merge_leases import hold_merge_lease
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended
+
 #: The landing's changes; None deletes.
 OURS: Mapping[str, str | None] = {
     "README.md": "# Project\nlanded\n",
@@ -288,7 +290,6 @@ def cases(stages: set[str], actions: set[Action]) -> list[object]:
     ]
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("stage", "act"), cases({"piece", "index", "undo"}, {idle, commit_new, commit_only, prune_objects})
 )
@@ -306,7 +307,6 @@ async def test_changes_of_the_user_after_a_killed_push_are_kept(
     landing.check(theirs, uncommitted)
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(("stage", "act"), cases({"all files", "index"}, {commit_new, commit_only}))
 async def test_commits_of_the_user_before_a_push_writes_are_kept(
     repository: Repository, tmp_path: Path, stage: str, act: Action
@@ -448,7 +448,6 @@ async def test_rejected_push_is_undone_before_the_next(repository: Repository, t
     landing.check({}, {})
 
 
-@pytest.mark.extended
 def test_rejected_push_is_undone_after_a_kill(repository: Repository, tmp_path: Path) -> None:
     """The next process lands or removes its staged files, which stay locked until then."""
     refuse, path = repository.top / ".git/hooks/reference-transaction", repository.environ["PATH"]
@@ -493,7 +492,6 @@ async def test_landing_with_a_running_push_stays_interrupted(
     landing.check({}, {})
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("kill", ["false", "kill -KILL 0"], ids=["lives", "killed"])
 @pytest.mark.parametrize("when", ["after", "before"])
 @pytest.mark.parametrize(
@@ -587,7 +585,6 @@ async def test_killed_push_is_recovered_after_the_clock_was_set_back(
     landing.check({}, {})
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("leave", ["switch --quiet other", "checkout --quiet --detach", "branch --move main other2"])
 @pytest.mark.parametrize("stage", ["index", "piece", "undo"])
 async def test_removing_the_lock_of_a_killed_push_and_leaving_takes_nothing_along(
@@ -616,7 +613,6 @@ async def test_removing_the_lock_of_a_killed_push_and_leaving_takes_nothing_alon
     landing.check({}, {})
 
 
-@pytest.mark.extended
 async def test_killed_landing_of_another_run_is_reported_with_its_repair(repository: Repository) -> None:
     """Not as changes of the user's, which they would commit."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
@@ -708,7 +704,6 @@ async def test_slow_push_is_reported(
     landing.check({}, {})
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))])
 async def test_pushes_killed_at_random_times_are_recovered(repository: Repository, tmp_path: Path, seed: int) -> None:
     """With commits of the user's at random moments: all of them exist in the end, and nothing is left over."""
@@ -753,7 +748,6 @@ async def test_pushes_killed_at_random_times_are_recovered(repository: Repositor
     landing.check({"user.txt": "user\n", **kept}, {})
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("whose", ["0", "$PPID"])
 def test_push_stopped_during_its_update_ends_with_its_process(
     repository: Repository, tmp_path: Path, whose: str

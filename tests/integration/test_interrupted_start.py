@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import Repository
 
+pytestmark = pytest.mark.extended
+
 #: Makes the import of a module wait for the other end of a fifo.
 WAITING = """
 import os, sys

@@ -18,6 +18,8 @@ from orchestrator.repo.source.user_checkouts import remove_incoming_objects
 from orchestrator.repo.worktrees.hub import Hub, create_hub, locate_hub
 from tests.conftest import FAKE_CLI, Repository
 
+pytestmark = pytest.mark.extended
+
 
 async def run_killing(repository: Repository, number: int, failpoint: str) -> None:
     """Kill the n-th git command (from 1) of a whole run, which succeeds all the same."""
@@ -53,7 +55,6 @@ async def test_each_git_command_of_a_run_may_be_killed(repository: Repository, f
                 return
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("failpoint", ["git.started", "git.ended"])
 @pytest.mark.parametrize("number", [2, 8, 13, 24, 35])
 async def test_git_command_of_a_run_may_be_killed(repository: Repository, number: int, failpoint: str) -> None:
@@ -67,7 +68,6 @@ async def trusted_git(repository: Repository, tmp_path: Path) -> tuple[Hub, Git]
     return hub, Git(hub.trusted, environ=repository.environ)
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("lock", "command"),
     [
@@ -122,7 +122,6 @@ def configure_one(repository: Repository, programs: Path) -> str:
     return str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}], readable=readable))
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("start", "command"),
     [
@@ -150,7 +149,6 @@ async def test_git_command_killed_once_is_run_again(
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("command", ["init", "fetch", "merge-tree"])
 async def test_git_that_is_always_killed_ends_with_one_line(
     repository: Repository, tmp_path: Path, command: str
@@ -168,7 +166,6 @@ async def test_git_that_is_always_killed_ends_with_one_line(
     await repository.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_work_whose_git_is_always_killed_is_not_an_internal_error(repository: Repository, tmp_path: Path) -> None:
     """As of `run`; without the kills the next worker lands the task."""
     path = repository.environ["PATH"]
@@ -200,7 +197,6 @@ async def test_killed_server_is_retried(repository: Repository, tmp_path: Path, 
     assert not isinstance(raised.value, GitKilled)
 
 
-@pytest.mark.extended
 async def test_objects_received_by_a_killed_push_are_removed(repository: Repository) -> None:
     """And after the end of a git command that runs in the repository."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
@@ -216,7 +212,6 @@ async def test_objects_received_by_a_killed_push_are_removed(repository: Reposit
     await repository.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_partial_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
     """Of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])

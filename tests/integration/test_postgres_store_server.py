@@ -20,6 +20,8 @@ from orchestrator.state.stores.postgres.store import PostgresStore
 from tests.cutting_proxy import create_certificate
 from tests.postgres_server import GUARDED, PostgresServer, empty_store_url, started_server
 
+pytestmark = pytest.mark.extended
+
 TASK, OTHER, LEASE = Key("task", "a"), Key("task", "b"), Key("lease", "a")
 SECRET = "s3cret-of-the-test"
 PGPASS = f"127.0.0.1:*:*:{GUARDED}:{SECRET}\n"

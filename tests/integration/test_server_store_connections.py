@@ -18,6 +18,8 @@ from tests.pooler import Pooler
 from tests.store_kinds import REACHED, SERVERS, Server
 from tests.stores import numbers, open_store
 
+pytestmark = pytest.mark.extended
+
 TASK = Key("task", "a")
 
 
@@ -114,7 +116,6 @@ async def test_pruned_commit_of_an_unknown_outcome_is_not_applied_again(server: 
         assert await store.position() == 3
 
 
-@pytest.mark.extended
 async def test_commit_whose_reply_is_lost_or_late_is_applied_once(server: Server) -> None:
     """Without an answer in time it fails, and can be repeated; a late answer is one."""
     async with opened(server) as (proxy, store):
@@ -128,7 +129,6 @@ async def test_commit_whose_reply_is_lost_or_late_is_applied_once(server: Server
         assert await numbers(store) == [0, 1]
 
 
-@pytest.mark.extended
 async def test_silent_server_fails_every_call_in_seconds(server: Server) -> None:
     """It accepts connections and answers nothing; afterwards all calls succeed on new connections."""
     async with opened(server) as (proxy, store):

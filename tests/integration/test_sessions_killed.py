@@ -18,7 +18,7 @@ from tests.integration.test_shared_runs import QUICK, ended, states
 from tests.sandboxes import SANDBOX_PARAMS
 from tests.waiting import wait_for
 
-pytestmark = pytest.mark.sandbox
+pytestmark = [pytest.mark.extended, pytest.mark.sandbox]
 
 #: Takes all resources and stays; a later attempt takes them again, and ends.
 HOLDER = """
@@ -68,7 +68,6 @@ def sessions(repository: Repository, pattern: str = "*") -> list[Path]:
     return sorted((Path(result["repository"]).parent / "sessions" / result["run"]).glob(pattern))
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "killed",
     [
@@ -110,7 +109,6 @@ async def test_resources_of_a_killed_session_are_free(repository: Repository, ki
     await repository.assert_invariants()
 
 
-@pytest.mark.extended
 async def test_queued_work_keeps_its_paths_when_its_process_is_killed(repository: Repository) -> None:
     """The next owner gets them: a third process starts no task with the same paths before it has landed."""
     built, checked = (repository.spawns.parent / name for name in ("built", "checked"))
@@ -223,7 +221,6 @@ async def test_sessions_work_without_their_fork_server(repository: Repository) -
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("stopped", ["fork server", "supervisor"])
 async def test_run_continues_after_its_fork_server_or_a_supervisor_was_stopped(
     repository: Repository, stopped: str

@@ -20,6 +20,8 @@ from orchestrator.system.clock import SystemClock
 from tests.store_kinds import SERVERS, Server, empty_state
 from tests.stores import open_store
 
+pytestmark = pytest.mark.extended
+
 WORKER = Path(__file__).with_name("store_worker.py")
 SHARED = Key("counter", "shared")
 PATIENCE = 60  # seconds
@@ -147,7 +149,6 @@ async def test_killed_writer_loses_and_blocks_nothing(start: Start, state: str) 
     assert len(authors) - len(acknowledged) <= 4
 
 
-@pytest.mark.extended_variants
 async def test_killed_server_keeps_every_acknowledged_commit(start: Start, server: Server) -> None:
     """Writers that lose their connection fail with one error; what they printed is in the log once."""
     state = server.url()
@@ -166,7 +167,6 @@ async def test_killed_server_keeps_every_acknowledged_commit(start: Start, serve
     assert len(authors) - len(acknowledged) <= 4
 
 
-@pytest.mark.extended_variants
 async def test_stopped_server_delays_writers_only(start: Start, server: Server) -> None:
     """After a stop that is shorter than the time limit, writers continue."""
     state = server.url()

@@ -21,6 +21,8 @@ from tests.conftest import Repository
 from tests.faults import SHELL_ADAPTER
 from tests.merge_leases import hold_merge_lease
 
+pytestmark = pytest.mark.extended
+
 HOOKS = ("pre-receive", "update", "post-receive", "post-update", "reference-transaction", "post-index-change",
          "post-checkout", "post-merge", "push-to-checkout")  # fmt: skip
 
@@ -106,7 +108,6 @@ def through_tracked_link(repository: Repository, tmp_path: Path) -> str:
     return ".githooks"
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("way", [in_tree, absolute, home, included, linked, through_tracked_link])
 async def test_landing_runs_no_hook_that_it_just_wrote(repository: Repository, tmp_path: Path, way: object) -> None:
     """However the user's configuration leads to it."""
@@ -155,7 +156,6 @@ async def test_hooks_outside_of_the_checkouts_run(repository: Repository, tmp_pa
         assert part in refused.reason
 
 
-@pytest.mark.extended
 async def test_daemon_of_a_hook_keeps_no_lock_of_a_killed_process(repository: Repository) -> None:
     """Otherwise the run could not resume before the daemon ends."""
     folder, trace = repository.top / ".git/hooks", repository.spawns.parent / "daemons"
@@ -179,7 +179,6 @@ async def test_daemon_of_a_hook_keeps_no_lock_of_a_killed_process(repository: Re
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("key", "command"),
     [
@@ -279,7 +278,6 @@ def of_another_worktree(repository: Repository, tmp_path: Path) -> None:
 WAYS = [includes, dotfiles, included_from_outside, included_on_a_branch, of_another_worktree]
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 async def test_landing_does_not_change_git_configuration_files(
@@ -301,7 +299,6 @@ async def test_landing_does_not_change_git_configuration_files(
     assert not ran.exists()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("script", "lost"),
     [
@@ -326,7 +323,6 @@ async def test_landing_deletes_no_ignored_files(repository: Repository, script: 
     assert mine.read_text() == "mine\n"
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     "setting",
     ["core.fsmonitor", "diff.x.textconv", "merge.x.driver", "core.sshCommand", "alias.st", "credential.helper"],
@@ -352,7 +348,6 @@ _EMBEDDED = (
 )
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("parts", [1, 2])
 async def test_landing_creates_no_repository(repository: Repository, tmp_path: Path, parts: int) -> None:
     """Nor do two landings that bring a part each; `salvage apply` rejects it, too."""
@@ -373,7 +368,6 @@ async def test_landing_creates_no_repository(repository: Repository, tmp_path: P
     assert not ran.exists()
 
 
-@pytest.mark.extended
 async def test_salvage_apply_changes_nothing_that_git_runs(repository: Repository) -> None:
     """It rejects what a landing defers."""
     repository.commit({"gitconfig": "[alias]\n\tst = status\n"}, "mine")

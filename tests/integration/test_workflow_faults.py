@@ -14,6 +14,8 @@ import pytest
 from tests.conftest import FAKE_CLI, CommandResult, Repository
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended
+
 PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "write b"}], "dependencies": [], "timeline": [], "resources": []})
 APPROVE = json.dumps({"verdict": "approve"})
 PHASES = ("plan", "build", "review")
@@ -58,7 +60,6 @@ LIMITED = {"failures": {"rate_limited": rf"{LIMIT}, again in (?P<seconds>\d+) s"
 COUNTING: dict[str, Any] = {"output": "jsonl", "read": [{"input_tokens": "n"}]}
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("phase", PHASES[:2])
 async def test_run_with_a_budget_exhausted_after_a_phase_continues_with_more(
     repository: Repository, phase: str
@@ -77,7 +78,6 @@ async def test_run_with_a_budget_exhausted_after_a_phase_continues_with_more(
     await assert_built_once(repository)
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("budgets", [{"budget": {"tokens": 100}}, {"task": {"budget": {"tokens": 100}}}])
 async def test_task_that_needs_no_session_lands_without_a_budget(
     repository: Repository, budgets: dict[str, Any]
@@ -102,7 +102,6 @@ async def test_task_with_a_budget_exhausted_after_a_phase_fails_with_its_work(re
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_variants
 @pytest.mark.parametrize("phase", PHASES)
 async def test_usage_limit_is_waited_for_in_its_phase(repository: Repository, phase: str) -> None:
     """It does not count as an attempt, and complete phases stay complete."""
@@ -113,7 +112,6 @@ async def test_usage_limit_is_waited_for_in_its_phase(repository: Repository, ph
     await assert_built_once(repository)
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("phase", PHASES)
 async def test_fallback_is_used_from_the_limited_phase_on(repository: Repository, phase: str) -> None:
     """While the limit lasts; complete phases stay complete."""
@@ -128,7 +126,6 @@ async def test_fallback_is_used_from_the_limited_phase_on(repository: Repository
     await assert_built_once(repository)
 
 
-@pytest.mark.extended
 async def test_missing_program_is_waited_for(repository: Repository) -> None:
     """It is removed during an earlier phase: the next one waits for it, at no cost of an attempt."""
     tool = repository.spawns.parent / "tool"
@@ -155,7 +152,6 @@ async def test_missing_program_is_waited_for(repository: Repository) -> None:
     await assert_built_once(repository)
 
 
-@pytest.mark.extended
 async def test_program_killed_in_each_phase_is_retried_there(repository: Repository) -> None:
     """A complete phase leaves no attempts counted against the next one."""
     path = configure(repository, *(f"in {phase} once hang" for phase in PHASES), task={"attempts": 2})

@@ -103,8 +103,9 @@ def test_files_that_load_are_valid(text: str) -> None:
 def test_documentation_examples_are_valid() -> None:
     """Each piece of YAML validates once the required keys are added."""
     assert EXAMPLES
+    schema = file_schema(load_plugins().adapters)
     for text in EXAMPLES:
-        assert faults({**MINIMAL, **parsed(text)}, file_schema(load_plugins().adapters)) == [], text
+        assert faults({**MINIMAL, **parsed(text)}, schema) == [], text
 
 
 def test_quick_start_file_is_valid_and_names_its_schema() -> None:
