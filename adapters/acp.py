@@ -21,7 +21,7 @@ import pluggy
 from pydantic import BaseModel, model_validator
 
 from adapters.json_output import bridge_command, bridge_readable_paths, concluded_failure, parse_bridge_line
-from adapters.opencode import limit_config, limit_plugin, parse_limit
+from adapters.opencode import limit_config, limit_plugin, parse_limit, read_given_config
 from adapters.options import AdapterOptions, CommandLine, OptionValue, option_arguments, own_home_variables
 from adapters.rate_limits import with_reset_time
 from orchestrator.domain.runs.outcome import Failed
@@ -60,10 +60,16 @@ class AcpOptions(AdapterOptions):
     """Whether the agent can load earlier conversations, so that a retry continues the failed one."""
 
     @model_validator(mode="after")
-    def _check_resumes(self) -> Self:
+    def _check_combination(self) -> Self:
         if self.resumes and not self.has_own_home:
             raise ValueError("`resumes` needs a folder per task that keeps conversations: set `home: own`")
+        if _is_opencode(self):
+            read_given_config(self)
         return self
+
+
+def _is_opencode(options: AcpOptions) -> bool:
+    return PurePath(options.argv[0]).name == "opencode"
 
 
 class AcpAdapter:
@@ -89,11 +95,11 @@ class AcpAdapter:
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the bridge's command line, followed by `--` and the agent's."""
         paths = ("--prompt-file", str(request.prompt_file), "--worktree", str(request.worktree))
-        is_opencode = PurePath(self._options.argv[0]).name == "opencode"
+        is_opencode = _is_opencode(self._options)
         files = limit_plugin("stderr") if is_opencode else {}
-        limit = {"OPENCODE_CONFIG_CONTENT": limit_config(request.home)} if is_opencode else {}
-        preset = {**_PRESET, **limit, **own_home_variables(self._options, request)}
+        preset = {**_PRESET, **own_home_variables(self._options, request)}
         env, passed = self._options.variables(("HOME", "USER"), **preset)
+        env = {**env, **limit_config(self._options, request.home)} if is_opencode else env
         return SessionCommand(
             argv=bridge_command(
                 *("acp", *paths, *option_arguments("--model", self._options.model)),

@@ -165,7 +165,8 @@ def _spent(text: str) -> UsageReport | None:
     if tokens is None and cost is None:
         return None
     sent, received = (0, 0) if tokens is None else (_count(*tokens.group(1, 2)), _count(*tokens.group(3, 4)))
-    return UsageReport(sent, received, None if cost is None else _number(cost[1]))
+    # It counts tokens itself, and computes the cost from them.
+    return UsageReport(sent, received, None if cost is None else _number(cost[1]), is_estimate=True)
 
 
 def _count(digits: str, thousands: str) -> int:

@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 import pluggy
-from pydantic import AfterValidator, BaseModel, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, Field, JsonValue, model_validator
 
 from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import (
@@ -28,7 +29,7 @@ from adapters.json_output import (
     parse_object,
     parse_plain_line,
 )
-from adapters.options import INSTRUCTIONS_FILE, CliOptions, OptionValue, ProgramName, option_arguments
+from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, CliOptions, OptionValue, ProgramName, option_arguments
 from adapters.rate_limits import with_reset_time
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.security.secrets import has_secret_key, secret_values
@@ -192,6 +193,8 @@ export const Council = async ({ directory }) => ({
 
 #: A plugin that ends opencode when it would silently wait longer than this for a usage limit.
 _LIMIT_FILE: Final = "council-limit.js"
+#: The variable with a configuration that overrides its files.
+_CONTENT: Final = "OPENCODE_CONFIG_CONTENT"
 _LIMIT: Final = """\
 import { writeSync } from "node:fs"
 const longest = 60000
@@ -219,6 +222,11 @@ class OpencodeOptions(CliOptions):
     home: Literal["own", "shared"] = "own"
     """Where to keep logins and conversations (`XDG_DATA_HOME` and others): in a folder per task, or in yours."""
 
+    @model_validator(mode="after")
+    def _check_config(self) -> Self:
+        read_given_config(self)
+        return self
+
 
 class OpencodeAdapter:
     """Runs `opencode run` with the prompt on standard input."""
@@ -243,7 +251,8 @@ class OpencodeAdapter:
         config = json.dumps(_config(options, request), ensure_ascii=False, sort_keys=True)
         own = {name: str(request.home / part) for name, part in _FOLDERS.items()} if options.has_own_home else {}
         variables = _VARIABLES if options.has_own_home else (*_VARIABLES, *_FOLDERS)
-        env, passed = options.variables(("HOME", *_KEYS, *variables), **_PRESET, **own, OPENCODE_CONFIG_CONTENT=config)
+        env, passed = options.variables(("HOME", *_KEYS, *variables), **_PRESET, **own)
+        env = {**env, _CONTENT: config}
         files = {**limit_plugin("stdout")}
         if request.instructions is not None:
             files[INSTRUCTIONS_FILE] = request.instructions
@@ -307,9 +316,39 @@ def limit_plugin(stream: Literal["stdout", "stderr"]) -> Mapping[str, str]:
     return {_LIMIT_FILE: _LIMIT.replace("STREAM", "1" if stream == "stdout" else "2")}
 
 
-def limit_config(home: Path) -> str:
-    """Return a configuration that loads the plugin from a session's home."""
-    return json.dumps({"plugin": [(home / _LIMIT_FILE).as_uri()]})
+def limit_config(options: AdapterOptions, home: Path) -> Mapping[str, str]:
+    """Return the variable whose configuration loads the plugin from a session's home.
+
+    The configuration includes the one in the `env` of the options.
+    """
+    own: JsonObject = {"plugin": [(home / _LIMIT_FILE).as_uri()]}
+    return {_CONTENT: json.dumps(_merge(read_given_config(options), own))}
+
+
+def read_given_config(options: AdapterOptions) -> JsonObject:
+    """Return the configuration in the `env` of an adapter's options.
+
+    Raises ValueError if it can't be merged with ours.
+    """
+    values, names = options.given_variables()
+    if _CONTENT in names:
+        raise ValueError(f"`{_CONTENT}` can't be passed on, because it is merged with ours: set its content in `env`")
+    config = parse_object(values.get(_CONTENT, "{}"))
+    if config is None:
+        raise ValueError(f"`{_CONTENT}` in `env` is not a JSON object")
+    return config
+
+
+def _merge(config: JsonObject, over: JsonObject) -> JsonObject:
+    """Return a configuration with another over it: objects are merged, lists joined."""
+    merged = {**config, **over}
+    for name in config.keys() & over.keys():
+        given, value = config[name], over[name]
+        if isinstance(given, dict) and isinstance(value, dict):
+            merged[name] = _merge(given, value)
+        elif isinstance(given, list) and isinstance(value, list):
+            merged[name] = [*given, *value]
+    return merged
 
 
 def parse_limit(text: str) -> Failed | None:
@@ -325,16 +364,12 @@ def _limited(value: JsonObject) -> Failed:
 
 
 def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
-    config: JsonObject = {**_CONFIG, **options.config}
-    if request.instructions is not None:
-        given = config.get("instructions")
-        config["instructions"] = [*(given if isinstance(given, list) else ()), str(request.home / INSTRUCTIONS_FILE)]
-    given = config.get("plugin")
     plugins = (_LIMIT_FILE, _HOOK_FILE) if request.pre_edit else (_LIMIT_FILE,)
-    uris = ((request.home / name).as_uri() for name in plugins)
-    config["plugin"] = [*(given if isinstance(given, list) else ()), *uris]
+    own: JsonObject = {"plugin": [(request.home / name).as_uri() for name in plugins]}
+    if request.instructions is not None:
+        own["instructions"] = [str(request.home / INSTRUCTIONS_FILE)]
     if request.mcp_servers:
-        servers = {
+        own["mcp"] = {
             server.name: {"type": "remote", "url": server.url}
             if server.url is not None
             else {
@@ -344,9 +379,7 @@ def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
             }
             for server in request.mcp_servers
         }
-        given = config.get("mcp")
-        config["mcp"] = {**(given if isinstance(given, dict) else {}), **servers}
-    return config
+    return reduce(_merge, (read_given_config(options), {**options.config}, own), {**_CONFIG})
 
 
 def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:

@@ -167,11 +167,16 @@ class AdapterOptions(BaseModel):
 
         `passed` and `preset` are the adapter's defaults, which the YAML file overrides.
         """
-        listed = () if isinstance(self.env, dict) else self.env
-        given = self.env if isinstance(self.env, dict) else dict(item.split("=", 1) for item in listed if "=" in item)
-        names = [item for item in listed if "=" not in item]
+        given, names = self.given_variables()
         own = {name: value for name, value in preset.items() if name not in names}
         return {**own, **given}, tuple(dict.fromkeys((*(name for name in passed if name not in given), *names)))
+
+    def given_variables(self) -> tuple[Mapping[str, str], Sequence[str]]:
+        """Return the variables that `env` sets, and the names that it passes on."""
+        if isinstance(self.env, dict):
+            return self.env, ()
+        values = dict(item.split("=", 1) for item in self.env if "=" in item)
+        return values, [item for item in self.env if "=" not in item]
 
 
 class CliOptions(AdapterOptions):

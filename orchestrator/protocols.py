@@ -694,6 +694,8 @@ class UsageReport:
     """The model's name, used to look up its price if the cost is unknown."""
     call: str | None = None
     includes_resumed: bool = False
+    is_estimate: bool = False
+    """Whether the CLI estimates the numbers instead of reporting those of the model's provider."""
     priced_tokens: int = 0
     """The number of tokens that `cost` covers.
 

@@ -52,7 +52,7 @@ class Accounting:
             "cached_tokens": net.cached_tokens,
             "model": net.model,
             "cost": net.cost,
-            "is_estimated": transcript.cost is None and net.cost is not None,
+            "is_estimated": net.is_estimate or (transcript.cost is None and net.cost is not None),
         }
 
     def _estimate(self, transcript: Transcript) -> float | None:

@@ -27,11 +27,14 @@ class TestAider(AdapterContract):
         ("", ()),
         (
             "Tokens: 4.2k sent, 1.1k received. Cost: $0.01 message, $0.02 session.",
-            (UsageReport(4200, 1100, 0.01), FinalResult()),
+            (UsageReport(4200, 1100, 0.01, is_estimate=True), FinalResult()),
         ),
-        ("Tokens: 12k sent, 10k cache write, 5k cache hit, 300 received.", (UsageReport(12_000, 300), FinalResult())),
-        ("Cost: $0.00012 message, $1.25 session.", (UsageReport(cost=0.00012), FinalResult())),
-        ("Tokens: 1,234 sent, 5 received.", (UsageReport(1234, 5), FinalResult())),
+        (
+            "Tokens: 12k sent, 10k cache write, 5k cache hit, 300 received.",
+            (UsageReport(12_000, 300, is_estimate=True), FinalResult()),
+        ),
+        ("Cost: $0.00012 message, $1.25 session.", (UsageReport(cost=0.00012, is_estimate=True), FinalResult())),
+        ("Tokens: 1,234 sent, 5 received.", (UsageReport(1234, 5, is_estimate=True), FinalResult())),
         ("Applied edit to src/a b.py", (ToolCall("edit", "src/a b.py", ("src/a b.py",)),)),
         ("Retrying in 0.2 seconds...", (CliWarning("Retrying in 0.2 seconds..."),)),
         ("Only 3 reflections allowed, stopping.", (CliWarning("Only 3 reflections allowed, stopping."),)),

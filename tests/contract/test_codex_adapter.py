@@ -193,9 +193,9 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("reported", "until"),
     [
-        ("or try again at 2:09 PM.", datetime(2026, 9, 21, 14, 9, tzinfo=UTC)),
-        ("or try again at 12:30 AM.", datetime(2026, 9, 22, 0, 30, tzinfo=UTC)),
-        ("or try again at Sep 23rd, 2026 12:09 PM.", datetime(2026, 9, 23, 12, 9, tzinfo=UTC)),
+        ("or try again at 2:09 PM.", datetime(2026, 9, 21, 14, 10, tzinfo=UTC)),
+        ("or try again at 12:30 AM.", datetime(2026, 9, 22, 0, 31, tzinfo=UTC)),
+        ("or try again at Sep 23rd, 2026 12:09 PM.", datetime(2026, 9, 23, 12, 10, tzinfo=UTC)),
         ("or try again at Foo 23rd, 2026 12:09 PM.", None),
         ("or try again later.", None),
     ],

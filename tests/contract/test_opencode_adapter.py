@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
+import pytest
+from pydantic import ValidationError
+
+from adapters.acp import AcpAdapter
 from adapters.opencode import OpencodeAdapter
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
@@ -21,6 +26,9 @@ from orchestrator.protocols import (
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.verdicts import TRANSCRIPTS, end, get_verdict
+
+#: The variable with a configuration.
+VARIABLE: Final = "OPENCODE_CONFIG_CONTENT"
 
 
 def opencode(type_: str, part: dict[str, Any] | None = None, **fields: Any) -> str:
@@ -185,11 +193,33 @@ def test_opencode_usage_limit_has_reset_time() -> None:
     assert failed.until == json.loads(recording.stdout[-1])["timestamp"] / 1000 + 1
 
 
+@pytest.mark.parametrize("adapter", [OpencodeAdapter, AcpAdapter])
+def test_opencode_configuration_of_the_environment_is_merged_with_ours(adapter: Any, tmp_path: Path) -> None:
+    """Otherwise it would remove the plugins that enforce ownership and limits."""
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home", pre_edit=("hook",))
+    given = {"plugin": ["theirs"], "permission": {"bash": "deny"}, "model": "a/b"}
+    more = {"argv": ["opencode", "acp"]} if adapter is AcpAdapter else {"config": {"permission": {"edit": "ask"}}}
+
+    def made(env: object) -> Any:
+        return adapter(adapter.Options.model_validate({**more, "env": env}))
+
+    config = json.loads(made({VARIABLE: json.dumps(given)}).command(request).env[VARIABLE])
+    assert config["model"] == "a/b"
+    assert config["permission"]["bash"] == "deny"
+    own = [(tmp_path / "home" / name).as_uri() for name in ("council-limit.js", "council-hook.js")]
+    assert config["plugin"][0] == "theirs"
+    assert config["plugin"][1:] == (own[:1] if adapter is AcpAdapter else own)
+    with pytest.raises(ValidationError, match="is not a JSON object"):
+        made([f"{VARIABLE}=[]"])
+    with pytest.raises(ValidationError, match="set its content in `env`"):
+        made([VARIABLE])
+
+
 def test_opencode_configuration_overrides_ours(tmp_path: Any) -> None:
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     options = {"config": {"share": "manual", "permission": {"bash": "deny"}}}
     command = OpencodeAdapter(OpencodeAdapter.Options.model_validate(options)).command(request)  # type: ignore[arg-type]
-    assert json.loads(command.env["OPENCODE_CONFIG_CONTENT"]) == {
+    assert json.loads(command.env[VARIABLE]) == {
         "autoupdate": False,
         "share": "manual",
         "permission": {"bash": "deny"},

@@ -10,6 +10,7 @@ from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from orchestrator.domain.runs.model import Attempt
 from orchestrator.domain.settings.run_settings import Price
 from orchestrator.engine.accounting import Accounting
+from orchestrator.protocols import UsageReport
 from orchestrator.sessions.output.transcript import Transcript
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.verdicts import TRANSCRIPTS
@@ -73,6 +74,11 @@ def test_missing_cost_is_estimated_for_the_session_alone() -> None:
     assert found["cost"] == pytest.approx((100 * 10 + 100 * 1 + 50 * 20) / 1e6)
     assert found["is_estimated"] is True
     assert ACCOUNTING.recorded(Transcript(cost=0.5), [])["is_estimated"] is False
+
+
+def test_usage_that_the_cli_estimates_is_marked() -> None:
+    said = Transcript().after(UsageReport(10, 5, 0.5, is_estimate=True)).after(UsageReport(model="m"))
+    assert ACCOUNTING.recorded(said, [])["is_estimated"] is True
 
 
 def test_missing_tokens_or_price_give_no_estimate() -> None:

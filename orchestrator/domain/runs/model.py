@@ -68,7 +68,7 @@ class Attempt(_Document):
     cost: float | None = None
     """US dollars: as reported by the CLI, or computed from the price of the model."""
     is_estimated: bool = False
-    """Whether the cost was computed from the price of the model."""
+    """Whether the tokens are the CLI's estimate, or the cost was computed from the price of the model."""
     folder: str | None = None
     """The working directory of the CLI; the conversation can be resumed only there."""
     resumed: bool = False

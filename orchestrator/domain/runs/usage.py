@@ -25,7 +25,7 @@ class Usage:
     priced: int
     """The number of sessions with a known cost."""
     estimated: int
-    """The number of sessions whose cost was computed from the price of the model."""
+    """The number of sessions with estimated usage (`Attempt.is_estimated`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,8 @@ class Transcript:
     """Whether the usage includes earlier sessions of the same conversation."""
     priced_tokens: int = 0
     """The number of tokens that the cost covers (`UsageReport.priced_tokens`)."""
+    is_estimate: bool = False
+    """Whether any of the usage is the CLI's estimate."""
     partial_message: str = ""
     """The parts of the current message that have arrived."""
     denied: tuple[ToolDenied, ...] = ()
@@ -92,6 +94,7 @@ class Transcript:
                 model=usage.model or self.model,
                 includes_resumed=usage.includes_resumed,
                 priced_tokens=usage.priced_tokens,
+                is_estimate=usage.is_estimate,
                 call=None,
             )
         counted = self.call[1] if self.call is not None and self.call[0] == usage.call else UsageReport()
@@ -103,6 +106,7 @@ class Transcript:
             cached_tokens=self.cached_tokens + usage.cached_tokens - counted.cached_tokens,
             cost=self.cost if cost is None else (self.cost or 0.0) + cost,
             model=usage.model or self.model,
+            is_estimate=self.is_estimate or usage.is_estimate,
             call=None if usage.call is None else (usage.call, usage),
         )
 

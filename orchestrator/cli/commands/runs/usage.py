@@ -55,7 +55,7 @@ def _cells(one: Usage) -> list[str]:
 
 def _cost(one: Usage) -> str:
     if one.cost is None:
-        return "unknown"
+        return "unknown (tokens estimated)" if one.estimated else "unknown"
     parts = [] if one.priced == one.sessions else [f"{one.priced} of {one.sessions} sessions"]
     parts += ["estimated"] if one.estimated else []
     details = f" ({', '.join(parts)})" if parts else ""
