@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -67,6 +68,26 @@ def test_command_list_matches_the_commands() -> None:
             f"`council {name}`: use its docstring's first sentence in COMMANDS_BY_SECTION {place}"
         )
         assert command.name == name, f"COMMANDS_BY_SECTION {place} has {command.name!r} as {name!r}"
+
+
+def test_json_output_of_every_command_is_documented() -> None:
+    """docs/output.md names each command with `--json`; its section on `council state` omits the group."""
+    state = OUTPUT.partition("\n## State\n")[2].partition("\n## ")[0]
+    missing = [
+        name
+        for name, command in _leaves(_commands())
+        if any("--json" in parameter.opts for parameter in command.params)
+        and f"`{name}`" not in OUTPUT
+        and f"`{name.removeprefix('state ')}`" not in state
+    ]
+    assert not missing, f"docs/output.md: describe what {missing} print with `--json`"
+
+
+def _leaves(commands: Mapping[str, click.Command], prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    for name, command in commands.items():
+        yield f"{prefix}{name}", command
+        if isinstance(command, click.Group):
+            yield from _leaves(command.commands, f"{prefix}{name} ")
 
 
 def _commands() -> dict[str, click.Command]:
