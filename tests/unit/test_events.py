@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +101,17 @@ def test_event_with_empty_field_has_other_sentence() -> None:
 def test_triggers_record_events_of_tasks() -> None:
     """Each trigger has a registered event."""
     assert all(EVENT_TYPES[trigger.event.type] is trigger.event for trigger in Trigger)
+
+
+def test_every_event_is_recorded() -> None:
+    """A class that no other module names is documented, but never happens."""
+    package = Path(__file__).parents[2] / "orchestrator"
+    names = set[str]()
+    for module in package.rglob("*.py"):
+        if module.parent != package / "domain/events":
+            names.update(re.findall(r"\w+", module.read_text()))
+    missing = [kind.__name__ for kind in EVENT_TYPES.values() if kind.__name__ not in names]
+    assert not missing, f"no module outside orchestrator/domain/events names {missing}: record or remove them"
 
 
 @pytest.mark.parametrize(

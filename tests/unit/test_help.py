@@ -36,7 +36,8 @@ ALL = dict(_leaves(main))
 def test_help_ends_with_valid_examples(path: tuple[str, ...]) -> None:
     """The example belongs to this command, and click accepts it."""
     _, mark, examples = inspect.cleandoc(ALL[path].help or "").partition("\b\nExamples:\n")
-    assert mark
+    name = " ".join(path)
+    assert mark, f"`council {name}`: end its docstring with a paragraph `\\b`, `Examples:` and at least one example"
     for line in examples.splitlines():
         first, *words = shlex.split(line.partition(" > ")[0])
         assert first == "council"
