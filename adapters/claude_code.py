@@ -28,6 +28,7 @@ from adapters.json_output import (
     tool_event,
 )
 from adapters.options import (
+    STOP_GATE_TIMEOUT,
     CliOptions,
     ProgramName,
     TurnLimit,
@@ -170,7 +171,7 @@ class ClaudeCodeAdapter:
                 *option_arguments("--max-turns", options.max_turns),
                 *option_arguments("--max-budget-usd", smallest_limit(options.max_cost, request.max_cost)),
                 *(("--mcp-config", str(request.home / _SERVERS)) if request.mcp_servers else ()),
-                *(("--settings", str(request.home / _SETTINGS)) if request.pre_edit else ()),
+                *(("--settings", str(request.home / _SETTINGS)) if _hooks(request) else ()),
                 *((_ALLOWED,) if any(server.name == MCP_SERVER_NAME for server in request.mcp_servers) else ()),
                 *options.args,
             ),
@@ -219,16 +220,22 @@ class ClaudeCodeAdapter:
 
 def _home(request: SessionRequest, *, is_own: bool) -> SessionHome | None:
     files = {_SERVERS: json.dumps({"mcpServers": _servers(request)})} if request.mcp_servers else {}
-    if request.pre_edit:
-        files[_SETTINGS] = json.dumps(_hook(request.pre_edit))
+    if hooks := _hooks(request):
+        files[_SETTINGS] = json.dumps({"hooks": hooks})
     if is_own:
         return SessionHome(files, _LINKS, (_LOGIN,))
     return SessionHome(files) if files else None
 
 
-def _hook(command: Sequence[str]) -> JsonObject:
-    run = {"type": "command", "command": shlex.join(command), "timeout": _HOOK_TIMEOUT}
-    return {"hooks": {"PreToolUse": [{"matcher": _EDITORS, "hooks": [run]}]}}
+def _hooks(request: SessionRequest) -> JsonObject:
+    hooks: JsonObject = {}
+    if request.pre_edit:
+        run = {"type": "command", "command": shlex.join(request.pre_edit), "timeout": _HOOK_TIMEOUT}
+        hooks["PreToolUse"] = [{"matcher": _EDITORS, "hooks": [run]}]
+    if request.stop_gate:
+        run = {"type": "command", "command": shlex.join(request.stop_gate), "timeout": STOP_GATE_TIMEOUT}
+        hooks["Stop"] = [{"hooks": [run]}]
+    return hooks
 
 
 def _servers(request: SessionRequest) -> JsonObject:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, model_validator
 
 from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import as_count, as_text, concluded_failure, parse_object, parse_plain_line, tool_event
-from adapters.options import CliOptions, ProgramName, TurnLimit, option_arguments
+from adapters.options import STOP_GATE_TIMEOUT, CliOptions, ProgramName, TurnLimit, option_arguments
 from adapters.rate_limits import limit_reset_time
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
@@ -61,7 +61,7 @@ _LINKS: Final = {
 }
 _SETTINGS: Final = ".gemini/settings.json"
 _EDITORS: Final = "^(write_file|replace)$"
-_HOOK_TIMEOUT: Final = 10_000  # milliseconds
+_HOOK_TIMEOUT: Final = 10  # seconds
 _LOG_IN: Final = (
     "run `gemini` once and log in, or set GEMINI_API_KEY; with GOOGLE_GEMINI_BASE_URL also `auth: gemini-api-key`"
 )
@@ -178,7 +178,7 @@ class GeminiAdapter:
 
     def capabilities(self) -> frozenset[Capability]:
         """Return the capabilities; only a task's own home has settings and conversations."""
-        in_own = {Capability.MCP, Capability.PRE_EDIT, Capability.RESUME}
+        in_own = {Capability.MCP, Capability.PRE_EDIT, Capability.RESUME, Capability.STOP_GATE}
         return frozenset(in_own if self._options.has_own_home else ())
 
     def programs(self) -> Sequence[Program]:
@@ -192,7 +192,7 @@ class GeminiAdapter:
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
         variables = _VARIABLES if options.has_own_home else (_FOLDER, *_VARIABLES)
         env, passed = options.variables(("HOME", *_KEYS, *variables), **_PRESET, **own)
-        settings = {_SETTINGS: SettingsOverlay(f"~/{_SETTINGS}", _settings(options, request), _hooks(request.pre_edit))}
+        settings = {_SETTINGS: SettingsOverlay(f"~/{_SETTINGS}", _settings(options, request), _hooks(request))}
         return SessionCommand(
             argv=(
                 *(options.bin, "--output-format", "stream-json", "--approval-mode", mode),
@@ -273,12 +273,18 @@ def _settings(options: GeminiOptions, request: SessionRequest) -> JsonObject:
     return settings
 
 
-def _hooks(command: Sequence[str]) -> JsonObject:
-    """Return the hook that runs before a file is edited, in addition to the user's."""
-    if not command:
-        return {}
-    run = {"name": "council", "type": "command", "command": shlex.join(command), "timeout": _HOOK_TIMEOUT}
-    return {"hooks": {"BeforeTool": [{"matcher": _EDITORS, "hooks": [run]}]}}
+def _hooks(request: SessionRequest) -> JsonObject:
+    """Return the hooks of the session, in addition to the user's."""
+
+    def run(command: Sequence[str], seconds: int) -> JsonObject:
+        return {"name": "council", "type": "command", "command": shlex.join(command), "timeout": seconds * 1000}
+
+    hooks: JsonObject = {}
+    if request.pre_edit:
+        hooks["BeforeTool"] = [{"matcher": _EDITORS, "hooks": [run(request.pre_edit, _HOOK_TIMEOUT)]}]
+    if request.stop_gate:
+        hooks["AfterAgent"] = [{"hooks": [run(request.stop_gate, STOP_GATE_TIMEOUT)]}]
+    return {"hooks": hooks} if hooks else {}
 
 
 def _of_tool(name: str, given: Any, call: Any) -> Iterator[SessionEvent]:

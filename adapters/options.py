@@ -110,6 +110,9 @@ _EnvValues = Annotated[
 #: The name of the instructions file in the request's home, for programs that read instructions from a file.
 INSTRUCTIONS_FILE: Final = "council-instructions.md"
 
+#: Seconds after which a CLI may end the command of a stop gate, which runs checks.
+STOP_GATE_TIMEOUT: Final = 3600
+
 #: A command-line argument that is not an option.
 OptionValue = Annotated[str, AfterValidator(_check_value)]
 #: The maximum number of model turns.

@@ -55,7 +55,13 @@ def measure(*, quick: bool, folder: Path | None = None) -> list[BenchmarkRow]:
     with scratch_folder(folder) as scratch, _session(scratch) as (worktree, session_socket):
         return [
             _row("council peers, in a session", worktree, [session_socket.command, "peers"], b"", rounds),
-            _row("the hook before an edit", worktree, list(session_socket.hook), json.dumps(_EDIT).encode(), rounds),
+            _row(
+                "the hook before an edit",
+                worktree,
+                list(session_socket.hook("pre-edit")),
+                json.dumps(_EDIT).encode(),
+                rounds,
+            ),
         ]
 
 

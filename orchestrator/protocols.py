@@ -540,6 +540,8 @@ class Capability(StrEnum):
     MCP = "mcp"  #: uses servers of the Model Context Protocol (`SessionRequest.mcp_servers`)
     COST_LIMIT = "cost_limit"  #: stops at a cost limit (`SessionRequest.max_cost`)
     PRE_EDIT = "pre_edit"  #: runs a command before each edit that may deny the edit (`SessionRequest.pre_edit`)
+    #: Runs a command when the agent is about to end, which may make it continue (`SessionRequest.stop_gate`).
+    STOP_GATE = "stop_gate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -586,6 +588,13 @@ class SessionRequest:
     path (`file_path`, `path` or similar, or an `apply_patch`). It prints nothing if the edit is allowed; otherwise a
     JSON object with the decision and the reason, in the format of Claude Code's `PreToolUse` hook or, if the event is
     `BeforeTool`, of Gemini CLI. It always exits with 0.
+    """
+    stop_gate: Sequence[str] = ()
+    """A command to run whenever the agent is about to end; it may take an hour.
+
+    It reads a JSON object from standard input. It prints nothing if the agent may end; otherwise a JSON object with
+    `decision` (`block`) and a `reason` for the agent, as the hooks `Stop` of Claude Code and `AfterAgent` of Gemini CLI
+    do. It always exits with 0, and lets the agent end after a few times.
     """
 
 

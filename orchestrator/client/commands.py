@@ -224,3 +224,7 @@ CHECK_EDIT = SessionCommand(
     "",
     Argument("path", PATH, "The file.", is_word=True),
 )
+#: The request of the stop hook; not a command.
+BEGIN_STOP = SessionCommand("begin_stop", "Return the checks to run before this session ends.", "")
+#: The requests that are not commands, by name.
+HOOK_REQUESTS = {request.name: request for request in (CHECK_EDIT, BEGIN_STOP)}

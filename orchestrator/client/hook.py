@@ -1,17 +1,18 @@
-"""The hook that CLIs run before an edit, to deny edits of files of other sessions.
+"""The hooks that CLIs run: before an edit, to deny edits of files of other sessions; before they end, to run checks.
 
-It reads a JSON object with `hook_event_name` and `tool_input` from standard input. It prints a denial or nothing,
-in the format of Claude Code (https://code.claude.com/docs/en/hooks), which other CLIs adopted, or that of Gemini CLI
-(https://geminicli.com/docs/hooks/reference). On any error of the hook or the orchestrator the edit is allowed: changes
-are checked again when they land.
+They read a JSON object with `hook_event_name` and, before an edit, `tool_input` from standard input. They print a
+denial or nothing, in the format of Claude Code (https://code.claude.com/docs/en/hooks), which other CLIs adopted, or
+that of Gemini CLI (https://geminicli.com/docs/hooks/reference). On any error of the hook or the orchestrator the edit
+or the end is allowed: changes are checked again when they land.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 
-from orchestrator.client.commands import CHECK_EDIT, MAX_REQUEST_BYTES
+from orchestrator.client.commands import BEGIN_STOP, CHECK_EDIT, MAX_REQUEST_BYTES
 from orchestrator.client.session import SessionRequestError, find_session
 
 TYPE_CHECKING = False
@@ -22,18 +23,24 @@ if TYPE_CHECKING:
 _TIMEOUT = 5.0  # seconds; the agent waits for the answer at each edit
 _MAX_INPUT_BYTES = 1 << 26  # the input contains the whole new text of the file
 _MAX_PATHS = 200
+_MAX_OUTPUT_BYTES = 8192  # of a failed check: the end of its output
 _PATHS = ("file_path", "notebook_path", "path", "filePath", "absolute_path")
 _TEXTS = ("command", "input", "patch", "patchText")
 _PATCH = ("*** Add File: ", "*** Update File: ", "*** Delete File: ", "*** Move to: ")
 
 
-def run(stdin: BinaryIO, stdout: TextIO) -> int:
-    """Answer one hook call; return the exit code, which is always 0."""
+def run(name: str, stdin: BinaryIO, stdout: TextIO) -> int:
+    """Answer one call of the hook `pre-edit` or `stop`; return the exit code, which is always 0."""
     try:
         call = json.loads(stdin.read(_MAX_INPUT_BYTES))
-        reason = _denial_reason(call)
+        if name == "stop":
+            reason = _failed_check(call)
+            denial = {"decision": "block", "reason": reason}
+        else:
+            reason = _denial_reason(call)
+            denial = _denial(call.get("hook_event_name"), reason)
         if reason is not None:
-            stdout.write(json.dumps(_denial(call.get("hook_event_name"), reason)) + "\n")
+            stdout.write(json.dumps(denial) + "\n")
     except (SessionRequestError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # a failing hook must not block the agent
     return 0
@@ -73,7 +80,46 @@ def _paths(tool_input: dict[str, Any]) -> Iterator[str]:
                 yield from (line.removeprefix(mark).strip() for mark in _PATCH if line.startswith(mark))
 
 
-def _denial(event: object, reason: str) -> dict[str, Any]:
+def _failed_check(call: dict[str, Any]) -> str | None:
+    """Return why the agent must continue; None if all checks succeed. Raises like `_denial_reason`."""
+    session = find_session(os.environ, call.get("cwd") or os.getcwd())  # noqa: PTH109  pathlib takes 10 ms
+    answer = session.ask(BEGIN_STOP.name, {}, _TIMEOUT)
+    for command in answer["checks"]:
+        failed = _run_check(command, answer["timeout"], session.tree)
+        if failed is not None:
+            return f"The check `{command}` {failed}\nFix this before you end: your work can't land until it succeeds."
+    return None
+
+
+def _run_check(command: str, timeout: float, folder: str) -> str | None:
+    """Run a command in a folder; return how it failed, with the end of its output, or None."""
+    import subprocess  # noqa: PLC0415  only when needed
+    import tempfile  # noqa: PLC0415  only when needed
+
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+        if code == 0:
+            return None
+        output.seek(max(output.seek(0, os.SEEK_END) - _MAX_OUTPUT_BYTES, 0))
+        text = output.read(_MAX_OUTPUT_BYTES).decode(errors="replace").strip()
+    how = f"did not end within {timeout:g} s" if code is None else f"failed with exit code {code}"
+    return f"{how}:\n{text}" if text else f"{how}."
+
+
+def _denial(event: object, reason: str | None) -> dict[str, Any]:
     if event == "BeforeTool":
         return {"decision": "deny", "reason": reason}
     denied = {"hookEventName": "PreToolUse", "permissionDecision": "deny", "permissionDecisionReason": reason}

@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
+#: The names of the hooks: `council hook NAME`.
+HOOKS = ("pre-edit", "stop")
 EXIT_REFUSED = 1
 EXIT_BAD_INPUT = 2
 
 
 def run(words: Sequence[str]) -> int | None:
     """Run a session command and return its exit code; None for other commands."""
-    if words[:2] == ["hook", "pre-edit"] and len(words) == 2:
+    if len(words) == 2 and words[0] == "hook" and words[1] in HOOKS:
         from orchestrator.client import hook  # noqa: PLC0415  only when needed
 
-        return hook.run(sys.stdin.buffer, sys.stdout)
+        return hook.run(words[1], sys.stdin.buffer, sys.stdout)
     typed = parse_words(words)
     # Outside a session, the full command line handles commands that are available everywhere.
     return None if typed is None or (typed.command.is_for_all and not is_in_session()) else run_session_command(typed)

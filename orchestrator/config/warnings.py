@@ -73,6 +73,13 @@ def find_warnings(config: RunConfig, around: RepositoryPaths, adapters: Mapping[
     if not is_checked:
         message = "no task has checks: work lands unverified"
         warnings.append(ConfigWarning(message, "add your test command as `checks:` under `defaults:`"))
+    if ungated := [spec.id for spec in specs if spec.stop_gate and not spec.checks]:
+        message = f"task {ungated[0]!r} has a `stop_gate` without checks, which has no effect"
+        warnings.append(ConfigWarning(message, "add `checks`, or remove `stop_gate`"))
+    gated = {name for spec in specs if spec.stop_gate and spec.checks for name in config.adapters_of(spec)}
+    if unable := sorted(repr(name) for name in gated if Capability.STOP_GATE not in adapters[name].capabilities()):
+        message = f"adapters {join_names(unable)} do not support `stop_gate`: their sessions end without it"
+        warnings.append(ConfigWarning(message, "use another adapter, or rely on `checks`, which run before landing"))
     warnings += _repeated_fallbacks(config)
     used = dict.fromkeys(name for spec in specs for name in config.adapters_of(spec))
     unable = [repr(name) for name in used if Capability.MCP not in adapters[name].capabilities()]

@@ -58,6 +58,7 @@ _ASKED: Final[Mapping[Capability, Mapping[str, Any]]] = {
     },
     Capability.COST_LIMIT: {"max_cost": 1.5},
     Capability.PRE_EDIT: {"pre_edit": ("/opt/a b/council", "hook", "pre-edit")},
+    Capability.STOP_GATE: {"stop_gate": ("/opt/a b/council", "hook", "stop")},
 }
 
 _ODD_LINES = (

@@ -2,8 +2,9 @@
 
 Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain|silently`, `fail limit SECONDS`, `hang` until
 interrupted, `spend TOKENS` (a model call, reported twice), `tell PATH` (write its arguments and the prompt), `run
-COMMAND`, `deny COMMAND` (refuse to run it). Before a write it calls the hook in its settings. It stores its
-conversation in its folder, and resumes it by id in the same worktree only.
+COMMAND`, `deny COMMAND` (refuse to run it), `stopped PATH TEXT` (a write when a hook keeps it from ending: one each
+time). Before a write and at its end it calls the hooks in its settings. It stores its conversation in its folder, and
+resumes it by id in the same worktree only.
 """
 
 # ruff: noqa: T201  a program that prints
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +91,50 @@ def deny(command: str) -> dict[str, Any]:
 
 def is_denied(path: str) -> bool:
     """Return whether a hook in its settings denies a write."""
-    if "--settings" not in sys.argv:
-        return False
-    settings = json.loads(Path(sys.argv[sys.argv.index("--settings") + 1]).read_text())
     reported = {"file_path": str(Path.cwd() / path), "content": "…"}
-    call = {"cwd": str(Path.cwd()), "hook_event_name": "PreToolUse", "tool_name": "Write", "tool_input": reported}
-    for group in settings["hooks"]["PreToolUse"]:
-        if re.fullmatch(group["matcher"], "Write"):
+    for answer in call_hooks("PreToolUse", tool_name="Write", tool_input=reported):
+        specific = answer.get("hookSpecificOutput", {})
+        if specific.get("permissionDecision") == "deny":
+            say(specific["permissionDecisionReason"])
+            return True
+    return False
+
+
+def stop(prompt: str) -> None:
+    """End, unless a hook prevents it."""
+    writes = [(first, rest) for word, first, rest in steps(prompt) if word == "stopped"]
+    while must_continue():
+        if writes:
+            write(*writes.pop(0))
+    say("Done.")
+
+
+def must_continue() -> bool:
+    """Return whether a hook in its settings keeps it from ending."""
+    for answer in call_hooks("Stop", stop_hook_active=False):
+        if answer.get("decision") == "block":
+            say(answer["reason"])
+            return True
+    return False
+
+
+def call_hooks(event: str, **fields: Any) -> Iterator[dict[str, Any]]:
+    """Yield the answers of the hooks in its settings."""
+    if "--settings" not in sys.argv:
+        return
+    settings = json.loads(Path(sys.argv[sys.argv.index("--settings") + 1]).read_text())
+    call = json.dumps({"cwd": str(Path.cwd()), "hook_event_name": event, **fields})
+    for group in settings["hooks"].get(event, ()):
+        if re.fullmatch(group.get("matcher", ".*"), fields.get("tool_name", "")):
             for hook in group["hooks"]:
                 done = subprocess.run(
-                    hook["command"], shell=True, input=json.dumps(call), capture_output=True, text=True, check=True
+                    hook["command"], shell=True, input=call, capture_output=True, text=True, check=True
                 )
-                answer = json.loads(done.stdout or "{}").get("hookSpecificOutput", {})
-                if answer.get("permissionDecision") == "deny":
-                    said = {"type": "text", "text": answer["permissionDecisionReason"]}
-                    emit("assistant", message={"role": "assistant", "content": [said]})
-                    return True
-    return False
+                yield json.loads(done.stdout or "{}")
+
+
+def say(text: str) -> None:
+    emit("assistant", message={"role": "assistant", "content": [{"type": "text", "text": text}]})
 
 
 def continue_conversation(prompt: str) -> None:
@@ -149,7 +178,7 @@ def main() -> None:
             fail(first, rest)
         elif word == "hang":
             hang()
-    emit("assistant", message={"role": "assistant", "content": [{"type": "text", "text": "Done."}]})
+    stop(prompt)
     used = {"usage": {"input_tokens": spent}, "total_cost_usd": spent / 1000} if spent else {}
     result(permission_denials=denied, **used)
 

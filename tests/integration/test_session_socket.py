@@ -330,7 +330,7 @@ async def test_edit_hook_works_in_each_sandbox(site: Site, kind: SandboxKind) ->
         reported = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
         worktree.prompt_file.write_text(json.dumps(reported))
         code, said = await site.run(
-            kind, worktree, session_socket, list(session_socket.hook), stdin=worktree.prompt_file
+            kind, worktree, session_socket, list(session_socket.hook("pre-edit")), stdin=worktree.prompt_file
         )
     assert (code, json.loads(said)["hookSpecificOutput"]["permissionDecision"]) == (0, "deny")
 
@@ -592,7 +592,11 @@ async def test_edit_of_a_file_locked_by_another_session_is_denied(
             reported = {"hook_event_name": event, "cwd": str(worktree.tree), "tool_name": "Write", "tool_input": put}
             worktree.prompt_file.write_text(json.dumps(reported))
             code, said = await site.run(
-                SandboxKind.OFF, worktree, session_socket, list(session_socket.hook), stdin=worktree.prompt_file
+                SandboxKind.OFF,
+                worktree,
+                session_socket,
+                list(session_socket.hook("pre-edit")),
+                stdin=worktree.prompt_file,
             )
             assert code == 0
             return said
@@ -619,7 +623,7 @@ async def test_hook_without_an_orchestrator_allows(site: Site) -> None:
         reported = {"hook_event_name": "PreToolUse", "cwd": str(worktree.tree), "tool_input": tool}
         worktree.prompt_file.write_text(json.dumps(reported))
         ended = await site.run(
-            SandboxKind.OFF, worktree, session_socket, list(session_socket.hook), stdin=worktree.prompt_file
+            SandboxKind.OFF, worktree, session_socket, list(session_socket.hook("pre-edit")), stdin=worktree.prompt_file
         )
         assert ended == (0, "")
         code, said = await site.run(SandboxKind.OFF, worktree, session_socket, ["council", "peers"])

@@ -17,6 +17,7 @@ from orchestrator.cli.commands.sessions.share import share
 from orchestrator.cli.core.options import wants_json
 from orchestrator.client import hook
 from orchestrator.client.commands import SESSION_COMMANDS
+from orchestrator.client.main import HOOKS
 from orchestrator.client.messages import format_result, strip_control_characters
 from orchestrator.client.quick_parser import parse_words
 from orchestrator.domain.runs.session_names import SessionName
@@ -167,11 +168,12 @@ ODD_CALLS: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize("name", HOOKS)
 @pytest.mark.parametrize("call", [b"", b"{", b"\xff", *(json.dumps(one).encode() for one in ODD_CALLS)])
-def test_hook_with_invalid_input_allows(call: bytes) -> None:
+def test_hook_with_invalid_input_allows(call: bytes, name: str) -> None:
     """The exit code is 0."""
     out = io.StringIO()
-    assert hook.run(io.BytesIO(call), out) == 0
+    assert hook.run(name, io.BytesIO(call), out) == 0
     assert out.getvalue() == ""
 
 
@@ -179,5 +181,5 @@ def test_hook_outside_of_a_session_allows(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     call = {"hook_event_name": "PreToolUse", "cwd": str(tmp_path), "tool_input": {"file_path": str(tmp_path / "a")}}
     out = io.StringIO()
-    assert hook.run(io.BytesIO(json.dumps(call).encode()), out) == 0
+    assert hook.run("pre-edit", io.BytesIO(json.dumps(call).encode()), out) == 0
     assert out.getvalue() == ""

@@ -345,6 +345,8 @@ class TaskSettings(Settings):
     """Names of environment variables that checks get in addition to the base set."""
     allow_failing_base: bool = False
     """Whether sessions start even if the checks fail on the base, to fix a broken base."""
+    stop_gate: bool = False
+    """Whether a session that is about to end first runs the checks in its worktree, and continues if one fails."""
     on_checks_failed: Literal["retry", "fail"] = "retry"
     """Whether to retry with the output of the failed check, or to fail the task."""
     on_out_of_scope: Literal["retry", "extend", "allow"] = "retry"

@@ -29,6 +29,7 @@ from orchestrator.engine.scheduler.attempt_results import AttemptRecorder, end_e
 from orchestrator.engine.scheduler.budgets import Budgets
 from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.session_api.details import SessionWorkspace
+from orchestrator.engine.session_api.locks import StopChecks
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, HandoffCorrupted, RefusedError, VersionConflict
@@ -89,6 +90,7 @@ class AttemptRunner:
             task_prompt=spec.prompt,
             phase=None if next_phase.workflow.is_default else next_phase.phase.name,
             writes=next_phase.phase.writes,
+            stop_gate=spec.stop_gate and next_phase.phase.writes,
         )
         session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm_claims, task))
         return ActiveAttempt(task, spec, adapter, session, next_phase)
@@ -182,6 +184,7 @@ class AttemptRunner:
                 self._session_workspace(active),
                 keep_ownership=True,
                 validate_handoff=check_handoff,
+                stop_checks=StopChecks(active.spec.checks, active.spec.checks_timeout),
             )
             await stack.enter_async_context(service)
             finished = await active.session.run()

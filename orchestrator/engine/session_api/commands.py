@@ -11,7 +11,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, create_model
 
 from orchestrator.client.commands import (
-    CHECK_EDIT,
+    HOOK_REQUESTS,
     MAX_HANDOFF_BYTES,
     MAX_PATH_CHARS,
     MAX_WAIT_SECONDS,
@@ -71,7 +71,7 @@ def parse_arguments(command: str, arguments: JsonObject) -> dict[str, Any]:
 
 @cache
 def _arguments_model(command: str) -> type[BaseModel]:
-    described = CHECK_EDIT if command == CHECK_EDIT.name else SESSION_COMMANDS[command]
+    described = HOOK_REQUESTS.get(command) or SESSION_COMMANDS[command]
     fields: dict[str, Any] = {argument.name: _field(argument) for argument in described.arguments}
     config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
     return create_model(command, __config__=config, **fields)
@@ -100,6 +100,14 @@ class SessionCommands:
     ) -> None:
         self._contexts, self._note_store, self._git, self._active = contexts, notes, git, active
         self._elsewhere = elsewhere
+
+    async def begin_stop(self, active: ActiveSession) -> JsonObject:
+        """Return the checks to run before a session ends; none after too many continuations."""
+        checks = active.stop_checks
+        if checks is None or not checks.continuations:
+            return {"checks": [], "timeout": 0.0}
+        checks.continuations -= 1
+        return {"checks": [*checks.commands], "timeout": checks.timeout}
 
     async def report(
         self,

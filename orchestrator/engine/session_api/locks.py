@@ -38,6 +38,15 @@ HandoffValidator = Callable[[JsonObject], Awaitable[Sequence[str]]]
 
 
 @dataclass(slots=True)
+class StopChecks:
+    """The commands that a session runs before it ends, and how often it may continue; `timeout` is in seconds each."""
+
+    commands: Sequence[str]
+    timeout: float
+    continuations: int = 3
+
+
+@dataclass(slots=True)
 class ActiveSession:
     """A session of this process, and the locks that it holds."""
 
@@ -53,6 +62,7 @@ class ActiveSession:
     query_lock: anyio.Lock = field(default_factory=anyio.Lock)
     """Serializes expensive queries, so that one session's requests do not block those of other sessions."""
     validate_handoff: HandoffValidator | None = None
+    stop_checks: StopChecks | None = None
     handoff: JsonObject | None = None
 
     async def paths(self, paths: Sequence[str], redactor: Redactor) -> list[str]:

@@ -17,7 +17,7 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.engine.session_api.commands import SessionCommands, parse_arguments
 from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.engine.session_api.details import SessionWorkspace
-from orchestrator.engine.session_api.locks import ActiveSession, HandoffValidator, SessionLocks
+from orchestrator.engine.session_api.locks import ActiveSession, HandoffValidator, SessionLocks, StopChecks
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.observation import observe_session
 from orchestrator.engine.session_api.quota import WriteQuota
@@ -65,6 +65,7 @@ class SessionService:
             "share_list": commands.share_list,
             "submit_handoff": commands.submit_handoff,
             "check_edit": locks.check_edit,
+            "begin_stop": commands.begin_stop,
         }
 
     @asynccontextmanager
@@ -76,12 +77,13 @@ class SessionService:
         *,
         keep_ownership: bool = False,
         validate_handoff: HandoffValidator | None = None,
+        stop_checks: StopChecks | None = None,
     ) -> AsyncIterator[None]:
         """Serve a session and record its activity within the body, then release its locks.
 
-        `adapter` is the adapter's name. For `keep_ownership` see `leave`, for `validate_handoff` see `enter`.
+        `adapter` is the adapter's name. For `keep_ownership` see `leave`, for the others see `enter`.
         """
-        await self.enter(session, adapter, workspace, validate_handoff=validate_handoff)
+        await self.enter(session, adapter, workspace, validate_handoff=validate_handoff, stop_checks=stop_checks)
         try:
             log = log_path(workspace.logs, session.task, session.attempt, "stdout")
             async with observe_session(
@@ -99,10 +101,16 @@ class SessionService:
         workspace: SessionWorkspace,
         *,
         validate_handoff: HandoffValidator | None = None,
+        stop_checks: StopChecks | None = None,
     ) -> None:
-        """Start to serve a session; without `validate_handoff`, it submits no result."""
+        """Start to serve a session; without `validate_handoff`, it submits no result.
+
+        Without `stop_checks`, it may end at any time.
+        """
         claim = self._contexts.claim(session)
-        self._active[session] = ActiveSession(session, workspace, claim, validate_handoff=validate_handoff)
+        self._active[session] = ActiveSession(
+            session, workspace, claim, validate_handoff=validate_handoff, stop_checks=stop_checks
+        )
         await self._contexts.begin(session, adapter)
 
     def submitted_handoff(self, session: SessionName) -> JsonObject | None:

@@ -23,7 +23,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
-from typing import Protocol
+from typing import Literal, Protocol
 
 import anyio
 import anyio.abc
@@ -93,10 +93,9 @@ class SessionSocket:
             return None
         return McpServer(MCP_SERVER_NAME, (self.command, "mcp"))
 
-    @property
-    def hook(self) -> tuple[str, ...]:
-        """The command of the pre-edit hook."""
-        return (self.command, "hook", "pre-edit")
+    def hook(self, name: Literal["pre-edit", "stop"]) -> tuple[str, ...]:
+        """Return the command of a hook."""
+        return (self.command, "hook", name)
 
 
 @asynccontextmanager

@@ -22,7 +22,7 @@ from orchestrator.client.commands import (
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 
-_KNOWN = {**commands.SESSION_COMMANDS, commands.CHECK_EDIT.name: commands.CHECK_EDIT}
+_KNOWN = {**commands.SESSION_COMMANDS, **commands.HOOK_REQUESTS}
 OWN_COMMAND_REMEDY = "use the `council` command of your own session"
 _SEE_HELP = "`council --help` lists the commands of sessions"
 
