@@ -207,7 +207,7 @@ class CodexAdapter:
 
 
 def _provider_settings(provider: str) -> tuple[str, ...]:
-    """Choose a provider with one retry. The scheduler does further retries."""
+    """Choose a provider, limited to one retry: the scheduler retries failed sessions."""
     chosen = ("-c", f"model_provider={provider}")
     if provider in _BUILT_IN:
         return chosen

@@ -248,7 +248,7 @@ class GeminiAdapter:
 def _settings(options: GeminiOptions, request: SessionRequest) -> JsonObject:
     """Return settings without updates and statistics, and with fewer attempts.
 
-    The scheduler does further retries.
+    The scheduler retries failed sessions.
     """
     settings: JsonObject = {
         "general": {"enableAutoUpdate": False, "maxAttempts": 3},

@@ -75,23 +75,23 @@ class OutputRule(BaseModel):
     when: dict[JsonPath, _Wanted] = Field(default_factory=dict)
     """Values that the JSON line must have, keyed by path."""
     text: JsonPath | None = None
-    """The path of the agent's message."""
+    """The path to the agent's message."""
     session: JsonPath | None = None
-    """The path of the program's conversation id."""
+    """The path to the program's conversation id."""
     input_tokens: JsonPath | None = None
-    """The path of the number of input tokens, including cached ones."""
+    """The path to the number of input tokens, including cached ones."""
     output_tokens: JsonPath | None = None
-    """The path of the number of output tokens."""
+    """The path to the number of output tokens."""
     cached_tokens: JsonPath | None = None
-    """The path of the number of input tokens read from a cache."""
+    """The path to the number of input tokens read from a cache."""
     cost: JsonPath | None = None
-    """The path of the cost in US dollars."""
+    """The path to the cost in US dollars."""
     usage: Literal["line", "session", "conversation"] = "line"
     """The scope of tokens and cost: this line, the session so far, or the conversation including earlier sessions."""
     model: JsonPath | None = None
-    """The path of the model's name."""
+    """The path to the model's name."""
     error: JsonPath | None = None
-    """The path of an error message."""
+    """The path to an error message."""
     status: JsonPath | None = None
     """The path of an error's HTTP status, which determines the failure class."""
     done: bool = False

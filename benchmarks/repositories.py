@@ -19,7 +19,7 @@ def file_system_kind(folder: Path) -> str:
         return "an unknown file system"
     mount, kind = mount_of(folder.resolve(), table.read_text(encoding="utf-8", errors="surrogateescape"))
     if kind == "ext4" and not _has_journal(mount):
-        raise RuntimeError(f"{mount} is an ext4 without a journal: name a folder on another file system by --folder")
+        raise RuntimeError(f"{mount} is ext4 without a journal: choose a folder on another file system with --folder")
     return kind
 
 

@@ -105,7 +105,7 @@ def _check_fsync(scratch: Path) -> None:
     os.close(descriptor)
     if took < _REAL_FSYNC:
         raise RuntimeError(
-            f"an fsync in {scratch} takes {took * 1e6:.0f} µs: there is no device; name another --folder"
+            f"an fsync in {scratch} takes {took * 1e6:.0f} µs: it is not on a disk; choose another --folder"
         )
 
 

@@ -5,7 +5,7 @@
 The run uses the fake CLI in a temporary folder, which is removed afterwards.
 """
 
-# ruff: noqa: INP001, S607 - a script for people, which runs git by name
+# ruff: noqa: INP001, S607 - a script for developers, which runs git by name
 
 from __future__ import annotations
 

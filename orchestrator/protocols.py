@@ -308,7 +308,7 @@ class VerificationReport:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
-    """The connections of this process to a store's server, without those that only wait for changes."""
+    """The connections of this process to a store's server, except those that only wait for changes."""
 
     size: int
     max_size: int
@@ -851,7 +851,7 @@ class Sink(Protocol):
 
         If this raises an error or takes longer than 30 seconds (then it is cancelled), a new sink is opened and
         receives the same events, after increasing pauses. Delivery is at least once; events may be repeated after a
-        restart. The run does not wait for the delivery, but this runs on the run's event loop, which it must not block.
+        restart. The run does not wait for the delivery. This is called on the run's event loop, so it must not block.
         """
 
 

@@ -216,9 +216,9 @@ class _Client:
 
     def _used(self, call: schema.ToolCallStart | schema.ToolCallProgress, *, is_new: bool) -> None:
         self.words.flush()
-        told = self._named.setdefault(call.tool_call_id, set())
-        paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in told]
-        told.update(paths)
+        reported = self._named.setdefault(call.tool_call_id, set())
+        paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in reported]
+        reported.update(paths)
         # Updates contain only changed fields.
         kind = self._kinds[call.tool_call_id] = call.kind or self._kinds.get(call.tool_call_id, "other")
         before = self._commands.get(call.tool_call_id, "")

@@ -39,13 +39,13 @@ class ConfinedWorktree:
         return path
 
     def relative(self, name: str) -> Path:
-        """Return the absolute path of a `name` that must be relative, as in a response.
+        """Return the absolute path of a file that a response names by a relative path.
 
-        The path must not contain `..` or symlinked folders, so that the file written is the file named.
+        The path must not contain `..` or symlinked folders, so that exactly the named file is written.
         """
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise OutsideWorktreeError(f"{name!r} is outside of the worktree")
         path = self.locate(name)
         if path != self.top / Path(name):
-            raise OutsideWorktreeError(f"{name!r} leads through a symlink")
+            raise OutsideWorktreeError(f"{name!r} contains a symlink")
         return path

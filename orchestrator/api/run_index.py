@@ -33,7 +33,7 @@ class RunIndex:
     context: ProjectContext
 
     async def ids(self) -> list[str]:
-        """Return the ids of all readable runs, the oldest first."""
+        """Return the ids of all readable runs, oldest first."""
         found = await self.context.store.list("run")
         return [one.key.id for one in sorted(found, key=start_key) if not one.damaged]
 
@@ -66,7 +66,7 @@ class RunIndex:
             return matching[0]
         if matching:
             message = f"{len(matching)} runs begin with {name!r}"
-            raise RefusedError(message, f"name one of: {', '.join(matching[: -_MOST_NAMED - 1 : -1])}")
+            raise RefusedError(message, f"use one of: {', '.join(matching[: -_MOST_NAMED - 1 : -1])}")
         raise RefusedError(f"there is no run {name!r}", suggest_similar(name, known) or "`council runs` lists them")
 
     async def hub(self, run: RunDocument) -> Hub:
@@ -116,7 +116,7 @@ class RunIndex:
         return False
 
     async def interrupted(self) -> list[str]:
-        """Return the ids of unfinished runs without an active process, the oldest first.
+        """Return the ids of unfinished runs without an active process, oldest first.
 
         Runs whose repositories are missing can't be resumed, and are skipped.
         """

@@ -72,7 +72,7 @@ async def open_target(
     """
     url = to_store_url(str(location))
     if url == MEMORY:
-        raise RefusedError("a copy in a memory store is not kept", "name a folder, or another store's URL")
+        raise RefusedError("a copy in a memory store is not kept", "use a folder, or another store's URL")
     folder, within = (
         require_local_folder(url),
         require_local_folder(to_store_url(str(source))) if source is not None else None,
@@ -125,7 +125,7 @@ async def adopt_state(location: str | Path, *, environ: Mapping[str, str] = os.e
     """
     url = to_store_url(str(location))
     if url == MEMORY or not await to_thread.run_sync(_is_installed, url, environ):
-        raise RefusedError(f"{scheme_of(url)}: stores can't be adopted", "name the folder of a store")
+        raise RefusedError(f"{scheme_of(url)}: stores can't be adopted", "use the folder of a store")
     await to_thread.run_sync(adopt_store, url, council_home(environ))
     return url
 
@@ -158,7 +158,7 @@ def _stage_export(path: Path, force: bool) -> StagedFile:
     except OSError as error:
         if error.errno in _IMPOSSIBLE_PATH:
             message = f"{path} can't be created: {(error.strerror or str(error)).lower()}"
-            raise RefusedError(message, "name a file in an existing folder") from None
+            raise RefusedError(message, "use a file in an existing folder") from None
         raise
 
 
@@ -173,7 +173,7 @@ def _publish_export(staged: StagedFile, path: Path, force: bool) -> None:
 
 def _check_export_path(path: Path, force: bool) -> None:
     if os.path.isdir(path):  # noqa: PTH112  a name that is too long is reported later
-        raise RefusedError(f"{path} is a folder", "name a file")
+        raise RefusedError(f"{path} is a folder", "use a file")
     if not os.path.lexists(path):
         return
     if path.is_symlink():  # replacing it would leave its target unchanged, and outdated
@@ -181,7 +181,7 @@ def _check_export_path(path: Path, force: bool) -> None:
     if not path.is_file():  # never replace a device or a pipe
         raise RefusedError(f"{path} is not a regular file", "name one, or write to it with `- > FILE`")
     if not force:
-        raise RefusedError(f"{path} already exists", "name another file, or replace it with --force")
+        raise RefusedError(f"{path} already exists", "use another file, or overwrite it with --force")
 
 
 async def import_store(file: str | Path | IO[bytes], store: Store) -> CopyResult:
@@ -199,7 +199,7 @@ async def import_store(file: str | Path | IO[bytes], store: Store) -> CopyResult
 class _TargetFolder:
     """The target folder of a copied store. Blocks."""
 
-    _REMEDY: Final = "name a folder that exists or can be created"
+    _REMEDY: Final = "use a folder that exists or can be created"
 
     def __init__(self, folder: Path, source: Path | None) -> None:
         """Check a folder, which need not exist; `source` is that of the original.
@@ -222,9 +222,9 @@ class _TargetFolder:
         if not nearest.is_dir():
             raise RefusedError(f"{nearest} is not a folder", self._REMEDY)
         if source is not None and folder != source and folder.resolve().is_relative_to(source.resolve()):
-            raise RefusedError(f"{folder} is inside the store to copy", "name a folder outside it")
+            raise RefusedError(f"{folder} is inside the store to copy", "use a folder outside it")
         if not self._is_store and folder.is_dir() and any(folder.iterdir()):
-            raise RefusedError(f"{folder} contains files but no store", "name a new or empty folder")
+            raise RefusedError(f"{folder} contains files but no store", "use a new or empty folder")
 
     def undo(self) -> None:
         """Remove all created files and folders, unless something was committed."""

@@ -150,7 +150,7 @@ class ChecklistTracker:
                 return file.read()
         except OSError as error:
             message = f"{self._path} can't be read, {(error.strerror or str(error)).lower()}"
-            raise RefusedError(message, "name an existing checklist") from error
+            raise RefusedError(message, "use an existing checklist") from error
 
     def _tick(self, done: set[str]) -> None:
         path = self._path.resolve()

@@ -61,7 +61,9 @@ def _read_object(name: str) -> dict[str, Any]:
     try:
         value = strict_json.parse(_read_bytes(None if name == STANDARD_INPUT else name, MAX_HANDOFF_BYTES))
     except OSError as error:
-        raise SessionRequestError(f"can't read {name}: {error.strerror}", "name a file with the JSON object") from None
+        raise SessionRequestError(
+            f"can't read {name}: {error.strerror}", "use a file that contains the JSON object"
+        ) from None
     except ValueError as error:
         raise SessionRequestError(f"invalid content of {source}: {error}", remedy) from None
     if not isinstance(value, dict):

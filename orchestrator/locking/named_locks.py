@@ -215,9 +215,9 @@ def _check(name: object, mode: object, owner: object, expiry: float, timeout: fl
 
 def _timed_out(name: str, blockers: Sequence[LockInfo], timeout: float) -> LockUnavailable:
     if not blockers:
-        return LockUnavailable(name, f"not free within {timeout:g} s", "retry")
+        return LockUnavailable(name, f"not released within {timeout:g} s", "retry")
     first = blockers[0]
     holder = f"{first.owner} (process {first.pid} on {first.host}, mode {first.mode})"
     return LockUnavailable(
-        name, f"held by {holder}, not free within {timeout:g} s", "wait longer, or release it in the holder"
+        name, f"held by {holder}, not released within {timeout:g} s", "wait longer, or release it in the holder"
     )

@@ -218,7 +218,7 @@ class RunMembership:
         timing: CoordinationSettings,
         is_dead: Callable[[str, OrchestratorIdentity], Awaitable[bool]],
     ) -> None:
-        """Use a run; `is_dead` returns whether an orchestrator's process is proven dead."""
+        """Represent `me` in a run; `is_dead` returns whether an orchestrator's process is proven dead."""
         self.run, self.me, self.timing = run, me, timing
         self.counters = ClaimCounters()
         self.guard = Guard(orchestrator_key(run, me.id), 1)

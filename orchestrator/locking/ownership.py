@@ -352,7 +352,7 @@ class OwnershipRegistry(OwnershipView):
         return PathOwnership(session, (), self._clock.now(), orchestrator, claim.epoch)
 
     async def _commit(self, writes: Sequence[Write], event: Event, claim: Guard) -> None:
-        # Not durable: ownership matters only while sessions are alive, and a power failure ends them, too.
+        # Not durable: ownership matters only while sessions are alive, and a power failure also ends them.
         await self._store.commit(Commit(writes, [event], [claim], durable=False))
 
 

@@ -187,7 +187,7 @@ async def test_task_is_retried_from_an_earlier_phase(repository: Repository) -> 
     )
     assert repository.council("run", str(path), "--json").states == {"t": "failed", "plain": "failed"}
     refused = repository.council("retry", "t", "--from", "biuld")
-    assert (refused.code, "name one of: scout, plan, build" in refused.stderr) == (2, True)
+    assert (refused.code, "use one of: scout, plan, build" in refused.stderr) == (2, True)
     assert "omit `--from`" in repository.council("retry", "plain", "--from", "build").stderr
     assert repository.council("retry", "t", "--from", "plan").code == 0
     ended = repository.council("resume", "--json")

@@ -69,7 +69,7 @@ def test_cycle_is_measured() -> None:
 def test_slot_assignment_is_measured() -> None:
     """Compared with plain git; without a limit if there are few files."""
     rows = worktrees.measure(quick=True)
-    check(rows, ["hand out,", "hand out, moved", "give back", "clean, in the background", "find what changed"])
+    check(rows, ["acquire,", "acquire, moved", "release", "clean, in the background", "find changes"])
     assert {row.verdict for row in rows} == {""}
 
 

@@ -53,7 +53,7 @@ async def test_session_is_stopped_at_its_token_limit(claude: Repository) -> None
 
 
 async def test_session_near_its_budget_causes_one_warning(claude: Repository) -> None:
-    """At 80 %, and the session continues."""
+    """At 80%, and the session continues."""
     budget = {"session_budget": {"tokens": 1000}, "budget": {"tokens": 1000}}
     ended = claude.council("run", str(configured(claude, "spend 800\nwrite a.txt a", task=budget)), "--json")
     assert ended.states == {"t0": "landed"}, ended

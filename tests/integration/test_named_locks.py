@@ -82,7 +82,7 @@ async def test_readers_share_and_a_writer_is_exclusive(locks: NamedLocks, state:
             await locks.acquire("deploy", owner="eve", timeout=0)
         assert await locks.release(mine)
         assert not await locks.release(mine)
-        with pytest.raises(LockUnavailable, match="not free within"):
+        with pytest.raises(LockUnavailable, match="not released within"):
             await locks.acquire("deploy", owner="eve", timeout=0.05)
     written = await locks.acquire("deploy", owner="eve", timeout=5)
     assert [one.owner for one in await locks.held()] == ["eve"]

@@ -79,4 +79,4 @@ async def test_unknown_run_suggests_the_nearest(runs: Repository, words: str) ->
     assert f"did you mean '{RUN}'?" in wrong.stderr
     several = runs.council(*words.split(), "--run", "2026")
     assert several.code == 2
-    assert f"2 runs begin with '2026': name one of: {NEWER}, {RUN}" in several.stderr
+    assert f"2 runs begin with '2026': use one of: {NEWER}, {RUN}" in several.stderr

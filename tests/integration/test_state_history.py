@@ -315,7 +315,7 @@ async def test_compacted_start_of_the_log_is_reported(tmp_path: Path) -> None:
     past = StateHistory(context)
     assert [one.position async for one in past.commits(until=11)] == [7, 8, 9, 10, 11]
     assert [one.position for one in await past.newest_commits(99, until=11)] == [7, 8, 9, 10, 11]
-    with pytest.raises(RefusedError, match="only to 6: name a position from 6 on"):
+    with pytest.raises(RefusedError, match="only to 6: use position 6 or later"):
         await anext(past.commits(after=3, until=11))
     assert [one.event.type for one in (await RunReports(context).summary(RUN)).events] == [
         "task.landing", "task.landed", "task.started", "run.paused", "run.interrupted",

@@ -534,7 +534,7 @@ async def test_failed_export_leaves_nothing(source: FileStore, tmp_path: Path) -
     with pytest.raises(OSError, match="No space"):
         await export_to_stream(source, Full(), 0.0)
     for location in (tmp_path / "none/file", tmp_path / "source/lock/file", tmp_path / ("long" * 100)):
-        with pytest.raises(RefusedError, match="name a file in an existing folder"):
+        with pytest.raises(RefusedError, match="use a file in an existing folder"):
             await export_store(source, location)
     assert files(tmp_path) == {"source"}
 

@@ -188,7 +188,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "step's input": (worktrees("  setup: [{run: x, inputs: [/etc/x]}]\n"), 5, 29, "the path is absolute: write it"),
     "sparse upwards": (worktrees("  sparse: [a/../b]\n"), 5, 12, "the segment '..': write the path without it"),
     "sparse here": (worktrees("  sparse: [.]\n"), 5, 12, "the segment '.'"),
-    "copy nothing": (worktrees("  copy: ['']\n"), 5, 10, "the path is empty: name a file or a folder"),
+    "copy nothing": (worktrees("  copy: ['']\n"), 5, 10, "the path is empty: write the path of a file or folder"),
     "copy two slashes": (worktrees("  copy: [a//b]\n"), 5, 10, "the segment ''"),
     "copy with a backslash": (worktrees("  copy: ['a\\b']\n"), 5, 10, "contains a backslash: separate"),
     "copy with a line break": (worktrees('  copy: ["a\\nb"]\n'), 5, 10, "the character '\\n': remove it"),

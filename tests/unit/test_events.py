@@ -42,7 +42,7 @@ def define(name: str, **attributes: object) -> type[TypedEvent]:
         ({"type": "adapter.happened", "sentence": "x"}, "X: derive it from AdapterEvent"),
         ({"type": "x.happened"}, "X: give it a `sentence`"),
         ({"type": "x.happened", "sentence": ""}, "X: give it a `sentence`"),
-        ({"type": "run.created", "sentence": "x"}, "X: RunCreated has the type 'run.created', too"),
+        ({"type": "run.created", "sentence": "x"}, "X: its type 'run.created' is that of RunCreated"),
         ({"type": "x.happened", "sentence": "got {size}"}, "X: its sentence names 'size'"),
         ({"type": "x.happened", "sentence": "x", "sentence_without": ("size", "y")}, "X: its sentence names 'size'"),
         (

@@ -45,7 +45,7 @@ PROPERTIES: dict[str, Any] = {
         ({"is_final": False, "release": None}, "status 'x' keeps the claim: set `is_active` or `is_landing`"),
         ({"waits_for_user": True, "is_final": False, "release": None}, "waits for a user and is final or keeps"),
         ({"waits_for_user": True}, "status 'x' waits for a user and is final or keeps the claim"),
-        ({"waits_for_user": True, "is_final": False}, "name the commands to continue in `next_steps`"),
+        ({"waits_for_user": True, "is_final": False}, "list the commands to continue in `next_steps`"),
         ({"is_successful": True}, "status 'x' is successful: set `release=ReleaseReason.COMPLETE`"),
         ({"is_final": False}, "status 'x' is not final: set `release=ReleaseReason.ABANDONED`"),
         ({"is_retryable": True}, "must name `council retry {}` in `next_steps` exactly if `is_retryable` is set"),

@@ -79,7 +79,7 @@ class StateHistory(Topic):
         raise _unknown(name, state.documents, newest, "in the state")
 
     async def versions(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
-        """Return at most `limit` versions of a document in the log, the newest first."""
+        """Return at most `limit` versions of a document in the log, newest first."""
         return await self._context.store.history(key, limit)
 
     async def commits(self, *, run: str | None = None, after: int = 0, until: int) -> AsyncGenerator[CommitRecord]:
@@ -165,4 +165,4 @@ def _refuse_compacted() -> Iterator[None]:
 
 def _compacted_refusal(gone: HistoryCompacted) -> RefusedError:
     message = f"the state log does not go back to position {gone.position}, only to {gone.first}"
-    return RefusedError(message, f"name a position from {gone.first} on, or a later time")
+    return RefusedError(message, f"use position {gone.first} or later, or a later time")

@@ -225,7 +225,7 @@ def find_phase_attempt(run: RunDocument, task: str, document: TaskDocument, phas
     found = [one for one in document.attempts if (one.phase or DEFAULT_PHASES[0].name) == phase]
     if not found:
         known = ", ".join(dict.fromkeys(one.phase or DEFAULT_PHASES[0].name for one in document.attempts))
-        raise RefusedError(f"task {task!r} has no session in phase {phase!r}", f"name one of: {known}")
+        raise RefusedError(f"task {task!r} has no session in phase {phase!r}", f"use one of: {known}")
     return found[-1]
 
 

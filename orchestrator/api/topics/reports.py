@@ -138,7 +138,7 @@ def mark_interrupted(tasks: Mapping[str, TaskDocument], logs: Path, now: float) 
 
 
 def _events_of(part: Sequence[CommitRecord], run: str) -> Iterator[RecordedEvent]:
-    """Yield the events of a run, the newest first."""
+    """Yield the events of a run, newest first."""
     for record in reversed(part):
         for event in reversed(record.events):
             if event.data.get("run") == run:

@@ -79,7 +79,7 @@ class State(Topic):
         return await conflicts.apply_updates(self._context.store, updates, strategy, check=check_manual_change)
 
     async def conflicts(self) -> Sequence[Conflict]:
-        """Return the update conflicts that a user has to resolve, the oldest first."""
+        """Return the update conflicts that a user has to resolve, oldest first."""
         return await conflicts.list_pending(self._context.store)
 
     async def resolve_conflict(

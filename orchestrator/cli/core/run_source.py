@@ -62,7 +62,9 @@ async def load_run_config(file: Path | None, tasks: InlineTasks | None = None) -
         )
     if found is None:
         where = " or ".join(map(str, dict.fromkeys(folders)))
-        remedy = 'name a file, write one with `council init`, or give a prompt, for example `council run "fix the bug"`'
+        remedy = (
+            'specify a file, write one with `council init`, or give a prompt, for example `council run "fix the bug"`'
+        )
         raise RefusedError(f"there is no {CONFIG_FILE_NAME} in {where}", remedy)
     return plugins, await anyio.to_thread.run_sync(load_config, found, plugins.adapters, plugins.extensions())
 

@@ -1,6 +1,6 @@
 """The base of all events, and their registry.
 
-An event is a frozen class: its `type`, typed fields, and the sentence that people read. The record of it
+An event is a frozen class: its `type`, typed fields, and the sentence that users read. The record of it
 (`protocols.Event`), the JSON output, its schema and docs/events.md are derived from the class. Importing this package
 must stay cheap, because most commands do: a dataclass or a model for each event would take over 100 ms.
 """
@@ -36,7 +36,7 @@ class TypedEvent:
     type: ClassVar[str]
     """Its name, as `run.created`."""
     sentence: ClassVar[str]
-    """What people read: a template with the names of fields and properties."""
+    """The text that users read: a template with the names of fields and properties."""
     sentence_without: ClassVar[tuple[str, str] | None] = None
     """A field, and the sentence if that is empty."""
     shown: ClassVar[Shown] = Shown.ALWAYS
@@ -136,7 +136,7 @@ def _register(cls: type[TypedEvent]) -> None:
     if not cls.__dict__.get("sentence"):
         raise TypeError(f"{cls.__name__}: give it a `sentence`")
     if cls.type in EVENT_TYPES:
-        raise TypeError(f"{cls.__name__}: {EVENT_TYPES[cls.type].__name__} has the type {cls.type!r}, too")
+        raise TypeError(f"{cls.__name__}: its type {cls.type!r} is that of {EVENT_TYPES[cls.type].__name__}")
     field, other = cls.sentence_without or ("", "")
     for name in (*filter(None, (field,)), *template_names(cls.sentence), *template_names(other)):
         if name not in cls.field_types and not isinstance(getattr(cls, name, None), property):

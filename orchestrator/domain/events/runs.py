@@ -309,7 +309,7 @@ class _BudgetEvent(RunEvent, is_base=True):
 
 
 class BudgetLow(_BudgetEvent):
-    """80 % of a budget is used up."""
+    """80% of a budget is used up."""
 
     type = "budget.low"
     sentence = "budget of {owner} is low: {reason}"

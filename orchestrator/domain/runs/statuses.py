@@ -70,7 +70,7 @@ class StatusRecord:
             "is final and keeps the claim: set `release`": self.is_final and keeps,
             "waits for a user and is final or keeps the claim: set `release`": self.waits_for_user
             and (self.is_final or keeps),
-            "waits for a user: name the commands to continue in `next_steps`": self.waits_for_user and not commands,
+            "waits for a user: list the commands to continue in `next_steps`": self.waits_for_user and not commands,
             "is active without a claim: set `release=None`": is_busy and not keeps,
             "keeps the claim: set `is_active` or `is_landing`": keeps and not is_busy,
             "is successful: set `release=ReleaseReason.COMPLETE`": self.is_successful
@@ -294,7 +294,7 @@ RETRYABLE_STATUSES: Final = frozenset(status for status in TaskStatus if status.
 LANDING_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_landing)
 ACTIVE_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.is_active)
 CLAIMED_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.release is None)
-#: Only a person continues the task, and the run waits for that.
+#: Only a user continues the task, and the run waits for that.
 USER_STATUSES: Final = frozenset(status for status in TaskStatus if status.record.waits_for_user)
 #: An attempt may start, or may have to wait for other tasks.
 STARTABLE_STATUSES: Final = frozenset(TaskStatus) - FINAL_STATUSES - CLAIMED_STATUSES - USER_STATUSES

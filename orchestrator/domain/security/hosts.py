@@ -111,7 +111,7 @@ def canonical_host(text: str) -> str:
         try:
             name = name.encode("idna").decode("ascii").lower()
         except UnicodeError:
-            raise ValueError("it has letters that are not allowed in names") from None
+            raise ValueError("it has characters that are not allowed in host names") from None
     labels = name.split(".")
     if _NUMBER.fullmatch(labels[-1]):
         try:

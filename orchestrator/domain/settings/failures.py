@@ -25,7 +25,7 @@ class FailureClass(StrEnum):
     CHECKS_FAILED = "checks_failed"  #: its work merges, but checks fail on the merged tree
     OUT_OF_SCOPE = "out_of_scope"  #: its work changes paths that the task does not own
     INVALID_HANDOFF = "invalid_handoff"  #: the handoff of its phase is missing or invalid, also after a repair
-    REJECTED = "rejected"  #: a review or a person rejected its work too often
+    REJECTED = "rejected"  #: a review or a user rejected its work too often
     TIMEOUT = "timeout"  #: it exceeded its time limit
     IDLE_TIMEOUT = "idle_timeout"  #: it had no output and no file changes for too long
 
@@ -35,7 +35,7 @@ class FailurePolicy(StrEnum):
 
     RETRY = "retry"  #: another attempt after a backoff, if attempts are left
     COOLDOWN = "cooldown"  #: the adapter is in cooldown; the attempt does not count
-    DISABLE = "disable"  #: the adapter is disabled until a person enables it; the attempt does not count
+    DISABLE = "disable"  #: the adapter is disabled until a user enables it; the attempt does not count
     FAIL = "fail"  #: the task fails
 
 

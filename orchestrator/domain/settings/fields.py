@@ -155,7 +155,7 @@ def _check_context(context: dict[str, Any]) -> dict[str, Any]:
     size = len(json.dumps(context, ensure_ascii=False, default=str).encode())
     if size > MAX_CONTEXT_BYTES:
         message = f"these values take {size} bytes"
-        raise InvalidValue(message, f"use at most {MAX_CONTEXT_BYTES}, or name a file to read")
+        raise InvalidValue(message, f"use at most {MAX_CONTEXT_BYTES}, or write the name of a file to read")
     return context
 
 

@@ -72,7 +72,7 @@ def check_path(text: str) -> str:
         raise InvalidValue(f"the path contains the character {control[0]!r}", "remove it, or rename the file")
     segments = split_path(text)
     if any(segment.casefold() == ".git" for segment in segments):
-        raise InvalidValue(f"{quote_text(text)} is inside git's own folder", "name another path")
+        raise InvalidValue(f"{quote_text(text)} is inside git's own folder", "use another path")
     return "/".join(segments)
 
 

@@ -55,7 +55,7 @@ def split_path(path: str) -> list[str]:
     A trailing slash marks a folder, and adds no segment.
     """
     for is_invalid, message, remedy in (
-        (not path, "the path is empty", "name a file or a folder"),
+        (not path, "the path is empty", "write the path of a file or folder"),
         ("\0" in path, "it contains a NUL character", "remove it"),
         ("\\" in path, "it contains a backslash", "separate segments with `/`"),
         (path.startswith("/"), "the path is absolute", "write it relative to the root of the repository"),

@@ -41,7 +41,7 @@ class ContinueSettings(Settings):
 
 
 class ExpansionSettings(Settings):
-    """How the tasks of a plan become tasks of the run."""
+    """The conversion of a plan's tasks to tasks of the run."""
 
     max: Annotated[int, Field(ge=1, le=1000)] = 20
     """The largest number of tasks."""
@@ -96,7 +96,7 @@ class PhaseSettings(Settings):
     when: NotEmpty | None = None
     """An expression over the known values; if it is false, the phase is skipped."""
     approve: bool = False
-    """Whether a person must approve its result before the next phase starts."""
+    """Whether a user must approve its result before the next phase starts."""
     session: (
         Annotated[
             ContinueSettings,

@@ -291,7 +291,7 @@ class Retention(Settings):
 
 
 class CoordinationSettings(Settings):
-    """How the processes and sessions of one run coordinate."""
+    """The coordination of the processes and sessions of one run."""
 
     enabled: bool = True
     """Whether other processes can join a run (`council work`). If false, one process runs all tasks."""
@@ -478,7 +478,7 @@ class RunSettings(Settings):
     worktrees: WorktreeSettings = Field(default_factory=WorktreeSettings)
     """The pool of worktrees for sessions and checks."""
     coordination: CoordinationSettings = Field(default_factory=CoordinationSettings)
-    """How the processes of one run coordinate."""
+    """The coordination of the processes of one run."""
 
 
 class ResolvedSettings(RunSettings):

@@ -146,7 +146,7 @@ def _schema_kind(name: str, encoded: bytes) -> HandoffKind:
 
 
 def with_validators(kind: HandoffKind, validators: Mapping[str, HandoffValidator]) -> HandoffKind:
-    """Return a kind with the additional checks of `validators`, which are by name."""
+    """Return a kind with the additional checks of `validators`, by name."""
     checks = {name: validator.check for name, validator in validators.items() if validator.kind == kind.name}
     if not checks:
         return kind

@@ -75,7 +75,7 @@ class Workflow:
         return next((phase for phase in reversed(visited) if phase.writes), visited[-1] if visited else reviewer)
 
     def builders(self, task: TaskDocument) -> Sequence[Phase]:
-        """Return the phases that write, without those that the task skipped."""
+        """Return the phases that write, except those that the task skipped."""
         return [phase for phase in self.phases if phase.writes and not _is_skipped(task, phase.name)]
 
 

@@ -288,7 +288,7 @@ def check_clock(machine: Machine, places: Sequence[StorageLocation]) -> Finding:
     if machine.installed is not None and machine.now < machine.installed - _DAY:
         return Finding("clock", Level.WARNING, f"the clock shows {found}, before this program was installed", remedy)
     if machine.now >= _LATEST_CREDIBLE:
-        return Finding("clock", Level.WARNING, f"the clock shows {found} or later", remedy)
+        return Finding("clock", Level.WARNING, f"the clock shows {shown:%Y} or later, which is implausible", remedy)
     wrong = next((place for place in places if abs(place.ahead) > _MAX_CLOCK_SKEW), None)
     if wrong is not None:
         message = f"timestamps on {wrong.path} differ from the local clock by {wrong.ahead:.0f} s"

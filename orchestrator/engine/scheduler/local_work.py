@@ -133,7 +133,7 @@ class LocalWork:
         return True
 
     def awaiting_user(self) -> dict[str, int]:
-        """Map each task that waits for a person to the number of its phase visits."""
+        """Map each task that waits for a user to the number of its phase visits."""
         statuses = self._ledger.statuses().items()
         return {task: len(self._ledger.task(task).phases) for task, status in statuses if status in USER_STATUSES}
 

@@ -139,7 +139,7 @@ def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: fl
     known = ", ".join(record.run.adapters)
     for name in adapters:
         if name not in record.run.adapters:
-            raise RefusedError(f"run {record.run.id} has no adapter {name!r}", f"name one of: {known}")
+            raise RefusedError(f"run {record.run.id} has no adapter {name!r}", f"use one of: {known}")
         if name not in unavailable:
             raise RefusedError(
                 f"adapter {name!r} of run {record.run.id} is neither disabled nor cooling down",
@@ -175,7 +175,7 @@ def check_note(note: str | None) -> None:
 def check_phase(run: str, task: str, phase: str, known: Sequence[str], document: TaskDocument) -> None:
     """Raise RefusedError for a phase that is unknown or follows an incomplete phase."""
     if phase not in known:
-        remedy = f"name one of: {', '.join(known)}" if known else "it has no workflow: omit `--from`"
+        remedy = f"use one of: {', '.join(known)}" if known else "it has no workflow: omit `--from`"
         raise RefusedError(f"task {task!r} has no phase {phase!r}", remedy)
     incomplete = find_first_incomplete(known, phase, document)
     if incomplete is not None:

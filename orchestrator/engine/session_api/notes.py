@@ -77,7 +77,7 @@ class NoteStore:
         return await retry_on_conflict(attempt)
 
     async def all(self) -> list[Note]:
-        """Return all notes, the oldest first."""
+        """Return all notes, oldest first."""
         readable = [one.encoded for one in await self._documents() if not one.damaged]
         return validate_many(_NOTES(), readable)
 

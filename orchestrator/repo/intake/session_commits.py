@@ -140,7 +140,7 @@ class SessionCommits:
             FileChange(file.path, file.old_mode, file.new_mode, before.get(file.path, _NULL_ID), file.new_id)
             for file in parse_raw_diff(raw.stdout)
         }
-        # Commit messages and authors are imported, too.
+        # Commit messages and authors are also imported.
         messages = [
             FileChange(f"commit {name}", "000000", "100644", _NULL_ID, name) for name in commits.decode().split()
         ]

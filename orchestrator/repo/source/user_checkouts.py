@@ -584,7 +584,7 @@ def _find_stale(locks: Sequence[Path], folders: Sequence[Path], since: float) ->
 def remove_incoming_objects(git_dir: Path, since: float) -> None:
     """Remove objects received by a killed push, which no ref ever pointed to. Blocks.
 
-    Git would prune them, too. Each `git receive-pack` runs in the git directory: if none is running, folders created
+    Git would also prune them. Each `git receive-pack` runs in the git directory: if none is running, folders created
     after `since` have no owner.
     """
     incoming: list[Path] = []

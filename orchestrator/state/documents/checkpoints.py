@@ -5,10 +5,10 @@ is a normal commit that writes old values again: history is not rewritten, and v
 restore changes the documents of a run as follows:
 
 run, spec   The old value; also for `imported` and `handoff`. If a task keeps its current state, so do its spec and
-            handoffs. A run has no end while any of its tasks is interrupted (`council resume` finishes them), and
-            keeps tasks that plans have added since if they had sessions.
+            handoffs. A run counts as unfinished while any of its tasks is interrupted (`council resume`
+            finishes them), and keeps tasks that plans have added since if they had sessions.
 task        As in `domain.runs.rollback`: landed tasks stay landed, and attempts stay on record.
-shared      The old value: repeated sessions share newer values again. Version numbers continue.
+shared      The old value, because repeated sessions share their values again. Version numbers continue.
 note        Deleted notes of the run are restored; newer notes stay, because they are still true.
 lease       Never: epochs only increase, so that a process that lost the run remains fenced.
 request     Never: open user requests remain open.
@@ -190,7 +190,7 @@ async def prune_checkpoints(store: Store, run: str, keep: int, guards: Sequence[
     by_timer = [one.id for one in await list_checkpoints(store, run) if one.created_by is CheckpointOrigin.TIMER]
     old = by_timer[: max(len(by_timer) - keep, 0)]
     found = [one for name in old if (one := await store.get(Key(CHECKPOINT_KIND, name))) is not None]
-    with suppress(VersionConflict):  # another process is pruning, too
+    with suppress(VersionConflict):  # another process is also pruning
         if found:
             await store.commit(Commit([Write(one.key, one.version, None) for one in found], (), guards))
     return old

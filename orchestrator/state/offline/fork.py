@@ -363,7 +363,7 @@ class _ForkVersions:
         self._lost_versions.pop(key, None)
 
     def mark_listed(self, kind: str, prefix: str) -> None:
-        """Do the same as `mark_read` for all listed documents."""
+        """Accept writes that build on any of the listed documents."""
         for key in [key for key in self._lost_versions if key.kind == kind and key.id.startswith(prefix)]:
             del self._lost_versions[key]
 

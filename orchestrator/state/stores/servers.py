@@ -1,4 +1,4 @@
-"""What the stores on servers share: passwords, and the newest known position."""
+"""Shared parts of the stores on servers: passwords, and the newest known position."""
 
 from __future__ import annotations
 

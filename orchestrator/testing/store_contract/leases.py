@@ -33,7 +33,7 @@ class LeaseContract(StoreSuite):
 
     @pytest.mark.parametrize("lease", [{"epoch": 5}, {"epoch": 3}, {}, None])
     async def test_guard_with_another_epoch_refuses_the_commit(self, lease: JsonObject | None) -> None:
-        """A lease without an epoch and a missing lease are refused, too; nothing changes."""
+        """A guard on a missing lease or one without an epoch is also rejected; nothing changes."""
         async with self.open_store() as store:
             if lease is not None:
                 await store.commit(make_commit(LEASE, 0, lease))

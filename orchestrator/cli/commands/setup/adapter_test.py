@@ -158,7 +158,7 @@ async def _find(scene: CommandEnvironment, name: str) -> AdapterConfig:
     of_file = list(scene.config.adapters) if isinstance(scene.config, RunConfig) else []
     if name not in types:
         known = ", ".join(sorted({*of_file, *types}))
-        raise RefusedError(f"there is no adapter {name!r}", f"name one of {known}")
+        raise RefusedError(f"there is no adapter {name!r}", f"use one of: {known}")
     _, needs = await anyio.to_thread.run_sync(make_default_adapters, {name: types[name]})
     if name in needs:
         raise RefusedError(

@@ -109,4 +109,4 @@ def _write(folder: Path, files: dict[Path, str], *, force: bool) -> None:
         for path, text in files.items():
             path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise to_unusable_error(error, f"{folder} can't be written", "name another folder") from None
+        raise to_unusable_error(error, f"{folder} can't be written", "use another folder") from None

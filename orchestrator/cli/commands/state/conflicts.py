@@ -79,7 +79,9 @@ def _read(file: str) -> JsonObject:
     try:
         value = orjson.loads(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
     except OSError as error:
-        raise RefusedError(f"{named} can't be read: {error.strerror}", "name a file with a JSON object") from None
+        raise RefusedError(
+            f"{named} can't be read: {error.strerror}", "use a file that contains a JSON object"
+        ) from None
     except orjson.JSONDecodeError as error:
         raise RefusedError(
             f"{named} is not valid JSON: {error}", "write the complete document as a JSON object"

@@ -81,7 +81,7 @@ async def export(context: CouncilContext, file: Path, force: bool) -> None:
     if is_stream and sys.stdout.isatty():
         raise RefusedError(
             "an export is binary, but standard output is a terminal",
-            "name a file, or redirect the output, for example `- > FILE`",
+            "specify a file, or redirect the output, for example `- > FILE`",
         )
     try:
         copied = await state.export_to(sys.stdout.buffer if is_stream else file, force=force)
@@ -108,7 +108,9 @@ async def import_(context: CommandContext, file: Path) -> None:
       council state import - --json
     """
     if file == _STREAM and sys.stdin.isatty():
-        raise RefusedError("standard input is a terminal", "name a file, or redirect the input, for example `- < FILE`")
+        raise RefusedError(
+            "standard input is a terminal", "specify a file, or redirect the input, for example `- < FILE`"
+        )
     copied = await _import(context, sys.stdin.buffer if file == _STREAM else file)
     _print_result(context.output, copied, "already imported:" if copied.already_present else "imported")
 

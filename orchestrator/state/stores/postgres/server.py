@@ -103,9 +103,9 @@ def parse_url(url: str) -> Address:
         schema = own.pop("schema", "council")
         options = conninfo_to_dict(parts._replace(query=urlencode(own)).geturl())
     except (ValueError, psycopg.Error):
-        raise RefusedError("the URL of the postgresql store is malformed", _URL_FORM) from None
+        raise RefusedError("the URL of the PostgreSQL store is malformed", _URL_FORM) from None
     if "password" in options or "sslpassword" in options:
-        raise RefusedError("the URL of the postgresql store has a password", f"remove it, and {_SET_PASSWORD}")
+        raise RefusedError("the URL of the PostgreSQL store has a password", f"remove it, and {_SET_PASSWORD}")
     if not _SCHEMA.fullmatch(schema):
         raise RefusedError(f"{quote_text(schema)} is not the name of a schema", "use letters, digits and underscores")
     return Address(options, schema)

@@ -72,13 +72,13 @@ def parse_url(url: str) -> Address:
         own = dict(parse_qsl(parts.query, keep_blank_values=True))
         database, port = parts.path.strip("/") or "0", parts.port or 6379
     except ValueError:
-        raise RefusedError("the URL of the redis store is malformed", _URL_FORM) from None
+        raise RefusedError("the URL of the Redis store is malformed", _URL_FORM) from None
     if parts.password is not None or "password" in own:
-        raise RefusedError("the URL of the redis store has a password", f"remove it, and {SET_PASSWORD}")
+        raise RefusedError("the URL of the Redis store has a password", f"remove it, and {SET_PASSWORD}")
     prefix, replicas = own.pop("prefix", "council"), own.pop("replicas", "0")
     unknown = own.keys() - (_TLS if parts.scheme == "rediss" else ())
     if not (parts.hostname and prefix and database.isdecimal() and replicas.isdecimal()) or unknown:
-        raise RefusedError(f"{quote_text(url)} is not the URL of a redis store", _URL_FORM)
+        raise RefusedError(f"{quote_text(url)} is not the URL of a Redis store", _URL_FORM)
     options = parse_server_url(parts._replace(query=urlencode(own)).geturl())
     return Address(f"redis {parts.hostname}:{port}/{database}", {**options}, prefix, int(replicas))
 
