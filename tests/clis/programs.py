@@ -40,6 +40,11 @@ class Program:
     keeps_path: bool = True
     has_shell: bool = True
 
+    @property
+    def has_stop_hook(self) -> bool:
+        """Whether it can run a command when it is about to end."""
+        return self.adapter["use"] in {"claude-code", "gemini"}
+
 
 _GEMINI: Final[Mapping[str, Any]] = {
     "needs": "gemini",

@@ -52,6 +52,20 @@ async def test_failed_check_is_repaired_in_the_same_conversation(stage: Stage, p
     await stage.assert_clean()
 
 
+async def test_failed_check_keeps_a_session_from_ending(stage: Stage, program: Program) -> None:
+    """If the CLI has a stop hook: the model gets the check's output, and its one session lands."""
+    if not program.has_stop_hook:
+        pytest.skip("it has no stop hook")
+    check = "test -e second.txt || { echo write second.txt 2; exit 1; }"
+    prompt = "write first.txt 1\nsay The first is written."
+    ended = stage.run(prompt, checks=[check], allow_failing_base=True, stop_gate=True)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
+    (attempt,) = (await stage.task()).attempts
+    assert attempt.outcome == "built"
+    assert stage.repository.git("show", "main:second.txt") == "2"
+    await stage.assert_clean()
+
+
 async def test_instructions_and_mcp_servers_reach_the_model(stage: Stage, program: Program, tmp_path: Path) -> None:
     """Instructions appear in its input; a server is started with its variable and listed for tools."""
     log = tmp_path / "servers" / "log"

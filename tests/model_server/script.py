@@ -78,8 +78,8 @@ _LINE: Final = re.compile(
     )""",
     re.VERBOSE,
 )
-# Text that CLIs add to a turn in the user's name, with arbitrary lines.
-_REMINDER: Final = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
+# Text that CLIs add to a turn in the user's name, with arbitrary lines; but the output of a stop hook counts.
+_REMINDER: Final = re.compile(r"<system-reminder>(?:(?!Stop hook feedback).)*?</system-reminder>", re.DOTALL)
 # Text of the Ollama bridge between the shown files, with arbitrary lines, and the prompt.
 _SHOWN: Final = "\nThe task:\n\n"
 # Requests of a CLI outside of the conversation, with the prompt and without tools.
