@@ -137,7 +137,7 @@ async def record_run(
         "api", TaskUpdate(Trigger.START, TaskStarted(base=NEW_COMMIT, adapter="fixer"), {"attempts": attempts})
     )
     clock.advance(9)
-    await ledger.note(RunPaused(reason="memory is short", retry_in=5.0))
+    await ledger.note(RunPaused(reason="memory is low", retry_in=5.0))
     await ledger.note(RunInterrupted())
 
 

@@ -177,9 +177,9 @@ def _check_export_path(path: Path, force: bool) -> None:
     if not os.path.lexists(path):
         return
     if path.is_symlink():  # replacing it would leave its target unchanged, and outdated
-        raise RefusedError(f"{path} is a link", "name its target")
+        raise RefusedError(f"{path} is a link", "use its target")
     if not path.is_file():  # never replace a device or a pipe
-        raise RefusedError(f"{path} is not a regular file", "name one, or write to it with `- > FILE`")
+        raise RefusedError(f"{path} is not a regular file", "use a regular file, or write to it with `- > FILE`")
     if not force:
         raise RefusedError(f"{path} already exists", "use another file, or overwrite it with --force")
 
@@ -192,7 +192,7 @@ async def import_store(file: str | Path | IO[bytes], store: Store) -> CopyResult
     if not isinstance(file, str | Path):
         return await import_from_stream("the input", lambda: file, store)
     if not await to_thread.run_sync(os.path.isfile, file):
-        raise RefusedError(f"there is no file {file}", "name one that `council state export` wrote")
+        raise RefusedError(f"there is no file {file}", "use a file that `council state export` wrote")
     return await import_from_stream(str(file), lambda: Path(file).open("rb"), store)
 
 

@@ -125,7 +125,7 @@ class ChecklistTracker:
         for item in items:
             if not item.done and not item.id:
                 message = f"{self._path}, line {item.line}: no id can be derived from {item.text[:60]!r}"
-                raise RefusedError(message, "add an id at its end, as in {#fix-login}")
+                raise RefusedError(message, "add an id at its end, such as {#fix-login}")
         return [TrackedTask(item.id, item.text) for item in items if not item.done]
 
     async def send(self, events: Sequence[RecordedEvent]) -> None:
@@ -142,7 +142,7 @@ class ChecklistTracker:
         listed = await Git(None, as_user=True)("ls-files", "-z", "--", path.name, cwd=path.parent, ok=(0, 128))
         if listed.stdout:
             remedy = "move it elsewhere, or `git rm --cached` it and add it to .gitignore"
-            raise RefusedError(f"git tracks {self._path}, and ticks in it would keep tasks from landing", remedy)
+            raise RefusedError(f"git tracks {self._path}, and changes to its checkboxes would block landings", remedy)
 
     def _read(self) -> bytes:
         try:

@@ -104,7 +104,7 @@ def _relative_path(session: SessionConnection, path: Any, cwd: str) -> Any:
         return path
     relative = session.relative_path(path, cwd)
     if relative is None:
-        raise SessionRequestError(f"{path} is outside this session's worktree", f"name files in {session.tree}")
+        raise SessionRequestError(f"{path} is outside this session's worktree", f"use a path in {session.tree}")
     return relative
 
 

@@ -50,7 +50,7 @@ def parse_value(word: str) -> Any:
         text = data.decode(errors="surrogateescape")
         if text.lstrip().startswith(_JSON_PREFIXES):
             raise SessionRequestError(
-                f"invalid value: {error}", "give valid JSON, or text that does not look like JSON"
+                f"invalid value: {error}", "use valid JSON, or text that does not look like JSON"
             ) from None
         return text
 

@@ -81,7 +81,7 @@ def _check_node(wanted: dict[str, str]) -> None:
         if shutil.which(program) is None:
             raise NotInstalledError(
                 f"{program} is missing, without which there is no {names}: install Node.js {_OLDEST_NODE} "
-                'or newer with npm, or name other programs, as in CLIS="aider ollama"'
+                'or newer with npm, or select other programs, for example CLIS="aider ollama"'
             )
     version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.removeprefix("v").partition(".")[0]) < _OLDEST_NODE:

@@ -289,7 +289,7 @@ async def test_unknown_conflict_can_not_be_resolved(store: Store) -> None:
     with pytest.raises(RefusedError, match=f"pending conflicts: {conflict.id}$"):
         await resolve_conflict(store, "nope", 1)
     for number in (0, 3, -1):
-        with pytest.raises(RefusedError, match="choose one of 1 to 2, or give a value"):
+        with pytest.raises(RefusedError, match="choose one of 1 to 2, or set a value"):
             await resolve_conflict(store, conflict.id, number)
     assert await store.position() == 1
     await resolve_conflict(store, conflict.id, 2)

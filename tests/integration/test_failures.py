@@ -365,7 +365,7 @@ async def test_run_that_only_waits_for_adapters_reports_it_once(repository: Repo
     assert [event.data["until"] for event in waited] == instants
     assert {tuple(event.data["adapters"]) for event in waited} == {("limited",)}
     assert event_text(waited[0]) == (
-        f"waiting for limited (cooling down), until {format_local_time(instants[0])} at least"
+        f"waiting for limited (cooling down), at least until {format_local_time(instants[0])}"
     )
     await repository.assert_invariants()
 

@@ -417,7 +417,7 @@ def test_shipped_stores_are_selected_by_url(repository: Repository, tmp_path: Pa
     [
         ("etcd://host/1", "there is no store for 'etcd://host/1'"),
         ("file://host/folder", "is not a folder on this machine"),
-        ("memory:x", "names no store"),
+        ("memory:x", "is not the URL of a store"),
         ("", None),
     ],
 )

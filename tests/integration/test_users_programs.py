@@ -295,7 +295,7 @@ async def test_landing_does_not_change_git_configuration_files(
     ran.unlink(missing_ok=True)
     found = await land(repository, tmp_path / "again", evil, before=lambda: ran.unlink(missing_ok=True))
     assert isinstance(found, DeferredLanding)
-    assert "it changes gitconfig, which decides what your git runs" in found.reason
+    assert "it changes gitconfig, which controls the programs that your git runs" in found.reason
     assert not ran.exists()
 
 
@@ -339,7 +339,7 @@ async def test_landing_changes_no_program_run_by_the_users_git(
 
     found = await land(repository, tmp_path / "again", {"tools/mine": "#!/bin/sh\ntouch ran\n"}, before=configure)
     assert isinstance(found, DeferredLanding)
-    assert "it changes tools/mine, which decides what your git runs" in found.reason
+    assert "it changes tools/mine, which controls the programs that your git runs" in found.reason
 
 
 _EMBEDDED = (

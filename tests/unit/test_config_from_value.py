@@ -68,7 +68,7 @@ def test_mistakes_have_their_path(tmp_path: Path) -> None:
         "<run>: tasks[1].prompt: unsupported value of type set: use text, a number, a list or a dict",
         "<run>: tasks[2].needs[0]: there is no task 'c': the tasks are a, b",
         "<run>: session_memory: this number is not finite: use a finite number, or quote it if it is text",
-        "<run>: defaults.timeout: a duration can't be the bare number 30: add its unit, as in 30s or 30m",
+        "<run>: defaults.timeout: a duration can't be the bare number 30: add its unit, such as 30s or 30m",
         "<run>: defaults.checks[0]: the text contains the character '\\x00': remove it",
     ]
 

@@ -16,9 +16,9 @@ from orchestrator.system.instants import format_local_time
 @pytest.mark.parametrize(
     ("adapters", "approvals", "awaited"),
     [
-        (["a", "b"], [], "waiting for a, b (cooling down), until {until} at least"),
+        (["a", "b"], [], "waiting for a, b (cooling down), at least until {until}"),
         ([], ["t", "u"], "waiting for your approval of t, u"),
-        (["a"], ["t"], "waiting for a (cooling down), and for your approval of t, until {until} at least"),
+        (["a"], ["t"], "waiting for a (cooling down), and for your approval of t, at least until {until}"),
     ],
 )
 def test_waiting_run_names_what_it_waits_for(adapters: list[str], approvals: list[str], awaited: str) -> None:

@@ -214,7 +214,7 @@ def find_attempt(run: RunDocument, task: str, document: TaskDocument, number: in
     if not document.attempts:
         raise no_attempt_error(run, task, document)
     if number is not None and not 0 < number <= len(document.attempts):
-        raise RefusedError(f"task {task!r} has no session {number}", f"name one from 1 to {len(document.attempts)}")
+        raise RefusedError(f"task {task!r} has no session {number}", f"use a number from 1 to {len(document.attempts)}")
     return document.attempts[(number or 0) - 1]
 
 

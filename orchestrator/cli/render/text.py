@@ -139,7 +139,7 @@ def truncate_start(text: str, width: int) -> str:
 
 
 def format_elapsed(seconds: float) -> str:
-    """Return a duration in seconds as on a clock, as in 0:42, 12:03 or 1:02:03."""
+    """Return a duration in seconds in the format of a clock, such as 0:42, 12:03 or 1:02:03."""
     whole = max(int(seconds), 0)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
@@ -151,7 +151,7 @@ def format_age(time: float, now: float) -> str:
 
 
 def format_count(number: int) -> str:
-    """Return a number in short form, as in 950, 12.3k or 4.5M."""
+    """Return a number in short form, such as 950, 12.3k or 4.5M."""
     for size, unit in ((1_000_000, "M"), (1_000, "k")):
         if number >= size:
             return f"{number / size:.1f}{unit}"

@@ -90,7 +90,7 @@ class RunWaiting(RunEvent):
     """The run can only wait for paused adapters or approvals; repeated after changes."""
 
     type = "run.waiting"
-    sentence = "waiting for {awaited}, until {until} at least"
+    sentence = "waiting for {awaited}, at least until {until}"
     sentence_without = ("until", "waiting for {awaited}")
 
     until: Instant | None
@@ -111,7 +111,7 @@ class RunPaused(RunEvent):
     """The machine lacks a resource, so no session starts for a while."""
 
     type = "run.paused"
-    sentence = "no session starts for {retry_in:g} s: {reason}"
+    sentence = "no new sessions for {retry_in:g} s: {reason}"
 
     reason: str
     retry_in: float

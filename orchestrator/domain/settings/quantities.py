@@ -27,20 +27,20 @@ DURATION_PATTERN: Final = f"^(?=.*[1-9]){_DURATION.pattern}$"
 OPTIONAL_DURATION_PATTERN: Final = f"^off$|{DURATION_PATTERN}"
 SIZE_PATTERN: Final = f"^(?=.*[1-9]){_SIZE.pattern}$"
 COUNT_PATTERN: Final = f"^(?=.*[1-9]){_COUNT.pattern}$"
-_REMEDY: Final = "write whole numbers with units, as in 500ms, 2s, 30m, 1h30m or 2d"
+_REMEDY: Final = "write whole numbers with units, such as 500ms, 2s, 30m, 1h30m or 2d"
 
 
 def parse_duration(value: Any, *, longest: float = MAX_DURATION) -> float:
     """Return seconds; raise ValueError if not positive or longer than `longest`."""
     if type(value) is int and value > 0:
-        remedy = f"add its unit, as in {value}s or {value}m"
+        remedy = f"add its unit, such as {value}s or {value}m"
         raise InvalidValue(f"a duration can't be the bare number {value}", remedy)
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None or not value:
         raise InvalidValue(f"a duration can't be {describe_value(value)}", _REMEDY)
     seconds = sum(int(count) * unit for count, unit in zip(match.groups(), _SECONDS, strict=True) if count)
     if seconds <= 0:
-        raise InvalidValue(f"the duration {value} is zero", "write a positive one, as in 30m")
+        raise InvalidValue(f"the duration {value} is zero", "write a positive one, such as 30m")
     if seconds > longest:
         raise InvalidValue(f"the duration {value} is too long", f"write at most {longest / 86400:.0f}d")
     return seconds
@@ -71,7 +71,7 @@ def check_seconds(seconds: float, *, longest: float = MAX_DURATION) -> float:
     """Validate seconds from Python; raise ValueError if not in (0, `longest`]."""
     if not 0 < seconds <= longest:
         days = f"{longest / 86400:.0f} days"
-        raise InvalidValue(f"a duration can't be {seconds} s", f"give more than 0 and at most {longest:.0f} s, {days}")
+        raise InvalidValue(f"a duration can't be {seconds} s", f"use more than 0 and at most {longest:.0f} s, {days}")
     return float(seconds)
 
 
@@ -82,7 +82,7 @@ def parse_count(value: Any) -> int:
     match = _COUNT.fullmatch(value) if isinstance(value, str) else None
     if match is None or not value:
         raise InvalidValue(
-            f"a count can't be {describe_value(value)}", "write a positive whole number, as in 200000, 200k or 2M"
+            f"a count can't be {describe_value(value)}", "write a positive whole number, such as 200000, 200k or 2M"
         )
     count = int(match[1]) * _THOUSANDS[match[2]]
     if not 0 < count <= MAX_COUNT:
@@ -93,7 +93,7 @@ def parse_count(value: Any) -> int:
 def check_bytes(size: int) -> int:
     """Validate a size passed from Python; raise ValueError if it is out of range."""
     if not 0 < size <= MAX_SIZE_BYTES:
-        raise InvalidValue(f"the size {size} is out of range", f"give more than 0 and at most {MAX_SIZE_BYTES} bytes")
+        raise InvalidValue(f"the size {size} is out of range", f"use more than 0 and at most {MAX_SIZE_BYTES} bytes")
     return size
 
 
@@ -115,7 +115,7 @@ def parse_size(value: Any) -> int:
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise InvalidValue(
-            f"a size can't be {describe_value(value)}", "write a whole number with a unit, as in 500KB, 50MB or 2GiB"
+            f"a size can't be {describe_value(value)}", "write a whole number with a unit, such as 500KB, 50MB or 2GiB"
         )
     size: int = int(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2]]
     if not 0 < size <= MAX_SIZE_BYTES:

@@ -44,7 +44,7 @@ _HOME_PLACEHOLDER: Final = Path("/council-home-of-a-probe")
 # CSI and OSC sequences of ECMA-48, the latter terminated by BEL or ST; then all other escapes.
 _ESCAPES: Final = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.")
 _NUMBERS: Final = r"(\d{1,9}(?:\.\d{1,9}){1,4})([-+.]?[A-Za-z][A-Za-z0-9.+-]{0,40})?"
-#: A separate number, else a number with a prefix, as in `go1.22.1` and `codex/0.46.0`.
+#: A separate number, else a number with a prefix, such as `go1.22.1` and `codex/0.46.0`.
 _VERSIONS: Final = (re.compile(rf"(?<![A-Za-z0-9./_-])v?{_NUMBERS}"), re.compile(_NUMBERS))
 
 

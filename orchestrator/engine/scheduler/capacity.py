@@ -78,7 +78,7 @@ class Capacity:
         if (startable == 0) != self._is_short:
             self._is_short = startable == 0
             if self._is_short:
-                reason = "memory is low: no session starts until more is free"
+                reason = "memory is low: no new sessions until more is free"
                 await self._ledger.note(RunCapacityLimited(sessions=running, reason=reason))
         return startable
 

@@ -116,7 +116,7 @@ async def _refuse_user_programs(git: Git, users: Git, checkout: Path, base: str,
         raise RefusedError(*unsafe)
     paths = [change.path for change in await git.changes(base, commit)]
     if (path := await find_path_controlling_git(repository, users, checkout, configuration, paths)) is not None:
-        raise RefusedError(f"it changes {printable_name(path)}, which decides what your git runs", remedy)
+        raise RefusedError(f"it changes {printable_name(path)}, which controls the programs that your git runs", remedy)
     if (folder := await find_embedded_repository(git, base, commit)) is not None:
         raise RefusedError(f"git would treat {printable_name(folder)} as a separate repository", remedy)
 

@@ -64,7 +64,8 @@ class TargetCheckouts:
         paths = [change.path for change in changes]
         path = await find_path_controlling_git(self.repository, self.users, checkout, configuration, paths)
         if path is not None:
-            return f"it changes {printable_name(path)}, which decides what your git runs: review and merge it manually"
+            message = f"it changes {printable_name(path)}, which controls the programs that your git runs"
+            return f"{message}: review and merge it manually"
         if in_way := await self._find_files_in_way(checkout, changes):
             return f"untracked files would be overwritten ({', '.join(in_way[:3])}): move or commit them"
         if not (locks := await find_blocking_locks(self.repository, checkout, self.branch, self.users)):

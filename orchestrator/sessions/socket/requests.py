@@ -114,7 +114,7 @@ def _value(argument: Argument, value: Any) -> Any:
     try:
         strict_json.check_value(value)
     except ValueError as error:
-        raise RefusedError(f"invalid {argument.name}: {error}", "give plain JSON") from None
+        raise RefusedError(f"invalid {argument.name}: {error}", "use plain JSON") from None
     return value
 
 
@@ -123,7 +123,7 @@ def _object(argument: Argument, value: Any) -> JsonObject:
         try:
             value = strict_json.parse(value.encode())
         except ValueError as error:
-            raise RefusedError(f"invalid {argument.name}: {error}", "give a JSON object") from None
+            raise RefusedError(f"invalid {argument.name}: {error}", "use a JSON object") from None
     if not isinstance(value, dict):
         raise _invalid_argument(argument, "a JSON object")
     checked: JsonObject = _value(argument, value)

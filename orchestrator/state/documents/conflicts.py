@@ -247,7 +247,7 @@ def _candidate(conflict: Conflict, number: int) -> tuple[JsonObject | None, str]
     if not 1 <= number <= len(conflict.candidates):
         raise RefusedError(
             f"conflict {conflict.id!r} has no candidate {number}",
-            f"choose one of 1 to {len(conflict.candidates)}, or give a value",
+            f"choose one of 1 to {len(conflict.candidates)}, or set a value",
         )
     chosen = conflict.candidates[number - 1]
     return chosen.value, chosen.writer

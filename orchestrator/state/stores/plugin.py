@@ -27,7 +27,7 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 async def open_memory_store(url: str, clock: Clock, /) -> AsyncIterator[Store]:
     """Open an empty store, whose contents are lost at the end of the block."""
     if url != MEMORY:
-        raise RefusedError(f"{url!r} names no store", "use `memory:` without a path")
+        raise RefusedError(f"{url!r} is not the URL of a store", "use `memory:` without a path")
     yield MemoryStore(clock)
 
 

@@ -62,7 +62,7 @@ capacity_option = click.option(
     "--capacity",
     metavar="N",
     type=click.IntRange(1, MAX_CAPACITY),
-    help="The maximum number of concurrent sessions; default: as in the file or the run.",
+    help="The maximum number of concurrent sessions; default: the value in the file or the run.",
 )
 
 
@@ -168,7 +168,7 @@ async def run_file(  # noqa: PLR0917  one for each option
     async with open_council(context, config, plugins) as opened:
         council = opened.council
         if detach and council.store_url == MEMORY:
-            raise RefusedError("a memory store ends with this process", "omit --detach, or use another store")
+            raise RefusedError("a memory store is lost when this process exits", "omit --detach, or use another store")
         run = await council.runs.create(
             allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
         )

@@ -162,7 +162,7 @@ async def _find(scene: CommandEnvironment, name: str) -> AdapterConfig:
     _, needs = await anyio.to_thread.run_sync(make_default_adapters, {name: types[name]})
     if name in needs:
         raise RefusedError(
-            f"the type {name!r} {needs[name]}", "add an adapter of this type to council.yaml, and name that adapter"
+            f"the type {name!r} {needs[name]}", "add an adapter of this type to council.yaml, and use its name"
         )
     options = types[name].Options.model_validate({})
     return AdapterConfig(use=name, options=options)

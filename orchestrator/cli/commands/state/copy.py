@@ -124,7 +124,7 @@ async def _import(context: CommandContext, file: Path | IO[bytes]) -> CopyResult
     try:
         find_project(Path())
     except RefusedError as error:
-        remedy = "cd to the root of the repository, and name its store: `--state .council/state`"
+        remedy = "cd to the root of the repository, and select its store: `--state .council/state`"
         raise RefusedError(error.message, remedy) from None
     async with open_council(context) as opened:
         return await opened.council.state.import_from(file)

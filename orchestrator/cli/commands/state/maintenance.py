@@ -77,13 +77,13 @@ async def adopt(context: CommandContext) -> None:
     "--older-than",
     metavar="AGE",
     callback=parse_duration_option,
-    help="Prune history older than this; default: as in the file.",
+    help="Prune history older than this; default: the value in the file.",
 )
 @click.option(
     "--max-size",
     metavar="SIZE",
     callback=parse_size_option,
-    help="Prune until the log is no larger; default: as in the file.",
+    help="Prune until the log is no larger than this; default: the value in the file.",
 )
 @council_command()
 async def compact(context: CouncilContext, older_than: float | None, max_size: int | None) -> None:

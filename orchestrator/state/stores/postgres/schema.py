@@ -115,7 +115,7 @@ async def _migrate(server: Server, connection: Connection) -> None:
         if newest > migrations[-1][0]:
             raise RefusedError(
                 f"{server.address}: schema {server.address.schema} has version {newest} of the tables, and this "
-                f"program knows {migrations[-1][0]}",
+                f"version of council supports {migrations[-1][0]}",
                 "upgrade cli-council",
             )
         for number, text in migrations:

@@ -109,7 +109,7 @@ class RedisStore:
         while (text := await client.hget(meta, "format")) is None:
             await client.hsetnx(meta, "format", FORMAT)
         if (found := int(text)) > FORMAT:
-            what = f"{self.address}: the state has format {found}, this program knows {FORMAT}"
+            what = f"{self.address}: the state has format {found}, this version of council supports {FORMAT}"
             raise RefusedError(what, "upgrade cli-council")
 
     def local_paths(self) -> Sequence[Path]:
