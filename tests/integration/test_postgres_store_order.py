@@ -9,8 +9,10 @@ import anyio
 import psycopg
 import pytest
 
-from orchestrator.errors import VersionConflict
-from orchestrator.protocols import Commit, Event, Key, Write
+from orchestrator.errors import LeaseLost, StateError, VersionConflict
+from orchestrator.protocols import Commit, Event, Guard, Key, Write
+from orchestrator.state.log.codec import encode_commit
+from orchestrator.state.stores.postgres.records import group_parameters
 from orchestrator.state.stores.postgres.store import PostgresStore
 from tests import pooler
 from tests.postgres_server import empty_store_url
@@ -33,15 +35,44 @@ async def test_attempt_that_arrives_after_a_rejected_repetition_is_not_applied()
         with pytest.raises(VersionConflict):
             await store.commit(late)
         await store.commit(Commit([Write(TASK, 1, None)]))
-        call = store._queries["commit"].replace("{n}", "")
-        lists: dict[str, Any] = {name: [] for name in ("guard_kinds", "guard_ids", "epochs")}
-        lists |= {"kinds": ["task"], "ids": ["a"], "expected": [0], "ttls": [None], "values": [b"{}"]}
-        flags = {"is_repeated": False, "is_durable": True, "by": "", "seen": 0}
-        ((reply,),) = await store._server.fetch(
-            f"SELECT {call}", {**lists, **flags, "id": late.id, "attempt": 1, "events": b"[]"}
-        )
-        assert reply == ["late"]
+        flags = {"is_repeated": False, "is_durable": True, "by": "", "seen": 0, "attempt": 1}
+        parameters = {**group_parameters([encode_commit(late)]), **flags}
+        ((replies, _),) = await store._server.fetch(store._queries["commit"], parameters)
+        assert replies == [["late"]]
         assert await store.position() == 2
+
+
+async def test_concurrent_commits_on_a_document_are_checked_in_order() -> None:
+    """A later one may expect the version, or guard the epoch, that an earlier one writes."""
+    async with PostgresStore.open(empty_store_url()) as store:
+        lease, other = Key("lease", "a"), Key("task", "b")
+        outcomes = await _commit_at_once(
+            store,
+            [
+                Commit([Write(lease, 0, {"epoch": 1})]),
+                Commit([Write(lease, 0, {"epoch": 5})]),
+                Commit([Write(other, 0, {})], guards=[Guard(lease, 1)]),
+                Commit([Write(lease, 1, {"epoch": 2})]),
+                Commit([Write(other, 1, {})], guards=[Guard(lease, 1)]),
+            ],
+        )
+    assert [one if isinstance(one, int) else type(one) for one in outcomes] == [1, VersionConflict, 2, 3, LeaseLost]
+
+
+async def _commit_at_once(store: PostgresStore, commits: list[Commit]) -> list[int | StateError]:
+    """Return the position or the error of each commit."""
+    outcomes = dict[int, int | StateError]()
+
+    async def commit(number: int) -> None:
+        try:
+            outcomes[number] = await store.commit(commits[number])
+        except StateError as error:
+            outcomes[number] = error
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(len(commits)):
+            tasks.start_soon(commit, number)
+    return [outcomes[number] for number in range(len(commits))]
 
 
 async def test_commits_become_visible_in_order_while_a_transaction_is_open() -> None:
@@ -51,8 +82,8 @@ async def test_commits_become_visible_in_order_while_a_transaction_is_open() -> 
         await store.commit(Commit([], [Event("e", {"n": 1})]))
         schema = store._server.address.schema
         await other.execute(
-            f'SELECT "{schema}".commit(%s, 1, false, true, %s, 0, %s, ' + ", ".join(["'{}'"] * 8) + ")",
-            ("0" * 32, "other", b'[["e",{"n":2}]]'),
+            f'SELECT "{schema}".commit(1, false, true, %s, 0, %s::uuid[], %b, %s, ' + ", ".join(["'{}'"] * 10) + ")",
+            ("other", ["0" * 32], [b'[["e",{"n":2}]]'], [115]),
         )
         seen = list[int]()
         with anyio.fail_after(30):

@@ -9,8 +9,8 @@ from typing import Any
 import anyio
 import pytest
 
-from orchestrator.errors import InvalidDocument, VersionConflict
-from orchestrator.protocols import Commit, Event, JsonObject, Key, Write
+from orchestrator.errors import InvalidDocument, LeaseLost, StateError, VersionConflict
+from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Write
 from orchestrator.testing.store_contract.suite import (
     OTHER_TASK,
     TASK,
@@ -223,6 +223,33 @@ class DocumentContract(StoreSuite):
                     tasks.start_soon(create, name)
             assert sorted(positions) == list(range(1, 41))
             assert len(await store.list("task")) == 40
+
+    async def test_rejected_commit_does_not_affect_concurrent_ones(self) -> None:
+        """Each has its own outcome, position and events, also if a store applies them together."""
+        async with self.open_store() as store:
+            owner, keys = Key("lease", "me"), [Key("claim", name) for name in "abcd"]
+            await store.commit(Commit([Write(owner, 0, {"epoch": 1}), Write(keys[1], 0, {})]))
+            outcomes = dict[Key, int | StateError]()
+
+            async def claim(key: Key, epoch: int) -> None:
+                try:
+                    outcomes[key] = await store.commit(
+                        Commit([Write(key, 0, {"n": key.id})], [Event(key.id)], [Guard(owner, epoch)])
+                    )
+                except StateError as error:
+                    outcomes[key] = error
+
+            async with anyio.create_task_group() as group:
+                for key in keys:
+                    group.start_soon(claim, key, 2 if key == keys[3] else 1)
+            records = await watch(store, 1, 2)
+        assert isinstance(conflict := outcomes[keys[1]], VersionConflict)
+        assert (conflict.expected, conflict.found, "claim/b" in str(conflict)) == (0, 1, True)
+        assert isinstance(lost := outcomes[keys[3]], LeaseLost)
+        assert (lost.subject, lost.held, lost.current) == ("lease/me", 2, 1)
+        assert {(outcomes[keys[0]], keys[0], "a"), (outcomes[keys[2]], keys[2], "c")} == {
+            (one.position, *one.documents, one.events[0].type) for one in records
+        }
 
     async def test_position_during_commits_never_decreases(self) -> None:
         """Replies to concurrent calls arrive in any order."""

@@ -10,9 +10,10 @@ from typing import Any, Final
 import psycopg
 
 from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
-from orchestrator.state.log.codec import get_writer_name
+from orchestrator.protocols import Guard, Key
+from orchestrator.state.log.codec import EncodedCommit, EncodedWrite, get_writer_name
 from orchestrator.state.log.commit_queue import PendingCommit
-from orchestrator.state.stores.postgres.records import commit_parameters, escape, unescape
+from orchestrator.state.stores.postgres.records import escape, group_parameters, unescape
 from orchestrator.state.stores.postgres.server import Connection, Server, fetch, is_disconnected
 from orchestrator.state.stores.servers import KnownPosition
 
@@ -27,7 +28,7 @@ class CommitGroups:
     """The commits of this process on a server, one transaction per group."""
 
     def __init__(self, server: Server, queries: Mapping[str, str]) -> None:
-        self._server, self._query, self._await_standbys = server, queries["commit"], queries["await_standbys"]
+        self._server, self._query = server, queries["commit"]
         self._by = escape(get_writer_name())
         self.position = KnownPosition(str(server.address))
         self._unknown: dict[str, None] = {}
@@ -35,36 +36,36 @@ class CommitGroups:
 
     async def commit(self, pending: deque[PendingCommit]) -> None:
         """Commit the first of the pending commits and set their outcomes."""
-        group, size = list[PendingCommit](), 0
-        while pending and len(group) < _GROUP and (not group or size < _GROUP_BYTES):
-            group.append(pending.popleft())
-            size += len(group[-1].commit.payload)
+        group = _take_group(pending)
         try:
-            for one, reply in zip(group, await self._send(group), strict=True):
-                self._settle(one, reply)
+            replies = await self._send([one.commit for one in group])
         except StoreUnavailable as error:
             for one in group:
                 one.failure = error
+            return
+        writes = [write for one in group for write in one.commit.writes]
+        guards = [guard for one in group for guard in one.commit.guards]
+        for one, reply in zip(group, replies, strict=True):
+            self._settle(one, reply, writes, guards)
 
-    async def _send(self, group: Sequence[PendingCommit]) -> Sequence[Any]:
+    async def _send(self, group: Sequence[EncodedCommit]) -> Sequence[Any]:
         """Return the server's reply to each commit of a group, in one transaction."""
-        calls = (self._query.replace("{n}", str(number)) for number in range(len(group)))
-        query = "SELECT " + ", ".join((*calls, self._await_standbys))
-        ids = [one.commit.id for one in group]
-        parameters: dict[str, Any] = {"by": self._by, "is_repeated": any(name in self._unknown for name in ids)}
-        parameters["is_durable"] = any(one.commit.durable for one in group)
-        for number, one in enumerate(group):
-            parameters |= commit_parameters(one.commit, number)
+        ids = [commit.id for commit in group]
+        parameters = group_parameters(group) | {
+            "by": self._by,
+            "is_repeated": any(name in self._unknown for name in ids),
+            "is_durable": any(commit.durable for commit in group),
+        }
 
         async def send(connection: Connection) -> Sequence[Any]:
             # A later attempt has a higher number, also that of a caller who tries again.
             parameters.update(attempt=time.time_ns(), seen=self.position.newest)
             try:
-                ((*replies, _),) = await fetch(connection, query, parameters)
+                ((replies, _),) = await fetch(connection, self._query, parameters)
             except psycopg.Error:
                 parameters["is_repeated"] = True
                 raise
-            return replies
+            return list(replies)
 
         try:
             replies = await self._server.run(send)
@@ -78,22 +79,41 @@ class CommitGroups:
             self._unknown.pop(name, None)
         return replies
 
-    def _settle(self, pending: PendingCommit, reply: Sequence[Any]) -> None:
-        """Set the outcome of a commit."""
-        commit = pending.commit
+    def _settle(
+        self, pending: PendingCommit, reply: Sequence[Any], writes: Sequence[EncodedWrite], guards: Sequence[Guard]
+    ) -> None:
+        """Set the outcome of a commit of a group with these writes and guards."""
         match reply:
             case ["ok", position]:
                 self.position.note(position, 0)
                 pending.position = position
             case ["conflict", number, found, by, when]:
-                write = commit.writes[number - 1]
+                write = writes[number - 1]
                 pending.failure = VersionConflict(
                     str(write.key), write.expected, int(found), writer=unescape(by), time=float(when)
                 )
             case ["lease", number, epoch]:
-                guard = commit.guards[number - 1]
+                guard = guards[number - 1]
                 pending.failure = LeaseLost(str(guard.key), guard.epoch, epoch)
             case ["lost", position]:
                 pending.failure = self.position.lost(position)
             case _:
                 raise AssertionError(reply)
+
+
+def _take_group(pending: deque[PendingCommit]) -> list[PendingCommit]:
+    """Remove the next group from the pending commits.
+
+    A commit on a document that an earlier one writes is part of a later group: the server checks a group's commits
+    together.
+    """
+    group, size, written = list[PendingCommit](), 0, set[Key]()
+    while pending and len(group) < _GROUP and (not group or size < _GROUP_BYTES):
+        commit = pending[0].commit
+        keys = {write.key for write in commit.writes}
+        if not written.isdisjoint(keys.union(guard.key for guard in commit.guards)):
+            break
+        written |= keys
+        size += len(commit.payload)
+        group.append(pending.popleft())
+    return group

@@ -1,14 +1,13 @@
 -- name: commit
-{schema}.commit(
-    %(id{n})s::uuid, %(attempt)s::bigint, %(is_repeated)s, %(is_durable)s, %(by)s, %(seen)s::bigint, %(events{n})b::bytea,
-    %(kinds{n})s::text[], %(ids{n})s::text[], %(expected{n})s::bigint[], %(ttls{n})s::double precision[],
-    %(values{n})b::bytea[], %(guard_kinds{n})s::text[], %(guard_ids{n})s::text[], %(epochs{n})s::numeric[]
-)
-
--- name: await_standbys
 -- A durable commit that is found when it is sent again may not be on the synchronous standbys yet, if the server was
 -- restarted while it waited for them. A message in the log makes this transaction wait for them.
-CASE WHEN %(is_repeated)s AND %(is_durable)s THEN concat(
+SELECT {schema}.commit(
+    %(attempt)s::bigint, %(is_repeated)s, %(is_durable)s, %(by)s, %(seen)s::bigint,
+    %(commits)s::uuid[], %(events)b::bytea[], %(sizes)s::bigint[],
+    %(writers)s::bigint[], %(kinds)s::text[], %(ids)s::text[], %(expected)s::bigint[],
+    %(ttls)s::double precision[], %(values)b::bytea[],
+    %(guarded)s::bigint[], %(guard_kinds)s::text[], %(guard_ids)s::text[], %(epochs)s::numeric[]
+), CASE WHEN %(is_repeated)s AND %(is_durable)s THEN concat(
     CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')
         THEN set_config('synchronous_commit', 'on', true) END,
     pg_logical_emit_message(true, 'council', '')
@@ -27,10 +26,12 @@ ORDER BY id
 SELECT position, first, bytes FROM {schema}.head WHERE is_only
 
 -- name: records
+-- The range of the second join repeats that of the first, so that no plan reads the whole history.
 SELECT e.first, l.position, l.time, l.by, l.events, h.kind, h.id, h.version, h.previous, h.expires, h.value
 FROM {schema}.head e
 LEFT JOIN {schema}.log l ON l.position > %(after)s AND l.position <= %(after)s + %(limit)s
 LEFT JOIN {schema}.history h ON h.position = l.position
+    AND h.position > %(after)s AND h.position <= %(after)s + %(limit)s
 WHERE e.is_only
 ORDER BY l.position, h.number
 

@@ -55,21 +55,29 @@ def check_names(keys: Iterable[Key]) -> None:
             raise InvalidDocument(f"{str(key)[:50]}…", f"its name has {size} bytes (limit: {MAX_NAME_BYTES})")
 
 
-def commit_parameters(commit: EncodedCommit, number: int) -> dict[str, Any]:
-    """Return the parameters of the query `commit` for a commit by its group number."""
-    columns = {
-        "id": commit.id,
-        "events": b"[%b]" % split_events(commit.writes, commit.payload),
-        "kinds": [escape(write.key.kind) for write in commit.writes],
-        "ids": [escape(write.key.id) for write in commit.writes],
-        "expected": [write.expected for write in commit.writes],
-        "ttls": [write.ttl for write in commit.writes],
-        "values": list(split_values(commit.writes, commit.payload)),
-        "guard_kinds": [escape(guard.key.kind) for guard in commit.guards],
-        "guard_ids": [escape(guard.key.id) for guard in commit.guards],
-        "epochs": [guard.epoch for guard in commit.guards],
+def group_parameters(commits: Sequence[EncodedCommit]) -> dict[str, Any]:
+    """Return the parameters of the query `commit` for the commits of a group."""
+    events = [b"[%b]" % split_events(commit.writes, commit.payload) for commit in commits]
+    writes = [(number, write) for number, commit in enumerate(commits, 1) for write in commit.writes]
+    guards = [(number, guard) for number, commit in enumerate(commits, 1) for guard in commit.guards]
+    return {
+        "commits": [commit.id for commit in commits],
+        "events": events,
+        "sizes": [
+            len(of_commit) + 100 + sum(100 + write.length for write in commit.writes)
+            for of_commit, commit in zip(events, commits, strict=True)
+        ],
+        "writers": [number for number, _ in writes],
+        "kinds": [escape(write.key.kind) for _, write in writes],
+        "ids": [escape(write.key.id) for _, write in writes],
+        "expected": [write.expected for _, write in writes],
+        "ttls": [write.ttl for _, write in writes],
+        "values": [value for commit in commits for value in split_values(commit.writes, commit.payload)],
+        "guarded": [number for number, _ in guards],
+        "guard_kinds": [escape(guard.key.kind) for _, guard in guards],
+        "guard_ids": [escape(guard.key.id) for _, guard in guards],
+        "epochs": [guard.epoch for _, guard in guards],
     }
-    return {f"{column}{number}": value for column, value in columns.items()}
 
 
 def load_parameters(lines: Sequence[LogLine]) -> tuple[dict[str, Any], dict[str, Any]]:

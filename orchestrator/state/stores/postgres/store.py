@@ -61,6 +61,8 @@ _POLL: Final = 0.25
 """The seconds after which watchers look for commits whose announcement was lost."""
 _PAUSE: Final = 0.02
 """The minimum seconds between queries of a watcher, so that it reads frequent commits together."""
+_SHARE: Final = 4
+"""The pause in durations of a query: a server under load gets fewer queries, each with more commits."""
 _RECORDS: Final = 50
 """The number of commits that watchers read at once."""
 
@@ -124,8 +126,9 @@ class PostgresStore:
         Another process's commit is announced, or seen within a quarter of a second.
         """
         while True:
-            news, pause = self._notifications.count, anyio.current_time() + _PAUSE
+            news, began = self._notifications.count, anyio.current_time()
             rows = await self._fetch("records", after=after, limit=_RECORDS)
+            took = anyio.current_time() - began
             if after < rows[0][0]:
                 raise HistoryCompacted(after, rows[0][0])
             commits = list(to_commits(row[1:] for row in rows if row[1] is not None))
@@ -136,7 +139,7 @@ class PostgresStore:
                 yield to_record(commit)
             if len(commits) < _RECORDS:
                 await self._notifications.wait(news)
-                await anyio.sleep_until(pause)
+                await anyio.sleep_until(began + max(_PAUSE, min(_SHARE * took, _POLL)))
 
     async def history(self, key: Key, limit: int = VERSIONS_KEPT) -> Sequence[DocumentVersion]:
         """See `Store.history`."""
