@@ -121,13 +121,13 @@ class ClaudeCodeOptions(CliOptions):
 
     bin: ProgramName = "claude"
     permission_mode: Literal["acceptEdits", "bypassPermissions"] = "acceptEdits"
-    """What Claude Code may do without asking: change files, or anything (intended for sandboxed sessions)."""
+    """The actions that Claude Code may take without asking: file changes, or all (for sandboxed sessions)."""
     max_turns: TurnLimit | None = None
     """The turn limit of a session (`--max-turns`)."""
     max_cost: UsDollars | None = None
     """The cost limit of a session in US dollars (`--max-budget-usd`)."""
     home: Literal["own", "shared"] = "own"
-    """Where to keep settings and conversations (`CLAUDE_CONFIG_DIR`): in a folder per task, or in yours."""
+    """The location of settings and conversations (`CLAUDE_CONFIG_DIR`): a folder per task, or yours."""
 
 
 class ClaudeCodeAdapter:

@@ -131,7 +131,7 @@ class CodexOptions(CliOptions):
     sandbox: Literal["none", "workspace-write", "read-only"] = "none"
     """Codex's own sandbox: none (intended for sandboxed sessions), or a mode that can't write in our sandbox."""
     home: Literal["own", "shared"] = "own"
-    """Where to keep settings and conversations (`CODEX_HOME`): in a folder per task, or in yours."""
+    """The location of settings and conversations (`CODEX_HOME`): a folder per task, or yours."""
 
 
 class CodexAdapter:

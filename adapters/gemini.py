@@ -151,13 +151,13 @@ class GeminiOptions(CliOptions):
 
     bin: ProgramName = "gemini"
     approval_mode: Literal["auto_edit", "yolo"] = "auto_edit"
-    """What Gemini CLI may do without asking: change files, or anything (intended for sandboxed sessions)."""
+    """The actions that Gemini CLI may take without asking: file changes, or all (for sandboxed sessions)."""
     auth: Literal["gemini-api-key", "oauth-personal", "vertex-ai"] | None = None
     """The login method, as in the setting `security.auth.selectedType`; by default, your settings decide."""
     max_turns: TurnLimit | None = None
     """The turn limit of a session."""
     home: Literal["own", "shared"] = "own"
-    """Where to keep settings and conversations (`GEMINI_CLI_HOME`): in a folder per task, or in yours."""
+    """The location of settings and conversations (`GEMINI_CLI_HOME`): a folder per task, or yours."""
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:

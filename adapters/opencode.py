@@ -220,7 +220,7 @@ class OpencodeOptions(CliOptions):
     config: _Config = Field(default_factory=dict)
     """Configuration that overrides its files, in the format of `opencode.json`."""
     home: Literal["own", "shared"] = "own"
-    """Where to keep logins and conversations (`XDG_DATA_HOME` and others): in a folder per task, or in yours."""
+    """The location of logins and conversations (`XDG_DATA_HOME` and others): a folder per task, or yours."""
 
     @model_validator(mode="after")
     def _check_config(self) -> Self:

@@ -158,7 +158,7 @@ class AdapterOptions(BaseModel):
     ] = ()
     """Environment variables: a list of names to pass on and `NAME=value` to set, or a mapping to set."""
     home: Literal["own", "shared"] = "shared"
-    """Where to keep settings, logins and conversations: in a folder per task (`own`), or in yours (`shared`)."""
+    """The location of settings, logins and conversations: a folder per task (`own`), or yours (`shared`)."""
 
     @property
     def has_own_home(self) -> bool:

@@ -1,1 +1,1 @@
-"""Benchmarks: each is a program; `python -m benchmarks` runs all."""
+"""Benchmarks: one program each; `python -m benchmarks` runs all of them."""

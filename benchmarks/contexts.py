@@ -68,8 +68,8 @@ async def _measure(scratch: Path, rounds: int) -> list[BenchmarkRow]:
                 writes.append((ours(), theirs()))
                 reads.append((our_look(), their_look()))
     return [
-        _row("a word of a session", writes, SESSIONS, WRITE_LIMIT),
-        _row(f"a look at {SESSIONS} sessions", reads, 1, READ_LIMIT),
+        _row("a status update", writes, SESSIONS, WRITE_LIMIT),
+        _row(f"a list of {SESSIONS} sessions", reads, 1, READ_LIMIT),
     ]
 
 

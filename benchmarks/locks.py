@@ -2,9 +2,9 @@
 
     python benchmarks/locks.py [--quick] [--folder PATH]
 
-Our lock records its holder, is queued within the process, visible to any process and found by the path of the file in
-any spelling; the baselines lock a file of a known name. With ownership it adds two commits of the file store, one to
-acquire and one to release, and a look at the paths of twenty other owners.
+Our lock records its holder, is queued within the process, is visible to all processes, and is found by any spelling of
+the file's path; the baselines lock a file with a known name. Ownership adds two commits of the file store, one to
+acquire and one to release, and a comparison with the paths of twenty other owners.
 """
 
 from __future__ import annotations

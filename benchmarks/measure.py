@@ -44,7 +44,7 @@ class BenchmarkRow:
     ratio: float | None = None
     limit: float | None = None
     is_ratio_limited: bool = False
-    """Whether the limit is on the ratio rather than on the figure."""
+    """Whether the limit applies to the ratio instead of the value."""
 
     @property
     def verdict(self) -> str:

@@ -1,4 +1,4 @@
-"""What a cache in front of a store could save: the numbers behind docs/internals.md.
+"""The possible savings of a cache in front of a store, as shown in docs/internals.md.
 
     python -m benchmarks.read_cache [--quick]
 

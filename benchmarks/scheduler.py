@@ -4,7 +4,7 @@
 
 A pick is the time of `decide` per started task, eight at a time; this includes making tasks ready. The whole cycle
 adds the reports that a task is built and has landed. The baseline pushes each task onto a plain heap and pops it.
-Owners of paths have no limit: each of their picks also looks at the live ones.
+Owners of paths have no limit: each of their picks also checks the live owners.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _flat(costs: tuple[tuple[float, float], float]) -> tuple[float, float, float
 
 
 def _through_board(entries: Mapping[str, DispatchEntry]) -> tuple[float, float]:
-    """Return the processor seconds of all decisions, and of everything."""
+    """Return the processor seconds of all decisions, and of the whole cycle."""
     board = DispatchBoard(entries)
     _forget_cycles()
     begin = time.thread_time()

@@ -79,7 +79,7 @@ def measure_store(name: str, client: str, empty_store_url: Callable[[], str], *,
 
 
 class Outcome(NamedTuple):
-    """The cost of several processes without their start, and their results."""
+    """The cost of several processes, excluding their start, and their results."""
 
     cost: Cost
     results: list[dict[str, Any]]

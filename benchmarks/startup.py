@@ -1,4 +1,4 @@
-"""The duration of commands that only show something.
+"""The duration of read-only commands.
 
     python benchmarks/startup.py [--quick]
 

@@ -2,9 +2,9 @@
 
     python benchmarks/state.py [--quick] [--folder PATH]
 
-Measured are commits, opening a long log, compression, and many processes. Documents are 1.8 kB of JSON, like those of
-tasks; 40 tasks commit at once, as in a run. Durable commits are comparable only on a device with a real fsync: one
-whose fsync takes no time is rejected.
+The benchmark measures commits, the opening of a long log, compression, and many processes. Documents are 1.8 kB of
+JSON, like those of tasks; 40 tasks commit at once, as in a run. Durable commits are comparable only on a device with
+a real fsync: others are rejected.
 """
 
 from __future__ import annotations

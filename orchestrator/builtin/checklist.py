@@ -82,7 +82,7 @@ def read_items(data: bytes) -> list[ChecklistItem]:
 
 
 def _continuation_lines(lines: Sequence[bytes], begin: int, indent: int) -> Iterator[bytes]:
-    """Yield an item's further lines, from `begin` on: indented, not items themselves."""
+    """Yield the continuation lines of an item, starting at `begin`: indented lines that are not items."""
     for index in range(begin, len(lines)):
         line = lines[index]
         deeper = len(line) - len(line.lstrip(b" \t")) > indent

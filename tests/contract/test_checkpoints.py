@@ -343,7 +343,7 @@ class Restless(MemoryStore):
 
 
 async def test_restore_between_commits_of_others_reads_the_log() -> None:
-    """Where no two reads agree, the checkpoint still has the documents of its position."""
+    """If no two reads agree, the checkpoint still has the documents of its position."""
     store = Restless(ManualClock())
     await seed(store, a=task(), b=task())
     made = await create_checkpoint(store, RUN, "x")

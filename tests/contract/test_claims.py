@@ -258,7 +258,7 @@ class TestClaims:
         assert await c.takeovers.sweep() == {"u": "b"}
 
     async def test_dead_orchestrator_is_noticed_within_a_second(self, cluster: Cluster) -> None:
-        """A cached result serves thousands of claims without further looks at the process."""
+        """A cached result serves thousands of claims without checking the process again."""
         a, b = [await cluster.join(name, host="box") for name in "ab"]
         await claim_task(a, "t")
         assert await b.claims.verdict("t") is ClaimVerdict.CLAIMED

@@ -1,7 +1,7 @@
-"""Run worker processes that share a task queue: `python claim_worker.py STATE LOCKS PATIENCE FATE…`.
+"""Run worker processes that share a task queue: `python claim_worker.py STATE LOCKS PATIENCE FAULT…`.
 
-One process per fate. A fate is what the process does to itself after it claimed its N-th task and before it runs it:
-`none`, `kill@N` or `stop@N`. `seed COUNT` instead of a patience creates the queue.
+One process per fault. After the process has claimed its N-th task, and before it runs the task, it kills or stops itself:
+`none`, `kill@N` or `stop@N`. With `seed COUNT` instead of a patience, the program creates the queue.
 """
 
 import os
@@ -38,29 +38,31 @@ def work_key(task: str) -> Key:
     return Key("work", f"{RUN}/{task}")
 
 
-class Fates:
-    """What happens to each process, and the file with a byte for each that happened."""
+class InjectedFaults:
+    """The fault of each process, and a file with one byte per fault that has occurred."""
 
     def __init__(self, happened: Path, of_processes: Sequence[str]) -> None:
         self.happened, self.of_processes = happened, of_processes
-        self.count = sum(fate != "none" for fate in of_processes)
+        self.count = sum(fault != "none" for fault in of_processes)
 
     def add(self) -> None:
-        """Record that the fate of this process happens now."""
+        """Record that the fault of this process happens now."""
         with self.happened.open("ab", buffering=0) as file:
             file.write(b".")
 
-    def all_happened(self) -> bool:
-        """Tell whether no process still has to be killed or stopped."""
+    def all_occurred(self) -> bool:
+        """Return True if all faults have occurred."""
         return self.count == 0 or (self.happened.exists() and self.happened.stat().st_size >= self.count)
 
 
 class Worker:
     """One process that claims and runs tasks."""
 
-    def __init__(self, store: Store, locks: LivenessLocks, patience: float, number: int, fates: Fates) -> None:
-        self.store, self.locks, self.number, self.fates = store, locks, number, fates
-        self.fate = fates.of_processes[number]
+    def __init__(
+        self, store: Store, locks: LivenessLocks, patience: float, number: int, faults: InjectedFaults
+    ) -> None:
+        self.store, self.locks, self.number, self.faults = store, locks, number, faults
+        self.fault = faults.of_processes[number]
         self.timing = CoordinationSettings(
             heartbeat_interval=0.25,
             stale_after=patience,
@@ -107,12 +109,12 @@ class Worker:
         queue = await self.store.get(QUEUE)
         assert queue is not None
         left: list[str] = queue.value["tasks"]
-        share = len(left) // len(self.fates.of_processes)
+        share = len(left) // len(self.faults.of_processes)
         while left:
             begin, rest = self.done, list[str]()
             for task in left:
                 # A fast process leaves tasks to the ones that are killed or stopped at a later claim.
-                if self.done >= share and not self._awaits_fate() and not self.fates.all_happened():
+                if self.done >= share and not self._awaits_fault() and not self.faults.all_occurred():
                     rest.append(task)
                     continue
                 claim = await claims.read(task)
@@ -135,15 +137,15 @@ class Worker:
             if begin == self.done:
                 await anyio.sleep(0.02)
 
-    def _awaits_fate(self) -> bool:
-        _, _, at = self.fate.partition("@")
+    def _awaits_fault(self) -> bool:
+        _, _, at = self.fault.partition("@")
         return bool(at) and self.claimed < int(at)
 
     def _meet_fate(self, task: str) -> None:
         self.claimed += 1
-        kind, _, at = self.fate.partition("@")
+        kind, _, at = self.fault.partition("@")
         if at and self.claimed == int(at):
-            self.fates.add()
+            self.faults.add()
             say(self.number, kind, task, os.getpid())
             os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
 
@@ -170,20 +172,22 @@ async def seed(state: str, count: str) -> None:
         await store.commit(Commit([Write(QUEUE, 0, {"tasks": [f"t{number:04}" for number in range(int(count))]})]))
 
 
-async def main(state: str, locks: str, patience: str, number: int, fates: Sequence[str]) -> None:
+async def main(state: str, locks: str, patience: str, number: int, faults: Sequence[str]) -> None:
     """Run one worker."""
     happened = Path(locks).with_name("happened")
     async with open_store(state) as store:
-        await Worker(store, LivenessLocks(Path(locks)), float(patience), number, Fates(happened, fates)).work()
+        await Worker(
+            store, LivenessLocks(Path(locks)), float(patience), number, InjectedFaults(happened, faults)
+        ).work()
 
 
-def fork_all(state: str, locks: str, patience: str, *fates: str) -> None:
-    """Fork one process per fate after the imports, which take most of the time."""
-    for number in range(len(fates)):
+def fork_all(state: str, locks: str, patience: str, *faults: str) -> None:
+    """Fork one process per fault after the imports, which take most of the time."""
+    for number in range(len(faults)):
         if os.fork() == 0:
-            anyio.run(main, state, locks, patience, number, fates)
+            anyio.run(main, state, locks, patience, number, faults)
             os._exit(0)
-    codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in fates]
+    codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in faults]
     sys.exit(sum(code not in {0, -signal.SIGKILL} for code in codes))
 
 

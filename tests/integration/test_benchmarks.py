@@ -83,7 +83,7 @@ def test_state_is_measured() -> None:
 
 def test_contexts_are_measured() -> None:
     """One status update, and a scan of a hundred."""
-    check(contexts.measure(quick=True), ["a word of a session", "a look at 100 sessions"])
+    check(contexts.measure(quick=True), ["a status update", "a list of 100 sessions"])
 
 
 @pytest.mark.slow

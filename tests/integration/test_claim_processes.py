@@ -28,10 +28,10 @@ PATIENCE = 90.0
 
 
 @contextmanager
-def started(state: str, locks: Path, patience: float, *fates: str) -> Iterator[subprocess.Popen[str]]:
-    """Start one process per fate, and end all of them afterwards."""
+def started(state: str, locks: Path, patience: float, *faults: str) -> Iterator[subprocess.Popen[str]]:
+    """Start one process per fault, and end all of them afterwards."""
     locks.mkdir()
-    argv = [sys.executable, str(WORKER), state, str(locks), str(patience), *fates]
+    argv = [sys.executable, str(WORKER), state, str(locks), str(patience), *faults]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             yield process
@@ -79,7 +79,7 @@ MANY = [*SOME, *SOME, *SOME, *SOME]
 
 
 @pytest.mark.parametrize(
-    ("kind", "fates", "tasks", "patience"),
+    ("kind", "faults", "tasks", "patience"),
     [
         pytest.param("file", FEW, 150, 2.0, id="file-two"),
         pytest.param("postgres", FEW, 60, 2.0, id="postgres-two"),
@@ -89,20 +89,20 @@ MANY = [*SOME, *SOME, *SOME, *SOME]
             for kind in ("file", *SERVERS)
         ),
         *(
-            pytest.param("file", fates, 5_000, 10.0, id=name, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
-            for fates, name in ((FEW, "file-two-long"), (SOME, "file-eight-long"), (MANY, "file-thirty-two-long"))
+            pytest.param("file", faults, 5_000, 10.0, id=name, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
+            for faults, name in ((FEW, "file-two-long"), (SOME, "file-eight-long"), (MANY, "file-thirty-two-long"))
         ),
     ],
 )
 async def test_every_task_of_a_shared_queue_is_done_once(
-    tmp_path: Path, kind: str, fates: list[str], tasks: int, patience: float
+    tmp_path: Path, kind: str, faults: list[str], tasks: int, patience: float
 ) -> None:
     """Killed processes are taken over at once, stopped ones in time; late writes of these are rejected."""
     state, locks = empty_state(kind, tmp_path / "state"), tmp_path / "locks"
     await claim_worker.seed(state, str(tasks))
     said = list[list[str]]()
     async with open_store(state) as store:
-        with started(state, locks, patience, *fates) as process:
+        with started(state, locks, patience, *faults) as process:
             assert process.stdout is not None
             lines = anyio.wrap_file(process.stdout)
             async for line in lines:
@@ -115,7 +115,7 @@ async def test_every_task_of_a_shared_queue_is_done_once(
         history = check([record async for record in read_range(store, 0, await store.position())], tasks)
     killed, stopped = [[one for one in said if one[1] == kind] for kind in ("kill", "stop")]
     assert (len(killed), len(stopped)) == tuple(
-        sum(fate.startswith(kind) for fate in fates) for kind in ("kill", "stop")
+        sum(fault.startswith(kind) for fault in faults) for kind in ("kill", "stop")
     )
     for number, _, task, _ in stopped:
         assert [number, "refused", task] in said

@@ -1,4 +1,4 @@
-"""Which store a command uses: by option, environment, file, or the newest run's file."""
+"""The choice of a command's store: by option, environment, file, or the newest run's file."""
 
 from __future__ import annotations
 

@@ -465,7 +465,7 @@ async def test_complete_lines_are_read_while_the_program_runs(agent: Agent, tmp_
 
 @pytest.mark.parametrize("lead", range(0, 60, 6))
 async def test_half_a_secret_at_a_gap_is_removed(agent: Agent, tmp_path: Path, lead: int) -> None:
-    """Where the middle of the output is omitted, neither side keeps a part of a secret; all bytes are counted."""
+    """If the middle of the output is omitted, neither side keeps a part of a secret; all bytes are counted."""
     source = f"""
 os.write(1, b"-" * {lead})
 for _ in range(100): os.write(1, (b"sk-" + b"A" * 55 + b"\\n") * 1000)

@@ -76,7 +76,7 @@ async def test_repeatedly_overtaken_update_gives_up(store: Store) -> None:
             return await commit(mine)
 
     with pytest.raises(VersionConflict):
-        await update_document(Rival(), COUNT, overtaken, attempts=3)  # type: ignore[arg-type]  # all that is used of a store
+        await update_document(Rival(), COUNT, overtaken, attempts=3)  # type: ignore[arg-type]  # the used methods of a store
     assert tried == 3
     found = await store.get(COUNT)
     assert found is not None

@@ -64,7 +64,7 @@ class Commits:
     first: str
     second: str
     expected: dict[str, list[dict[str, Facts]]] = field(default_factory=dict)
-    """What is in a place of each kind for each of them."""
+    """The expected contents of a path of each kind, for each commit."""
 
 
 # The edits. Those that are impossible in a slot are skipped.

@@ -88,14 +88,14 @@ class World:
     """The shared state of all processes: the store, the target branch, and the fault rates."""
 
     seed: int
-    weather: FaultRates
+    fault_rates: FaultRates
     is_fenced: bool
     store: MemoryStore = field(default_factory=lambda: MemoryStore(SkewedClock(0)))
     target: list[str] = field(default_factory=list)
-    """What has landed, in its order; its length stands for the commit that the branch is at."""
+    """The landed tasks, in order; the length of the list represents the commit of the branch."""
     processes: dict[str, SimulatedProcess] = field(default_factory=dict)
     seen: Counter[str] = field(default_factory=Counter)
-    """What has happened, and how often."""
+    """The number of occurrences of each event."""
 
     def __post_init__(self) -> None:
         self.time = asyncio.get_running_loop().time
@@ -123,14 +123,14 @@ class SimulatedProcess:
     async def step(self) -> None:
         """Pass a point where the process may pause or crash."""
         dice, world = _dice.get(), self.world
-        fate = dice.random()
-        if fate > 0.5:  # other tasks run in between
-            await asyncio.sleep(0.2 * (fate - 0.5))
+        chance = dice.random()
+        if chance > 0.5:  # other tasks run in between
+            await asyncio.sleep(0.2 * (chance - 0.5))
         elif world.time() < FAULT_PERIOD:
-            if fate < world.weather.crash:
+            if chance < world.fault_rates.crash:
                 world.seen["crashed"] += 1
                 self.is_over = True
-            elif fate < world.weather.crash + world.weather.stop:
+            elif chance < world.fault_rates.crash + world.fault_rates.stop:
                 world.seen["stopped"] += 1
                 self._stopped_until = world.time() + dice.uniform(0, 3) * TIMING.owner_stale_after
         while world.time() < self._stopped_until and not self.is_over:
@@ -141,11 +141,11 @@ class SimulatedProcess:
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""
         await self.step()
-        if self.world.should_fail(self.world.weather.fail):
+        if self.world.should_fail(self.world.fault_rates.fail):
             raise _unavailable()
         position = await self.world.store.commit(commit if self.world.is_fenced else replace(commit, guards=()))
         await self.step()
-        if self.world.should_fail(self.world.weather.lose):
+        if self.world.should_fail(self.world.fault_rates.lose):
             self.world.seen["lost acknowledgement"] += 1
             raise _unavailable()
         return position
@@ -270,7 +270,7 @@ class SimulatedOrchestrator:
             await self._pause(_dice.get().uniform(1, 6))
 
     async def _try(self, task: str) -> None:
-        override = self.process.world.should_fail(self.process.world.weather.override)
+        override = self.process.world.should_fail(self.process.world.fault_rates.override)
         if task not in self.claims:
             verdict = await self.claims.verdict(task)
             if verdict is not ClaimVerdict.TRY and not override:
@@ -296,7 +296,7 @@ class SimulatedOrchestrator:
         for _ in range(_dice.get().randint(1, 3)):
             await self._pause(_dice.get().uniform(1, 8))
             await self._write(task, [guard], {})
-        if self.process.world.should_fail(self.process.world.weather.give_up):
+        if self.process.world.should_fail(self.process.world.fault_rates.give_up):
             await self.claims.release(task, ReleaseReason.ABANDONED, "it failed", counts=True)
             return
         async with self.leases.hold() as lease:
@@ -343,19 +343,21 @@ class SimulationResult:
     violations: Sequence[str]
     records: Sequence[CommitRecord]
     seen: Counter[str]
-    """What went wrong, and how often."""
+    """The number of occurrences of each fault and event."""
     takeovers: int
 
 
 def simulate(
-    seed: int, *, processes: int = 3, tasks: int = 5, weather: FaultRates = FaultRates(), is_fenced: bool = True
+    seed: int, *, processes: int = 3, tasks: int = 5, fault_rates: FaultRates = FaultRates(), is_fenced: bool = True
 ) -> SimulationResult:
     """Run a simulation; the same seed gives the same result."""
-    return run_in_virtual_time(_simulate(seed, processes, tasks, weather, is_fenced))
+    return run_in_virtual_time(_simulate(seed, processes, tasks, fault_rates, is_fenced))
 
 
-async def _simulate(seed: int, processes: int, tasks: int, weather: FaultRates, is_fenced: bool) -> SimulationResult:
-    world = World(seed, weather, is_fenced)
+async def _simulate(
+    seed: int, processes: int, tasks: int, fault_rates: FaultRates, is_fenced: bool
+) -> SimulationResult:
+    world = World(seed, fault_rates, is_fenced)
     _dice.set(Random(f"{world.seed}"))
     blank = {"state": "pending", "by": None, "epoch": None, "lease": None}
     await world.store.commit(Commit([Write(work_key(f"t{number}"), 0, blank) for number in range(tasks)]))

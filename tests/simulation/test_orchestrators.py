@@ -62,5 +62,5 @@ def test_same_seed_gives_the_same_simulation(seed: int) -> None:
 
 def test_eight_orchestrators_without_faults_finish_forty_tasks() -> None:
     """Without takeovers and retries."""
-    outcome = simulate(1, processes=8, tasks=40, weather=FaultRates(0, 0, 0, 0, give_up=0, override=0))
+    outcome = simulate(1, processes=8, tasks=40, fault_rates=FaultRates(0, 0, 0, 0, give_up=0, override=0))
     assert (outcome.violations, outcome.takeovers, outcome.seen) == ([], 0, Counter())

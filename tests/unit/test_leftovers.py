@@ -1,4 +1,4 @@
-"""Which leftovers of a run may be deleted, by facts alone."""
+"""The leftovers of a run that may be deleted, determined from facts alone."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_worktree_is_classified(attempt: int, is_check: bool, held: WorktreeCont
 @pytest.mark.parametrize("held", WorktreeContents)
 @pytest.mark.parametrize("status", TaskStatus)
 def test_only_saved_work_of_ended_tasks_is_removed(status: TaskStatus, held: WorktreeContents) -> None:
-    """What a resume needs is never removed, and unsaved work only on request."""
+    """Leftovers that a resume needs are never removed, and unsaved work only on request."""
     verdict, _ = assess_worktree("run", document(status), held)
     assert (verdict is LeftoverStatus.NEEDED) == (status not in FINAL_STATUSES)
     assert (verdict is LeftoverStatus.LEFT_OVER) == (status in FINAL_STATUSES and held is WorktreeContents.NOTHING)

@@ -19,7 +19,7 @@ _BASES_BY_PREFIX: Final[dict[str, type[TypedEvent]]] = {}
 
 
 class Shown(Enum):
-    """Where the progress of a run shows an event."""
+    """The visibility of an event in the progress of a run."""
 
     ALWAYS = auto()  #: as a line, also above the live table
     LINES = auto()  #: as a line, but not above the live table: the table itself shows it
@@ -40,7 +40,7 @@ class TypedEvent:
     sentence_without: ClassVar[tuple[str, str] | None] = None
     """A field, and the sentence if that is empty."""
     shown: ClassVar[Shown] = Shown.ALWAYS
-    """Where the progress of a run shows it."""
+    """Its visibility in the progress of a run."""
     context: ClassVar[tuple[str, ...]] = ()
     """Fields that the recorder may fill in, and that must be given in the end."""
     field_types: ClassVar[Mapping[str, str]] = {}
