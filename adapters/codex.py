@@ -188,9 +188,12 @@ class CodexAdapter:
             case {"type": "thread.started", "thread_id": str(thread)} if thread:
                 return (ConversationStarted(thread),)
             case {"type": "item.started" | "item.completed" as when, "item": {"type": str(kind)} as item}:
-                is_over = when == "item.completed"
+                is_finished = when == "item.completed"
                 is_boxed = self._options.sandbox != "none"
-                return (*_of_item(kind, item, is_over=is_over), *(_denied(kind, item, is_boxed) if is_over else ()))
+                return (
+                    *_of_item(kind, item, is_finished=is_finished),
+                    *(_denied(kind, item, is_boxed) if is_finished else ()),
+                )
             case {"type": "turn.completed"}:
                 return (*_of_usage(value.get("usage"), self._options.model), FinalResult())
             case {"type": "turn.failed"}:
@@ -234,9 +237,9 @@ def _request_settings(request: SessionRequest) -> Iterator[str]:
         yield from ("-c", f"{key}={json.dumps(value, ensure_ascii=False)}")
 
 
-def _of_item(kind: str, item: Mapping[str, Any], *, is_over: bool) -> Iterator[SessionEvent]:
+def _of_item(kind: str, item: Mapping[str, Any], *, is_finished: bool) -> Iterator[SessionEvent]:
     call = as_text(item.get("id")) or None
-    match kind, is_over:
+    match kind, is_finished:
         case "agent_message", True if as_text(item.get("text")).strip():
             yield AgentMessage(as_text(item["text"]))
         case "error", True:
@@ -270,7 +273,7 @@ def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[Tool
     output = as_text(item.get("aggregated_output"))
     is_kept = is_boxed and item.get("status") == "failed" and _KEPT.search(output) is not None
     if kind in {"command_execution", "file_change"} and (is_kept or item.get("status") == "declined"):
-        used = [call for call in _of_item(kind, item, is_over=kind == "file_change") if isinstance(call, ToolCall)]
+        used = [call for call in _of_item(kind, item, is_finished=kind == "file_change") if isinstance(call, ToolCall)]
         remedy = _NO_SANDBOX if is_boxed else _RULES
         yield from (ToolDenied(call.name, call.detail, remedy, as_text(item.get("id")) or None) for call in used)
 

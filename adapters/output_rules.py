@@ -171,14 +171,14 @@ class OutputReader:
     def _events(self, found: Sequence[tuple[OutputRule, _Values]]) -> Iterator[SessionEvent]:
         texts = [text for _, values in found for text in _texts(values, "text")]
         failed = self._failure([values for _, values in found])
-        is_over = failed is not None or any(rule.done for rule, _ in found)
+        is_finished = failed is not None or any(rule.done for rule, _ in found)
         for _, values in found:
             yield from (ConversationStarted(session) for session in _texts(values, "session")[:1])
-        if texts and not is_over:
+        if texts and not is_finished:
             yield AgentMessage("\n".join(texts))
         for rule, values in found:
             yield from self._spent(rule, values)
-        if is_over:
+        if is_finished:
             yield FinalResult("\n".join(texts), failed)
 
     def _spent(self, rule: OutputRule, values: _Values) -> Iterator[UsageReport]:

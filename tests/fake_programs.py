@@ -79,15 +79,15 @@ class FakePrograms:
 
 def install_fake_programs(tmp_path: Path, repository: Repository) -> FakePrograms:
     """Replace the PATH of a repository's commands, and install a plugin with `alpha-code` and `beta-code`."""
-    stand_ins = FakePrograms(tmp_path / "stand-ins")
-    stand_ins.folder.mkdir()
+    fakes = FakePrograms(tmp_path / "fakes")
+    fakes.folder.mkdir()
     for name in ("git", "sh", "rm", "bwrap"):
         found = shutil.which(name)
         if found is not None:
-            (stand_ins.folder / name).symlink_to(found)
-    repository.environ["PATH"] = str(stand_ins.folder)
-    install_plugin(tmp_path, repository, "stand_ins", _PLUGIN)
-    return stand_ins
+            (fakes.folder / name).symlink_to(found)
+    repository.environ["PATH"] = str(fakes.folder)
+    install_plugin(tmp_path, repository, "fake_programs_plugin", _PLUGIN)
+    return fakes
 
 
 def install_plugin(tmp_path: Path, repository: Repository, name: str, source: str) -> None:

@@ -33,20 +33,20 @@ def answer(data: Any) -> str:
     return f"say Here it is.\nsay ```json\nsay {json.dumps(data)}\nsay ```"
 
 
-def run(stage: Stage, *, plan: str, review: str, mended: str = "") -> CommandResult:
+def run(stage: Stage, *, plan: str, review: str, fixed: str = "") -> CommandResult:
     """Run one task through the phases; the model's script per phase is selected by the requested handoff."""
     prompt = (
         "write hello.txt MARMALADE\nsay It is written.\nusage 120 34\n"
         f"once your result (plan)\n{plan}\nusage 120 34\n"
         f"once your result (review)\n{review}\nusage 120 34\n"
-        f"once that you submitted is invalid\n{mended}\nusage 120 34"
+        f"once that you submitted is invalid\n{fixed}\nusage 120 34"
     )
     return stage.run(prompt, {"workflows": {"three": WORKFLOW}}, workflow="three", attempts=1)
 
 
 async def test_handoff_in_a_message_reaches_the_next_phase(stage: Stage, program: Program) -> None:
     """An invalid plan is repaired once, in the same conversation if possible."""
-    ended = run(stage, plan=answer({"tasks": "all of it"}), mended=answer(PLAN), review=answer(REVIEW))
+    ended = run(stage, plan=answer({"tasks": "all of it"}), fixed=answer(PLAN), review=answer(REVIEW))
     assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     assert stage.repository.git("show", "main:hello.txt").startswith("MARMALADE")
     task = await stage.task()

@@ -325,7 +325,7 @@ class ChaosTrial:
             self._resume(began)
         self.note("over")
         hanging = [one.name for one in self.commands if one.ended is None]
-        if hanging or not self._is_over():
+        if hanging or not self._is_finished():
             self.findings.append(f"not over {END_TIMEOUT:.0f} s after the last fault: {hanging} {self._processes()}")
             self._abort()
             self.end()
@@ -346,7 +346,7 @@ class ChaosTrial:
     def _wait(self, began: float, *arguments: str) -> None:
         self._begin(*arguments).join(max(began + END_TIMEOUT - time.monotonic(), 0))
 
-    def _is_over(self) -> bool:
+    def _is_finished(self) -> bool:
         ended = self.repository.council("status", "--json")
         return ended.code in {0, 1} and ended.result["status"] in _OVER
 
@@ -368,7 +368,7 @@ class ChaosTrial:
             one.join(5)
 
     def _resume(self, began: float) -> None:
-        while not self._is_over() and time.monotonic() < began + END_TIMEOUT:
+        while not self._is_finished() and time.monotonic() < began + END_TIMEOUT:
             self._wait(began, *(("resume",) if self._has_run() else ("run", str(self._config))))
 
     def _given_up(self) -> list[str]:

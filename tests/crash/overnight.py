@@ -81,10 +81,10 @@ def few_tasks(suite: ProjectTests, ledger: Path) -> tuple[dict[str, NightTask], 
         "crash-once": NightTask(f"once exit 3\n{suite.write('crash_once')}"),
         "hang": NightTask("hang", ("failed", "timeout"), {"timeout": "1s", "attempts": 1}),
         "daemon": NightTask("write own/d.txt x\ndaemon own/d.txt"),
-        "breaks-once": NightTask(f"{suite.write('mended')}\nonce {suite.write('mended', 'False')}"),
+        "breaks-once": NightTask(f"{suite.write('fixed')}\nonce {suite.write('fixed', 'False')}"),
         "conflict": NightTask(f"write {CONFLICT_FILE} agent", ("conflict", "conflict")),
         "cancelled": NightTask("write half.txt x\nhang", ("cancelled", None), {"timeout": "10m"}),
-        "retried": NightTask(f"without {ledger.parent}/mended exit 1\nwrite r.txt x", entry={"attempts": 1}),
+        "retried": NightTask(f"without {ledger.parent}/fixed exit 1\nwrite r.txt x", entry={"attempts": 1}),
     }  # fmt: skip
     return jobs, []
 
@@ -245,7 +245,7 @@ class Operator(threading.Thread):
         while not self.done.is_set():
             states = anyio.run(read_task_states, self._repository)
             if states.get("retried") == "failed" and not self._mended:
-                (self._repository.spawns.parent / "mended").touch()
+                (self._repository.spawns.parent / "fixed").touch()
                 self._mended = self._repository.council("retry", "retried").code == 0
             ready = (states.get("retried"), states.get("cancelled")) == ("landed", "running")
             if ready and self.may_cancel.is_set():

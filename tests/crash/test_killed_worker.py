@@ -50,7 +50,7 @@ WORKER_FAILPOINTS: Final = (
     FAILPOINTS - UNREACHED_FAILPOINTS - LEADER_FAILPOINTS - TAKEOVER_FAILPOINTS | COMMIT_FAILPOINTS
 )
 #: The short form: the leader is killed, then its replacement.
-QUICK_CASES: Final = {("stand-in", "claims.taken_over", 1)}
+QUICK_CASES: Final = {("replacement", "claims.taken_over", 1)}
 
 #: Death is detected by the lock, and slow processes are not taken over.
 SLOW_EXPIRY: Final = {**QUICK, "stale_after": "60s", "owner_stale_after": "60s"}
@@ -135,7 +135,7 @@ def kill_cases() -> list[object]:
         for name in WORKER_FAILPOINTS | LEADER_FAILPOINTS
     ]
     found += [("worker", name, 1) for name in WORKER_FAILPOINTS]
-    found += [("stand-in", name, 1) for name in TAKEOVER_FAILPOINTS | LEADER_FAILPOINTS - {"run.seeded"}]
+    found += [("replacement", name, 1) for name in TAKEOVER_FAILPOINTS | LEADER_FAILPOINTS - {"run.seeded"}]
     found += [(who, name, hit) for who in ("leader", "worker") for name in COMMIT_FAILPOINTS for hit in (20, 33)]
     return [pytest.param(*one, marks=() if one in QUICK_CASES else pytest.mark.slow) for one in sorted(found)]
 
@@ -148,7 +148,7 @@ async def test_tasks_of_a_killed_worker_are_finished_by_the_others(
     """The others have running sessions meanwhile; each task lands once, nothing is left over."""
     crew = RunProcesses(repository)
     spec = f"{name}=kill@{hit}"
-    if who == "stand-in":
+    if who == "replacement":
         first = crew.run(f"{FIRST_KILL_FOR[name]}=kill" if FIRST_KILL_FOR.get(name) == "landing.pushed" else "")
         victim = crew.work(spec)
         if FIRST_KILL_FOR.get(name) == "landing.pushed":
@@ -173,10 +173,10 @@ async def test_tasks_of_a_killed_worker_are_finished_by_the_others(
     crew.open(*GATED)
     codes = ended(*crew.processes)
     assert {code for code in codes if code != -signal.SIGKILL} <= {0}, [one.communicate() for one in crew.processes]
-    is_over = name == "run.finished"
-    if is_over:  # events without a remaining process reach sinks in the next one
+    is_finished = name == "run.finished"
+    if is_finished:  # events without a remaining process reach sinks in the next one
         assert repository.council("resume").code == 0
-    await assert_finished(repository, crew.tasks, unended=int(is_over))
+    await assert_finished(repository, crew.tasks, unended=int(is_finished))
 
 
 async def assert_finished(repository: Repository, tasks: Sequence[str], *, unended: int = 0) -> None:

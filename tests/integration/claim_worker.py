@@ -1,6 +1,6 @@
 """Run worker processes that share a task queue: `python claim_worker.py STATE LOCKS PATIENCE FAULT…`.
 
-One process per fault. After the process has claimed its N-th task, and before it runs the task, it kills or stops itself:
+One process per fault. After a process has claimed its N-th task, and before it runs the task, it kills or stops itself:
 `none`, `kill@N` or `stop@N`. With `seed COUNT` instead of a patience, the program creates the queue.
 """
 

@@ -143,17 +143,17 @@ async def test_active_store_is_copied_at_one_position(source: FileStore, tmp_pat
 
         async def work() -> None:
             for number in count(40):
-                if is_over.is_set():
+                if is_finished.is_set():
                     return
                 writes = [Write(MUCH, number, {"n": number}), Write(GONE, (number > 40) * (number - 38), {})]
                 await other.commit(Commit(writes, durable=False))
 
-        is_over = anyio.Event()
+        is_finished = anyio.Event()
         tasks.start_soon(work)
         while await source.position() < 90:
             await anyio.lowlevel.checkpoint()
         copied = await copy_store(source, target)
-        is_over.set()
+        is_finished.set()
     assert 90 <= copied.position <= await source.position()
     async with FileStore.open(tmp_path / "target", clock) as target:
         assert await target.position() == copied.position

@@ -21,7 +21,7 @@ from tests.hypothesis_settings import example_settings
 TASKS = ("x", "y")
 STEPS = st.lists(
     st.tuples(st.sampled_from(("claim", "work", "read")), st.sampled_from(("here", "there")), st.sampled_from(TASKS))
-    | st.sampled_from((("cut",), ("mend",))),
+    | st.sampled_from((("cut",), ("restore",))),
     max_size=30,
 )
 
@@ -94,11 +94,11 @@ async def play(steps: list[tuple[str, ...]], folder: Path) -> None:
             for kind in ("claim", "task"):
                 await store.list(kind)
             parties = {"here": Party("here", store), "there": Party("there", real)}
-            for step in [*steps, ("mend",)]:
+            for step in [*steps, ("restore",)]:
                 match step:
                     case ("cut",):
                         line.cut()
-                    case ("mend",):
+                    case ("restore",):
                         line.reconnect()
                         while any(folder.glob("*")):
                             await anyio.sleep(0.001)

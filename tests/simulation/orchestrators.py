@@ -116,7 +116,7 @@ class SimulatedProcess:
             id=f"p{number}", host=self.host, boot="1", pid=number, started=number, role=role
         )
         self.clock = SkewedClock(dice.uniform(-SKEW, SKEW))
-        self.is_over = False
+        self.is_finished = False
         self._stopped_until = 0.0
         world.processes[self.owner.id] = self
 
@@ -129,13 +129,13 @@ class SimulatedProcess:
         elif world.time() < FAULT_PERIOD:
             if chance < world.fault_rates.crash:
                 world.seen["crashed"] += 1
-                self.is_over = True
+                self.is_finished = True
             elif chance < world.fault_rates.crash + world.fault_rates.stop:
                 world.seen["stopped"] += 1
                 self._stopped_until = world.time() + dice.uniform(0, 3) * TIMING.owner_stale_after
-        while world.time() < self._stopped_until and not self.is_over:
+        while world.time() < self._stopped_until and not self.is_finished:
             await asyncio.sleep(self._stopped_until - world.time())
-        if self.is_over:
+        if self.is_finished:
             raise ProcessCrashed
 
     async def commit(self, commit: Commit) -> int:
@@ -177,7 +177,7 @@ class SimulatedProcess:
     async def is_dead(self, _run: str, owner: OrchestratorIdentity) -> bool:
         """Return whether a process of this machine is known to be dead."""
         other = self.world.processes[owner.id]
-        return other.host == self.host and other.is_over
+        return other.host == self.host and other.is_finished
 
 
 def _unavailable() -> StoreUnavailable:
@@ -221,7 +221,7 @@ class SimulatedOrchestrator:
                 ProcessCrashed() if errors.subgroup(ProcessCrashed) else LeaseLost(self.others.me.id, 1, None)
             ) from None
         finally:
-            self.process.is_over = True
+            self.process.is_finished = True
 
     async def _with_dice(self, number: int, job: Callable[[], object]) -> None:
         _dice.set(Random(f"{self.process.world.seed}/{self.process.number}/{number}"))

@@ -240,12 +240,12 @@ def test_resumed_run_counts_active_time_and_capacity() -> None:
     shown.apply(event("run.capacity_limited", 1001.0, sessions=3))
     shown.apply(CommitRecord(2, 1002.0, {}, [Event("run.capacity_limited", {"run": "another", "sessions": 1})]))
     totals = shown.totals(1030.0)
-    assert (totals.elapsed, totals.capacity, shown.is_over) == (50.0, 3, False)
+    assert (totals.elapsed, totals.capacity, shown.is_finished) == (50.0, 3, False)
     shown.apply(record("t0", TaskDocument(status=TaskStatus.RUNNING, attempts=(attempt(),))))
     shown.apply(event("run.capacity_limited", sessions=1))  # memory is short for a while
     assert shown.totals(1030.0).capacity == 3
     shown.apply(event("run.finished"))
-    assert shown.is_over
+    assert shown.is_finished
 
 
 def test_sessions_of_other_processes_do_not_use_our_capacity() -> None:

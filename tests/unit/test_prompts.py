@@ -109,8 +109,8 @@ def test_template_can_read_values() -> None:
 def test_own_text_is_not_delimited() -> None:
     """The task, its paths and the like have no delimiters, and none are explained."""
     template = "{{ task.id }}: {{ task.prompt }} {{ owns | join(' ') }} {{ base }} {{ phase.name }} {{ round }}"
-    text = render(template, facts(owns=["src/**", "b"], base="c0ffee", phase="mend", round=2))[0]
-    assert text == "login: Add a login. src/** b c0ffee mend 2\n"
+    text = render(template, facts(owns=["src/**", "b"], base="c0ffee", phase="fix", round=2))[0]
+    assert text == "login: Add a login. src/** b c0ffee fix 2\n"
 
 
 def test_task_of_a_tracker_is_delimited() -> None:

@@ -241,7 +241,7 @@ MISTAKES: dict[str, tuple[list[Any], str, str]] = {
     "condition that can't be read": ([{"build": {"when": "a >"}}], f"{AT}.when", "invalid condition"),
     "name of a value": ([{"build": {"needs": ["a-b"]}}], f"{AT}.needs[0]", "'a-b' is not a valid value name"),
     "too large a context": ([{"build": {"context": {"a": "x" * 70_000}}}], f"{AT}.context", "use at most 65536"),
-    "stand-in without an adapter": (
+    "replacement without an adapter": (
         [{"build": {"fallback": ["x"]}}],
         f"{AT}.fallback",
         "fallback adapters, but no adapter",

@@ -77,7 +77,7 @@ class RunExecutor:
             ):
                 reader = RunReader(entry.context)
                 before = await reader.record(run)
-                has_ended = before.is_over and not await read_requests(entry.context.store, run)
+                has_ended = before.is_finished and not await read_requests(entry.context.store, run)
                 may_be_landed = has_unlanded_work(before.tasks.values())
                 if has_ended and not may_be_landed:
                     return await reader.status(run)

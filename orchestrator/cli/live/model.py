@@ -134,7 +134,7 @@ class LiveRun:
         self._over: dict[str, None] = {}
         self._spending, self._pace = _SpendingTotals(), _TaskTimings()
         self.activity = SessionActivity(self._tasks, self._groups[TaskStatus.RUNNING.record.activity])
-        self.is_over = False
+        self.is_finished = False
         """Whether the run has ended, is interrupted or is halted."""
         for task, document in sorted(record.tasks.items(), key=lambda item: _last_change(item[1])):
             self._set(task, document, _last_change(document))
@@ -186,13 +186,13 @@ class LiveRun:
     def _happened(self, event: Event) -> None:
         match event.type:
             case RunLeaderElected.type:
-                self._capacity, self.is_over = self.run.capacity, False
+                self._capacity, self.is_finished = self.run.capacity, False
             case RunCapacityLimited.type if not self._groups[
                 TaskStatus.RUNNING.record.activity
             ]:  # otherwise the limit is momentary
                 self._capacity = event.data["sessions"]
             case RunFinished.type | RunInterrupted.type | RunHalted.type:
-                self.is_over = True
+                self.is_finished = True
 
     def _change(self, task: str, after: TaskDocument, time: float) -> None:
         before, parts = self._tasks[task].status, self._tasks[task].subtasks
@@ -333,7 +333,7 @@ class LiveRun:
         """Return the estimated remaining seconds; None without a basis for an estimate."""
         build, learned = self._pace.build(), self._adapters.values()
         is_held = any(one.disabled_reason is not None or one.is_cooling_down(now) for one in learned)
-        if build is None or self.is_over or is_held or any(self._groups[name] for name in _USER_ACTIVITIES):
+        if build is None or self.is_finished or is_held or any(self._groups[name] for name in _USER_ACTIVITIES):
             return None
         pending = [self._chains[task] for name in ("waiting", RETRY_LABEL) for task in self._groups[name]
                    if task not in self._board.blocked]  # fmt: skip

@@ -176,5 +176,5 @@ def waits_for_merge(report: RunReport) -> bool:
 def needs_retry(report: RunReport) -> bool:
     """Return True if a failed run can resume only after a `council retry`."""
 
-    is_over = report.imported is None and not report.has_unfinished_tasks
-    return report.status is RunStatus.INCOMPLETE and is_over
+    is_finished = report.imported is None and not report.has_unfinished_tasks
+    return report.status is RunStatus.INCOMPLETE and is_finished

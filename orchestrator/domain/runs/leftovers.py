@@ -123,7 +123,7 @@ def assess_hub(gone: str, refs: int | None, worktrees: int) -> tuple[LeftoverSta
 
 
 def assess_run(
-    run: str, ended: str, branches: int | None, worktrees: int, *, is_over: bool, include_interrupted: bool
+    run: str, ended: str, branches: int | None, worktrees: int, *, is_finished: bool, include_interrupted: bool
 ) -> tuple[LeftoverStatus, str]:
     """Return the cleanup status of an inactive run's record, with the reason.
 
@@ -131,9 +131,9 @@ def assess_run(
     unreadable), `worktrees` worktrees that may have some. A run that can be resumed is deleted only with
     `include_interrupted`.
     """
-    if not is_over and not include_interrupted:
+    if not is_finished and not include_interrupted:
         return LeftoverStatus.NEEDED, f"can be continued: `council resume {run}`"
-    when = f"{'ended' if is_over else 'interrupted'} on {ended}"
+    when = f"{'ended' if is_finished else 'interrupted'} on {ended}"
     if branches is None:
         return LeftoverStatus.PRESERVED, f"{when}; its branches are unreadable"
     if branches or worktrees:

@@ -132,16 +132,16 @@ class OrphanFinder:
         try:
             if await hub_exists(hub):
                 branches = len(await salvage.list_unmerged_work(Git(hub.trusted, environ=self._environ), run.id))
-            is_over = await self._is_over(run)
+            is_finished = await self._is_finished(run)
         except (GitError, RefusedError):
-            branches, is_over = None, run.ended is not None
+            branches, is_finished = None, run.ended is not None
         left = [one for one in await self.worktrees(run) if one.status is not LeftoverStatus.LEFT_OVER]
         status, reason = assess_run(
-            run.id, ended, branches, len(left), is_over=is_over, include_interrupted=include_interrupted
+            run.id, ended, branches, len(left), is_finished=is_finished, include_interrupted=include_interrupted
         )
         return Leftover(LeftoverKind.RUN, run.id, status, reason, run.hub, run.id)
 
-    async def _is_over(self, run: RunDocument) -> bool:
+    async def _is_finished(self, run: RunDocument) -> bool:
         """Return True if no task of a run can continue.
 
         Raises RefusedError if the run's records are damaged.
@@ -152,7 +152,7 @@ class OrphanFinder:
             raise RefusedError(f"task records of run {run.id} are damaged", "run `council state verify`")
         tasks = task_documents(documents, run.tasks)
         entries = with_subtasks(await read_entries(self._store, run, () if run.imported is None else run.tasks), tasks)
-        return RunRecord(run, tasks, entries, {}).is_over
+        return RunRecord(run, tasks, entries, {}).is_finished
 
     async def _last(self, run: RunDocument) -> float:
         """Return when a run ended or was last changed (wall-clock seconds)."""

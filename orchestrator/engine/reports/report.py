@@ -249,7 +249,7 @@ class RunRecord:
         )
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether the run has ended and no task in it can continue."""
         return self.run.ended is not None and not self.has_open_tasks
 

@@ -141,9 +141,9 @@ class Scheduler:
                     await self._pause()
                     await self._tick(group)
             services.cancel_scope.cancel()
-        is_over = not any(self._board.remaining_adapters(self._ledger.statuses()))
+        is_finished = not any(self._board.remaining_adapters(self._ledger.statuses()))
         was_stopped = self._stopping or self.halted is not None
-        if not is_over and (was_stopped or self._is_unavailable_work_left()):
+        if not is_finished and (was_stopped or self._is_unavailable_work_left()):
             return False
         self.halted = None
         await self._repository_guard.compare()

@@ -108,7 +108,7 @@ class CommandFailed:
 def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, run: str, merge: str = "") -> str:
     """Return a report of commands with missing programs, and how to resume `run`.
 
-    `correction` says how to fix the commands; `merge` says what a commit needs to take effect.
+    `correction` describes the fix; `merge` describes the condition for a commit to take effect.
     """
     pairs = [(command, command.unrunnable) for command in failed if command.unrunnable is not None]
     headlines = [
