@@ -153,7 +153,7 @@ def test_resume_of_a_finished_run_suggests_retry(repository: Repository) -> None
     assert "  after blocked: needs 'need', which did not land" in ended.stdout.splitlines(), ended
     resumed = repository.council("resume")
     assert (resumed.code, resumed.stderr) == (1, ""), resumed
-    assert resumed.stdout.splitlines()[-1] == "The run has ended. Next: council retry TASK", resumed
+    assert resumed.stdout.splitlines()[-1] == "The run has ended. To retry a task: council retry TASK", resumed
 
 
 async def test_detached_run_continues_in_its_own_session(repository: Repository) -> None:
@@ -473,6 +473,20 @@ def test_invalid_branch_is_a_mistake_of_the_option(repository: Repository, optio
     assert "council.yaml" not in wrong.stderr
 
 
+def test_run_warns_of_files_that_sessions_cannot_see(repository: Repository) -> None:
+    """Before the session that lacks the file fails, and not again once the file is committed."""
+    script = repository.top / "agent.sh"
+    script.write_text("echo x > x.txt\n")
+    adapters = {"own": {"use": "command", "argv": ["sh", "agent.sh"]}}
+    config = str(repository.configure([{"id": "a", "prompt": "x", "adapter": "own", "attempts": 1}], adapters=adapters))
+    lacking = repository.council("run", config)
+    assert lacking.code == 1, lacking
+    assert "agent.sh: in your checkout, but not in main, where sessions start" in lacking.stderr
+    repository.commit({"agent.sh": script.read_text()})
+    ended = repository.council("run", config)
+    assert (ended.code, ended.stderr) == (0, ""), ended
+
+
 @pytest.mark.extended
 def test_run_from_elsewhere_names_the_folder_of_its_commands(repository: Repository, tmp_path: Path) -> None:
     """The printed commands find the run in that folder; within the repository nothing more is printed."""
@@ -483,7 +497,7 @@ def test_run_from_elsewhere_names_the_folder_of_its_commands(repository: Reposit
     command = ["council", "run", str(repository.top / "council.yaml")]
     ran = subprocess.run(command, check=False, cwd=folder, env=repository.environ, capture_output=True, text=True)
     last = ran.stdout.splitlines()[-1]
-    assert last == f"Run these commands in the folder of the run: cd {repository.top.resolve()}", ran
+    assert last == f"Run commands about this run in its folder: cd {repository.top.resolve()}", ran
     status = repository.council("status").stdout
     assert "Next: council merge" in status
-    assert "These commands" not in status
+    assert "in its folder" not in status

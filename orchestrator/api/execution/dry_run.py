@@ -13,8 +13,8 @@ from orchestrator.config.adapters import make_trial_request
 from orchestrator.config.coordination import CoordinationOverrides, apply_max_retries, resolve_coordination
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.domain.scheduling.admission import SessionDemand
-from orchestrator.engine.diagnostics.doctor import DoctorInput, run_doctor
-from orchestrator.engine.diagnostics.findings import Level
+from orchestrator.engine.diagnostics.doctor import DoctorInput, check_files, run_doctor
+from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.preflight import delete_run_refs, project_of_config, run_preflight
 from orchestrator.engine.reports.dry_run import DryRun, build_dry_run, starting_adapters
 from orchestrator.engine.scheduler.capacity import measure_capacity
@@ -72,3 +72,12 @@ async def perform_dry_run(
         planned,
         findings=[finding for finding in findings if finding.level is not Level.OK and finding.name not in deferred],
     )
+
+
+async def find_invisible_files(
+    config: RunConfig, plugins: Plugins, *, environ: Mapping[str, str] = os.environ
+) -> list[Finding]:
+    """Return warnings about files that adapters and checks need, and sessions can't see."""
+    site = await find_run_repository(config.repo, is_url=config.is_url, environ=environ)
+    top = None if site.repository is None else site.repository.top
+    return await check_files(config, plugins.adapters, top, environ)

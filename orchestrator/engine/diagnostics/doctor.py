@@ -95,7 +95,7 @@ async def run_doctor(subject: DoctorInput, environ: Mapping[str, str]) -> list[F
         git,
         *inspection.findings,
         *file,
-        *await _check_files(subject, inspection, environ),
+        *([] if subject.run is None else await check_files(subject.run, subject.types, inspection.top, environ)),
         *programs,
         *adapters,
         *found["sandbox"],
@@ -125,22 +125,22 @@ async def _check_adapters(subject: DoctorInput, environ: Mapping[str, str]) -> l
     return found
 
 
-async def _check_files(
-    subject: DoctorInput, inspection: RepositoryInspection, environ: Mapping[str, str]
+async def check_files(
+    run: RunConfig, types: Mapping[str, AdapterType], top: Path | None, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Check that files used by adapters and checks are visible to sessions."""
-    run = subject.run
-    if run is None or inspection.top is None:
+    """Check that files used by adapters and checks are visible to sessions.
+
+    `top` is the checkout of the repository, if there is one.
+    """
+    if top is None:
         return []
-    adapters = used_adapters(run, subject.types)
+    adapters = used_adapters(run, types)
     argvs = [adapters[task.adapter].command(make_trial_request(task.id, task.prompt)).argv for task in run.tasks]
     checks = dict.fromkeys(check for task in run.tasks for check in task.checks)
     programs = {name for check in checks for name in find_programs(check)}  # see `_check_programs`
     words = [*chain.from_iterable(argvs), *chain.from_iterable(map(str.split, checks))]
     scripts = [name for argv in argvs if (name := find_script(argv)) is not None]
-    return await check_referenced_files(
-        run, (word for word in words if word not in programs), scripts, inspection.top, environ
-    )
+    return await check_referenced_files(run, (word for word in words if word not in programs), scripts, top, environ)
 
 
 async def _check_programs(

@@ -48,7 +48,9 @@ from orchestrator.errors import NothingToMerge, RefusedError, StoreUnavailable
 from orchestrator.system.process import start_detached
 
 if TYPE_CHECKING:
+    from orchestrator.config.model import RunConfig
     from orchestrator.engine.reports.dry_run import DryRun
+    from orchestrator.plugins import Plugins
 
 allow_failing_base_option = click.option(
     "--allow-failing-base", is_flag=True, help="Start sessions even if checks fail on the base."
@@ -172,9 +174,15 @@ async def run_file(  # noqa: PLR0917  one for each option
         run = await council.runs.create(
             allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
         )
+        await _warn_of_invisible_files(config, plugins, context.output)
         if detach:
             return await _detach(opened, run)
         return await _execute(opened, run, 0, lambda: council.runs.resume(run, coordination=coordination))
+
+
+async def _warn_of_invisible_files(config: RunConfig, plugins: Plugins, output: Output) -> None:
+    for line in finding_lines(await execution.find_invisible_files(config, plugins)):
+        output.notice(line)
 
 
 def _show_plan(plan: DryRun, output: Output, *, mermaid: bool) -> int:
@@ -393,7 +401,7 @@ async def _execute(
     `was_finished`: its tasks had ended before.
     """
     council = context.council
-    context.interrupt.stop = council.stop
+    context.interrupt.stop, context.log.run = council.stop, run
     with suppress(RefusedError):  # `execute` reports it better
         if not await council.runs.is_live(run):
             await anyio.to_thread.run_sync(_remove_background_error, council.project.background_log(run))
