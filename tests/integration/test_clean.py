@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -89,7 +90,7 @@ async def test_clean_removes_a_finished_run_completely(repository: Repository) -
         assert (listed.code, listed.result["freed"], found(listed), slot_statuses(listed)) == (0, 0, [], {"ready"})
     printed = repository.council("clean", "--yes", "--preserved").stdout
     assert "no leftovers to remove" in printed
-    assert "ready for the next run: --pool removes it" in printed
+    assert re.search(r"^1 idle worktree \(.+\) ready for the next run: --pool removes it$", printed, re.MULTILINE)
     await repository.assert_invariants()
     assert list(hub_of(repository).slots.iterdir())
     removed = repository.council("clean", "--yes", "--pool", "--json")

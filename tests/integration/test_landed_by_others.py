@@ -129,7 +129,7 @@ async def test_conflict_merged_by_a_person_counts_as_landed(repository: Reposito
     repository.remember()
     resumed = repository.council("resume")
     states = repository.council("status", "--json").states
-    assert ("The run has ended. Next: council retry TASK" in resumed.stdout) is not is_merged, resumed
+    assert ("The run has ended. To retry a task: council retry TASK" in resumed.stdout) is not is_merged, resumed
     if not is_merged:
         assert (resumed.code, states[task]) == (1, "conflict"), resumed
         return

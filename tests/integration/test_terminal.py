@@ -175,7 +175,7 @@ def test_second_ctrl_c_leaves_a_usable_terminal(repository: Repository, start: S
     terminal.type("\x03")
     assert terminal.wait() == 130
     assert terminal.cursor_is_shown
-    assert terminal.row("council: stopped; `council") != ""
+    assert terminal.row("council: stopped; `council resume 2") != ""
     gate.touch()
 
 

@@ -38,6 +38,19 @@ async def test_lock_timeout_is_not_an_internal_error(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("run", "command"), [(None, "council resume"), ("20260102-ab", "council resume 20260102-ab")])
+def test_internal_error_names_the_run_that_it_interrupted(
+    capsys: pytest.CaptureFixture[str], run: str | None, command: str
+) -> None:
+    """`council resume` alone would resume the newest run, which may be another one."""
+    log = ErrorLog()
+    log.run = run
+    with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=False), log):
+        raise ZeroDivisionError
+    assert end.value.code == 3
+    assert f": `{command}` continues the run." in capsys.readouterr().err
+
+
 def read_head(path: Path) -> bytes:
     """Read from an open file."""
     with path.open("rb") as file:

@@ -147,6 +147,11 @@ def test_active_task_of_an_inactive_run_is_interrupted() -> None:
     assert [row.status for row in result_rows(replace(report, status=RunStatus.RUNNING), {})] == ["running", "checking"]
 
 
+def test_several_conflicts_are_counted_in_the_plural() -> None:
+    report = run(*(task("conflict", id=name) for name in "abc"), task("no_change", id="d"), task("no_change", id="e"))
+    assert state_counts(report) == ["3 conflicts", "2 no change"]
+
+
 def test_merged_run_names_the_run_that_merged_it() -> None:
     """Each of the two runs names the other."""
     landed = run(task("landed", landed=COMMIT), status=RunStatus.LANDED)

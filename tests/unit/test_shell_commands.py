@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.sessions.shell_commands import find_missing_program, find_programs
+from orchestrator.sessions.setup.shell import CommandFailed
 
 COMMANDS: list[tuple[str, list[str]]] = [
     ("pytest -q", ["pytest"]),
@@ -59,3 +61,29 @@ def test_missing_program_is_named_by_the_shell_message(
     )
     assert done.returncode in {126, 127}
     assert find_missing_program(f"other; {command}", done.stdout) == program
+
+
+NODE_TEST = "not ok 1 - greets\n1..1\n# tests 1\n# pass 0\n# fail 1\n# cancelled 0\n# todo 0\n# duration_ms 479.65\n"
+SPEC = NODE_TEST.replace("#", "\N{INFORMATION SOURCE}")
+
+
+@pytest.mark.parametrize(
+    ("output", "last"),
+    [
+        (NODE_TEST, "# fail 1"),
+        (f"{SPEC}npm notice\nnpm notice New version!\n", "\N{INFORMATION SOURCE} fail 1"),
+        (
+            "npm error Missing script: x\nnpm error\nnpm error A complete log of this run can be found in: /a/b.log\n",
+            "npm error Missing script: x",
+        ),
+        (
+            "npm ERR! Test failed.\n\nnpm ERR! A complete log of this run can be found in:\nnpm ERR!     /a/b.log\n",
+            "npm ERR! Test failed.",
+        ),
+        ("# duration_ms 3\n", "# duration_ms 3"),
+    ],
+)
+def test_lines_below_the_cause_are_no_reason(output: str, last: str) -> None:
+    """Reports show the last line of the reason: it must not be a duration, a zero count or the path of a log."""
+    failed = CommandFailed("npm test", "ended with exit code 1", output, Path("log"))
+    assert failed.describe("on the merged tree").splitlines()[-1] == last

@@ -120,10 +120,10 @@ def test_finished_run_names_the_command_that_retries_a_task() -> None:
     """As the last of the ten lines, for a resume with nothing to resume."""
     failed = run(*(task("failed", id=f"t{n}", reason="no") for n in range(9)))
     shown = summary_lines(failed, is_newest=False, was_finished=True)
-    assert shown[-1] == "The run has ended. Next: council retry TASK --run run"
+    assert shown[-1] == "The run has ended. To retry a task: council retry TASK --run run"
     assert shown[-2].endswith("more: council status --run run")
     assert len(shown) <= MAX_LINES
-    assert summary_lines(failed, was_finished=True)[-1] == "The run has ended. Next: council retry TASK"
+    assert summary_lines(failed, was_finished=True)[-1] == "The run has ended. To retry a task: council retry TASK"
 
 
 def many(one: TaskReport) -> list[str]:

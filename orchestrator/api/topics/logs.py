@@ -234,7 +234,7 @@ def no_attempt_error(run: RunDocument, task: str, document: TaskDocument) -> Ref
     if document.status in FINAL_STATUSES:
         reason = f" ({document.reason})" if document.reason else ""
         message = f"task {task!r} never started: it was {document.status.replace('_', ' ')}{reason}"
-        return RefusedError(message, f"`council retry {shlex.quote(task)} --run {run.id}` starts it")
+        return RefusedError(message, f"`council retry {shlex.quote(task)} --run {run.id}` queues it")
     message, status = f"task {task!r} has not started yet", f"`council status --run {run.id}`"
     if run.halted is None:
         return RefusedError(message, f"{status} shows what it waits for")

@@ -146,7 +146,7 @@ class CouncilContext(CommandContext):
         top = council.project.top.resolve()
         if not output.as_json and not explicit_store_url() and not Path.cwd().is_relative_to(top):
             output.text(
-                printable(f"Run these commands in the folder of the run: cd {shlex.quote(str(top))}\n", keep="\n")
+                printable(f"Run commands about this run in its folder: cd {shlex.quote(str(top))}\n", keep="\n")
             )
         return report.exit_code if code is None else code
 
@@ -229,7 +229,7 @@ def run_command(command: Callable[[CommandContext], Awaitable[int | None]], *, i
     output, log = Output(wants_json()), ErrorLog()
 
     async def guarded() -> int:
-        context = CommandContext(output, log, InterruptHandler(output))
+        context = CommandContext(output, log, InterruptHandler(output, log))
         return await context.interrupt.guard(command(context))
 
     # Imported modules and the documents of a large run stay in memory: searching them for cycles takes half of the time

@@ -53,6 +53,13 @@ class ErrorLog:
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self.run: str | None = None
+        """The run that the command executes."""
+
+    @property
+    def resume(self) -> str:
+        """The command that resumes the run."""
+        return "council resume" if self.run is None else f"council resume {self.run}"
 
     def write(self, error: BaseException) -> Path | None:
         """Append the error with its traceback, and return the path of the log.
@@ -87,14 +94,17 @@ def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
         error = _root_cause(raised)
         if isinstance(error, click.exceptions.Exit | click.ClickException):
             raise error from None
-        code, result, message = _describe(error, partial(log.write, raised))
+        code, result, message = _describe(error, partial(log.write, raised), log.resume)
         redactor = _redactor()
         output.failure({**redactor.json(result), "exit": code}, redactor.text(message))
         sys.exit(code)
 
 
-def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tuple[int, JsonObject, str]:
-    """Return the exit code, JSON object and text of an error; log internal errors."""
+def _describe(error: BaseException, write_log: Callable[[], Path | None], resume: str) -> tuple[int, JsonObject, str]:
+    """Return the exit code, JSON object and text of an error; log internal errors.
+
+    `resume` is the command that resumes the run.
+    """
     if isinstance(error, OSError):
         name_failed_file(error)
         error = to_permission_refusal(error) or error
@@ -113,7 +123,7 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None]) -> tup
         return EXIT_TAKEN_OVER, {"status": "taken_over", "error": str(error)}, f"council: {error}"
     path = write_log()
     message = str(error) if isinstance(error, CouncilError) else f"internal error: {type(error).__name__}: {error}"
-    state = "The recorded state is intact: `council resume` continues the run."
+    state = f"The recorded state is intact: `{resume}` continues the run."
     if isinstance(error, StateLost):
         state = "Some recorded state is lost."
     details = "" if path is None else f" Details: {path}"

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 from anyio.abc import TaskStatus
 
-from orchestrator.cli.core.error_boundary import EXIT_INTERRUPTED
+from orchestrator.cli.core.error_boundary import EXIT_INTERRUPTED, ErrorLog
 from orchestrator.cli.render.output import Output
 
 _TERMINATING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -25,8 +25,9 @@ class InterruptHandler:
     The first signal calls `stop` if the command has set it, or else cancels the command.
     """
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, log: ErrorLog) -> None:
         self._output = output
+        self._log = log
         self.is_stopping = False
         """Whether a signal was received."""
         self.stop: Callable[[], None] | None = None
@@ -53,7 +54,7 @@ class InterruptHandler:
                     # is sufficient for `resume`.
                     self._output.failure(
                         {"status": "interrupted", "exit": EXIT_INTERRUPTED},
-                        "council: stopped; `council resume` continues the run",
+                        f"council: stopped; `{self._log.resume}` continues the run",
                     )
                     sys.stdout.flush()
                     os._exit(EXIT_INTERRUPTED)

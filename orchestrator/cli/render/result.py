@@ -15,6 +15,7 @@ from orchestrator.cli.render.text import (
     format_age,
     format_line_counts,
     one_line,
+    pluralize,
     printable,
     short_name,
     wrapped,
@@ -138,7 +139,10 @@ def landed_summary(report: RunReport) -> str:
 def state_counts(report: RunReport) -> list[str]:
     """Return the number of tasks in each unsuccessful state, most frequent first."""
     states = Counter(format_state(task.status, report) for task in report.tasks if task.status not in SUCCESS_STATUSES)
-    return [f"{count} {state}" for state, count in states.most_common()]
+    conflict = TaskStatus.CONFLICT.record.label  # the only label that is a noun with a plural
+    return [
+        pluralize(count, state) if state == conflict else f"{count} {state}" for state, count in states.most_common()
+    ]
 
 
 def result_lines(rows: Sequence[ResultRow]) -> Iterator[str]:
@@ -183,7 +187,7 @@ def next_step_hints(report: RunReport) -> Iterator[str]:
 
 def retry_hint(report: RunReport, *, is_newest: bool) -> str:
     """Return the next command for an ended run in which nothing can be resumed."""
-    return f"The run has ended. Next: council retry TASK{'' if is_newest else f' --run {report.run}'}"
+    return f"The run has ended. To retry a task: council retry TASK{'' if is_newest else f' --run {report.run}'}"
 
 
 def next_line(report: RunReport) -> Iterator[str]:

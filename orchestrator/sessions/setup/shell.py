@@ -6,6 +6,7 @@ Only their result and output leave the sandbox.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,11 @@ _MAX_COMMAND_CHARS = 80
 _GIT_TIMEOUT = 10.0  # seconds
 #: Lines and characters of the output tail in messages. Installers print the cause above their last lines.
 _TAIL_LINES, _TAIL_CHARS = 15, 2000
-_NOTE_PREFIXES = ("[notice]", "npm notice", "note:", "hint:")
+#: Lines that programs print below the cause of a failure: notes, the path of npm's own log, durations and zero counts.
+_TRAILER = re.compile(
+    r"\s*(\[notice\]|npm notice|note:|hint:|npm (error|ERR!)( *$| +A complete log| +/)"
+    r"|[#\N{INFORMATION SOURCE}] (duration_ms \S+|\w+ 0)$|$)"
+)
 _MAX_DENIED_HOSTS = 5  # in messages
 _MAX_NAMED_COMMANDS = 5  # in messages
 
@@ -98,9 +103,9 @@ class CommandFailed:
 
     @property
     def output_tail(self) -> str:
-        """Return the end of the output, without notes that installers print below errors."""
+        """Return the end of the output, without what programs print below the cause."""
         lines = self.output.strip().splitlines()
-        while len(lines) > 1 and (not lines[-1].strip() or lines[-1].lstrip().startswith(_NOTE_PREFIXES)):
+        while len(lines) > 1 and _TRAILER.match(lines[-1]):
             lines.pop()
         return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_CHARS:]
 

@@ -15,7 +15,7 @@ from orchestrator.cli.core.command import CommandContext, async_command, open_co
 from orchestrator.cli.core.confirm import ask_yes_no, can_prompt, yes_option
 from orchestrator.cli.core.options import parse_duration_option
 from orchestrator.cli.render.output import Output
-from orchestrator.cli.render.text import printable
+from orchestrator.cli.render.text import pluralize, printable
 from orchestrator.domain.runs.leftovers import Leftover, LeftoverKind, LeftoverStatus
 from orchestrator.domain.settings.quantities import format_size_short
 from orchestrator.errors import RefusedError
@@ -135,7 +135,7 @@ def _summary(found: Sequence[Leftover], going: Sequence[Leftover]) -> Iterator[s
     if stays := [one for one in found if _is_preserved(one) and one not in going]:
         yield f"{_total(stays)} with work that may exist nowhere else: --preserved removes {_pronoun(stays)}"
     if ready := [one for one in found if one.status is LeftoverStatus.READY and one not in going]:
-        yield f"{_total(ready)} ready for the next run: --pool removes {_pronoun(ready)}"
+        yield f"{_total(ready, 'idle worktree')} ready for the next run: --pool removes {_pronoun(ready)}"
     needed = [one for one in found if one.status is LeftoverStatus.NEEDED]
     for run in dict.fromkeys(one.run for one in needed):
         yield f"{_total([one for one in needed if one.run == run])} needed by `council resume {run}`"
@@ -145,9 +145,8 @@ def _pronoun(some: Sequence[Leftover]) -> str:
     return "it" if len(some) == 1 else "them"
 
 
-def _total(some: Sequence[Leftover]) -> str:
-    noun = "leftover" if len(some) == 1 else "leftovers"
-    return f"{len(some)} {noun} ({format_size_short(sum(one.bytes for one in some))})"
+def _total(some: Sequence[Leftover], noun: str = "leftover") -> str:
+    return f"{pluralize(len(some), noun)} ({format_size_short(sum(one.bytes for one in some))})"
 
 
 async def _confirm_removal(output: Output, going: Sequence[Leftover]) -> bool:
