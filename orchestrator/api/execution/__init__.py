@@ -1,8 +1,8 @@
 """Creation and execution of runs in this process, and requests on runs.
 
 `RunExecutor` runs tasks, `RunController` performs requests of a user, `perform_dry_run` checks a run without starting
-it, `find_invisible_files` warns of files that sessions can't see. Each is imported on first use: commands that only show
-a run need none of them, and no command needs all.
+it, `find_invisible_files` warns of files that sessions can't see. Each is imported on first use: commands that only
+show a run need none of them, and no command needs all.
 """
 
 from __future__ import annotations
