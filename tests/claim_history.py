@@ -96,7 +96,7 @@ class ClaimHistory:
 
     def _work(self, key: Key, written: tuple[str, int, str], before: dict[str, Claim]) -> Iterator[str]:
         task, epoch, owner = written
-        # The commit that acquires or releases a claim may write under it, too.
+        # The commit that acquires or releases a claim may write under it too.
         claims = [one for one in (before.get(task), self.claims.get(task)) if one is not None and one.released is None]
         if not any((one.epoch, one.owner.id) == (epoch, owner) for one in claims):
             now = self.claims.get(task)

@@ -27,7 +27,7 @@ from tests.hypothesis_settings import DEFAULT_EXAMPLES, example_settings
 from tests.invariants import RunUnderTest, assert_invariants
 from tests.sandboxes import default_sandbox
 
-# Signals ignored because the tests run in the background would be ignored by the programs under test, too.
+# Signals ignored because the tests run in the background would be ignored by the programs under test too.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)

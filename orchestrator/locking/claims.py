@@ -86,7 +86,7 @@ class Claims:
         return self._held.get(task)
 
     async def read(self, task: str) -> Claim | None:
-        """Return the claim on a task, whoever owns it, or None if missing or damaged."""
+        """Return the claim on a task of any owner, or None if missing or damaged."""
         return _read(await self._store.get(claim_key(self._others.run, task)))
 
     async def verdict(self, task: str, *, ignored_reason: str | None = None) -> ClaimVerdict:

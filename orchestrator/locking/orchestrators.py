@@ -195,7 +195,7 @@ class PeerObserver:
             self._renewed = math.inf  # once
 
     def _seconds_unchanged(self, run: str, record: OrchestratorLease) -> float:
-        """Return for how many seconds a heartbeat was observed without a long gap."""
+        """Return the time in seconds for which a heartbeat was observed without a long gap."""
         self._forget_if_late()
         now, seen = self._clock.monotonic(), self._seen.get((run, record.owner.id))
         # After a suspension of this process or machine, start again: the peer may also have been suspended.

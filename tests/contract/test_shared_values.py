@@ -192,7 +192,7 @@ async def test_longest_key_is_accepted(sharing: SharedValues) -> None:
 
 
 async def test_secrets_are_neither_keys_nor_values(sharing: SharedValues) -> None:
-    """Field names are redacted, too."""
+    """Field names are also redacted."""
     put = await sharing.put("k", {SECRET: [f"key {SECRET}"]})
     assert put.value == {REDACTED: [f"key {REDACTED}"]}
     assert await sharing.get("k") == put

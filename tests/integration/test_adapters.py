@@ -154,7 +154,7 @@ DENIED = {
 @pytest.mark.extended_variants
 @pytest.mark.parametrize("use", DENIED)
 async def test_denied_tool_is_reported_by_each_command(bench: Bench, use: str) -> None:
-    """A session that was denied everything has this as its reason; one that worked all the same shows it, too."""
+    """A session that was denied everything has this as its reason; one that worked all the same shows it too."""
     step, reported = DENIED[use]
     ended = bench.run(use, f"{step}\nsay x", f"{step}\nwrite a.txt x")
     assert ended.states == {"t0": "no_change", "t1": "landed"}, ended

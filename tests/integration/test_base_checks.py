@@ -343,7 +343,7 @@ async def test_missing_program_of_a_check_is_not_a_failure_of_the_task(
 
 @pytest.mark.extended
 def test_missing_programs_of_all_tasks_are_named(repository: Repository) -> None:
-    """Those of other checks, too, within ten lines of 80 columns; the printed reload names all of these tasks."""
+    """Those of other checks too, within ten lines of 80 columns; the printed reload names all of these tasks."""
     checks = {"a": ["no-such-a"], "b": ["true", "no-such-b --all"], "c": ["true"], "d": ["no-such-a", "no-such-d"]}
     tasks = [{"id": name, "prompt": f"write {name}.txt x", "checks": check} for name, check in checks.items()]
     ended = repository.council("run", str(repository.configure(tasks)))

@@ -159,7 +159,7 @@ async def test_violation_is_found_and_named(repository: Repository) -> None:
 
 
 async def test_violation_is_printed_for_people_and_programs(repository: Repository) -> None:
-    """The exit code reports it, too, so that a test of a run can't pass."""
+    """The exit code reports it too, so that a test of a run can't pass."""
     run = landed(repository)
     await write(repository, Key("handoff", f"{run}/t/1"), no_receipts)
     report = repository.council("check", "--json")

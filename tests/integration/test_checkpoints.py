@@ -222,7 +222,7 @@ async def test_active_run_is_restored_only_by_force(repository: Repository) -> N
 
 
 async def test_active_run_creates_checkpoints_by_the_clock(repository: Repository) -> None:
-    """One every five minutes, of which the newest twelve are kept; manual ones are kept, too."""
+    """One every five minutes, of which the newest twelve are kept; manual ones are also kept."""
     path = repository.configure(
         [{"id": "long", "prompt": "hang", "attempts": 1, "timeout": "10h", "idle_timeout": "10h"}]
     )

@@ -1,4 +1,4 @@
-"""Many processes claim from one queue in a store: each task runs once, whatever process is killed or stopped."""
+"""Many processes claim from one queue in a store: each task runs once, even if processes are killed or stopped."""
 
 from __future__ import annotations
 

@@ -504,7 +504,7 @@ async def test_clean_on_a_terminal_asks_once(repository: Repository, answer: str
 
 
 async def test_clean_follows_no_link(repository: Repository) -> None:
-    """A link in our folders leads to files of others, whatever its name."""
+    """A link in our folders leads to files of others, regardless of its name."""
     run, hub = run_once(repository, {"id": "a", "prompt": "write a.txt 1"}), hub_of(repository)
     theirs = repository.top.parent / "theirs"
     names = ("a.1/tree/file", "a.1.check/file", "trusted.git/config", "notes", "7/tree/file", "tree/file")
@@ -538,7 +538,7 @@ async def test_clean_follows_no_link(repository: Repository) -> None:
 
 
 async def test_folder_that_only_looks_like_a_partial_hub_stays(repository: Repository) -> None:
-    """Our folders are recognized by their content, too: COUNCIL_HOME may contain anything."""
+    """Our folders are also recognized by their content: COUNCIL_HOME may contain anything."""
     run_once(repository, {"id": "a", "prompt": "write a.txt 1"})
     photos = home_of(repository) / "photos-20200101abcd.new"
     photos.mkdir()

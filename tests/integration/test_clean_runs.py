@@ -145,7 +145,7 @@ async def test_restored_run_has_a_new_epoch(repository: Repository) -> None:
 
 
 async def test_active_run_is_never_removed(repository: Repository) -> None:
-    """It is not listed; a run that becomes active after the list was made stays, too."""
+    """It is not listed; a run that becomes active after the list was made stays too."""
     run = run_once(repository, LANDS)
     async with later(repository, 8) as council:
         hub = await RunIndex(council._context).hub(await read_run(council._context.store, run))

@@ -58,7 +58,7 @@ def bob(key: Key, value: JsonObject | None, base: int | None = None) -> Document
 
 
 async def put(store: Store, key: Key, value: JsonObject | None) -> None:
-    """Write a document, whatever its version."""
+    """Write a document, regardless of its version."""
     found = await store.get(key)
     await store.commit(Commit([Write(key, found.version if found else 0, value)]))
 

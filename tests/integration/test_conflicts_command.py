@@ -49,7 +49,7 @@ async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Re
 
 
 async def change(repository: Repository, key: Key, value: dict[str, Any] | None) -> None:
-    """Write a document, whatever its version."""
+    """Write a document, regardless of its version."""
     async with FileStore.open(repository.log, ManualClock(RUN_STARTED + 200)) as store:
         found = await store.get(key)
         await store.commit(Commit([Write(key, found.version if found else 0, value)]))

@@ -513,7 +513,7 @@ async def test_blocked_task_names_what_to_retry(repository: Repository) -> None:
 
 
 async def test_all_runs_are_listed(repository: Repository) -> None:
-    """Each with its outcome; an earlier run's preserved work is listed, too, and found by the run's name."""
+    """Each with its outcome; an earlier run's preserved work is also listed, and found by the run's name."""
     repository.council(
         "run", str(repository.configure([{"id": "bad", "prompt": "write b.txt b\nexit 1", "attempts": 1}]))
     )

@@ -332,7 +332,7 @@ async def test_killed_repair_continues(council: Council, repository: Repository,
 
 
 def test_each_kind_is_known(council: Council) -> None:
-    """Every document that the project's runs have recorded is readable, whatever its kind."""
+    """Every document that the project's runs have recorded is readable, regardless of its kind."""
     assert {"run", "task", "spec", "lease", "claim", "orchestrator"} <= DOCUMENT_KINDS
 
 

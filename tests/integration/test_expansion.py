@@ -384,7 +384,7 @@ async def test_checkpoint_before_a_plan_keeps_its_work(repository: Repository) -
 async def test_plan_gives_its_tasks_no_more_than_its_own(
     repository: Repository, limit: str, owned: str, steps: list[str]
 ) -> None:
-    """A path that a plan names as a file's is a folder's, too, with everything below it."""
+    """A path that a plan names as a file's is also a folder's, with everything below it."""
     made = plan(planned("part", *steps, owns=[owned]))
     path = expanding(repository, [f"in plan hand-over {made}"], own={"owns": [limit], "attempts": 1})
     run = repository.council("run", path, "--json")

@@ -226,7 +226,7 @@ async def test_idle_timeout_ends_a_silent_session(repository: Repository) -> Non
 
 
 async def test_priority_decides_the_start_order(repository: Repository) -> None:
-    """With capacity one, the higher priority starts first, whatever the order of the file."""
+    """With capacity one, the higher priority starts first, regardless of the order of the file."""
     tasks = [{"id": f"p{value}", "prompt": f"write {value}.txt x", "priority": value} for value in (1, 3, 2)]
     ended = repository.council("run", str(repository.configure(tasks, capacity=1)), "--json")
     started = [line["task"] for line in ended.lines if line.get("event") == "task.started"]

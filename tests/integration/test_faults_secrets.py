@@ -1,4 +1,4 @@
-"""Secrets are found in no stored file, whatever the agent tries; and prompt injections have no effect."""
+"""No stored file contains secrets, regardless of what the agent tries; and prompt injections have no effect."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ BRANCHES: list[dict[str, Any]] = [
 @pytest.mark.extended
 @pytest.mark.parametrize("target", ["own", "main"])
 def test_branch_in_any_output_exists(repository: Repository, target: str) -> None:
-    """In the user's repository, whatever the state of its task; other work is named as `salvage` accepts it."""
+    """In the user's repository, regardless of the state of its task; other work is named as `salvage` accepts it."""
     path = own_branch(repository, BRANCHES) if target == "own" else repository.configure(BRANCHES)
     printed = [repository.council("run", str(path), "-v")]
     states = repository.council("status", "--json").states

@@ -114,7 +114,7 @@ async def test_interrupted_landing_keeps_later_changes_of_the_user(repository: R
 
 
 async def test_planted_programs_never_run_outside_of_the_session(repository: Repository, tmp_path: Path) -> None:
-    """Filters, hooks, fsmonitor, external diff and signing that an agent configures run in no command of ours."""
+    """Filters, hooks, fsmonitor, external diff and signing that an agent configures never run in our git commands."""
     marker = tmp_path / "it-ran"
     evil = tmp_path / "evil"
     plant(evil, f"touch {marker}; cat")

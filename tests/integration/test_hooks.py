@@ -182,7 +182,7 @@ async def test_steps_run_up_to_the_first_failure(checkout: HookCheckout) -> None
 
 @pytest.mark.extended_variants
 async def test_reporting_hook_prevents_nothing(checkout: HookCheckout) -> None:
-    """Each command of a teardown runs, whatever the outcome of the others."""
+    """Each command of a teardown runs, regardless of the outcome of the others."""
     lines = ["echo 1 >>ran; false", "echo 2 >>ran", "echo 3 >>ran; exit 4"]
     outcomes = await run_all(checkout.shell, teardown_commands(lines, 60.0, checkout.logs, 7))
     assert [one.how_it_ended for one in outcomes if isinstance(one, CommandFailed)] == [

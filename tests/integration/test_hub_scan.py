@@ -14,7 +14,7 @@ from orchestrator.repo.worktrees.worktrees import list_worktrees
 
 
 def test_folder_removed_during_the_scan_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The removal of the last session removes the run's folder, too."""
+    """The removal of the last session removes the run's folder too."""
     hub = Hub(tmp_path / "hub")
     folder = hub.sessions / "run"
     folder.mkdir(parents=True)

@@ -635,7 +635,7 @@ async def test_killed_landing_of_another_run_is_reported_with_its_repair(reposit
 
 
 async def test_changes_reverted_by_the_user_after_a_push_stay_reverted(repository: Repository, tmp_path: Path) -> None:
-    """The push updated the checkout, which is still on the branch, whatever the state of other worktrees."""
+    """The push updated the checkout, which is still on the branch, regardless of the state of other worktrees."""
     landing = await Landing.prepare(repository, tmp_path)
     hook = repository.top / ".git/hooks/post-receive"
     hook.parent.mkdir(exist_ok=True)

@@ -492,7 +492,7 @@ async def test_checkpoints_of_an_imported_run_work(repository: Repository) -> No
 
 
 async def test_state_below_a_project_counts(repository: Repository) -> None:
-    """A folder with an earlier state format within a project is no separate project."""
+    """A folder with an earlier state format within a project is not a separate project."""
     write(repository, LEGACY_FILE, STATE)
     assert repository.council("runs").code == 0
     inner = Repository(repository.top / "vendor", repository.environ, repository.spawns)

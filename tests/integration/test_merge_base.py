@@ -1,4 +1,4 @@
-"""A merge contains the changes between the work and its base, however many landings came since."""
+"""A merge contains the changes between the work and its base, regardless of the number of landings since."""
 
 from __future__ import annotations
 

@@ -466,7 +466,7 @@ def test_requests_are_recorded_without_credentials(server: ModelServer, api: Api
 
 
 def test_side_requests_use_no_step_and_no_failure(server: ModelServer) -> None:
-    """A request for a title contains the prompt, too, but neither fails nor writes."""
+    """A request for a title contains the prompt too, but neither fails nor writes."""
     prompt = "fail 500 1\nwrite a.txt x"
     api = APIS[2]
     path, body = api.ask(f"Generate a title for this conversation:\n{prompt}", True, 0, False)
@@ -511,7 +511,7 @@ def test_later_instructions_start_a_part_at_its_first_step(server: ModelServer) 
 
 
 def test_tool_of_a_server_is_called_by_its_own_name(server: ModelServer) -> None:
-    """Whatever prefix the client adds; arguments that are no JSON object call nothing."""
+    """Whatever prefix the client adds; arguments that are not a JSON object call nothing."""
     path, body = anthropic_ask('call broken {"a": }\ncall submit_handoff {"data": {"a": [1]}}', False, 0, True)
     body["tools"].append({"name": "mcp__council__submit_handoff", "input_schema": {"type": "object"}})
     heard = anthropic_read(post(server, path, body).raw, False)

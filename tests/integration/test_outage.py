@@ -220,7 +220,7 @@ async def test_lost_state_is_not_waited_for(tmp_path: Path, mode: Literal["pause
 
 @pytest.mark.parametrize("mode", ["pause", "continue"])
 async def test_full_disk_is_waited_for(tmp_path: Path, mode: Literal["pause", "continue"]) -> None:
-    """Also in fork mode, if the fork's disk is full, too; nothing is lost once there is space."""
+    """Also in fork mode with a full disk of the fork; nothing is lost once there is space."""
     began = anyio.Event()
 
     async def tell(event: TypedEvent) -> None:
@@ -410,7 +410,7 @@ async def test_short_interruption_is_not_an_outage(scene: Scene) -> None:
 
 
 async def test_commit_with_an_early_lost_reply_is_applied_once(scene: Scene) -> None:
-    """The fork makes it, too, since its outcome is unknown, and recognizes it at the replay."""
+    """The fork makes it too, since its outcome is unknown, and recognizes it at the replay."""
     async with scene.opened("continue") as store:
         await store.list("task")
         scene.line.lost_answers = 1

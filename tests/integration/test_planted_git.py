@@ -1,4 +1,4 @@
-"""Sessions that plant configuration, hooks, links, alternates and refs: no git command of ours runs or follows them."""
+"""Sessions that plant configuration, hooks, links, alternates and refs, which our git commands never run or follow."""
 
 from __future__ import annotations
 

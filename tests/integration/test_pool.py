@@ -520,7 +520,7 @@ async def test_damaged_slots_are_not_used(hub_fixture: HubFixture, damage: str) 
 
 
 async def test_preserved_session_keeps_its_slot(hub_fixture: HubFixture) -> None:
-    """It does not count, no pool touches it, and removing the session removes the slot, too."""
+    """It does not count, no pool touches it, and removing the session removes the slot too."""
     commit = await hub_fixture.fetch()
     async with hub_fixture.open(slots=1) as pool:
         worktree, checkout = await hub_fixture.begin(pool, "kept", commit)

@@ -313,7 +313,7 @@ async def test_documents_without_a_slot_are_taken_over(store: Store, ports: rang
 
 
 async def test_ports_of_a_live_slot_are_not_taken_over(store: Store, ports: range, tmp_path: Path) -> None:
-    """A file that names the ports of a slot of another home, as a copy or a lost race leaves it, is no proof."""
+    """A file that names the ports of a slot of another home, left by a copy or a lost race, proves nothing."""
     ours, theirs = make_slot(tmp_path / "a", 1), make_slot(tmp_path / "b", 1)
     leases = leases_of(store, ports)
     before = await leases.lease(theirs)

@@ -69,7 +69,7 @@ def test_unsuitable_server_is_refused(settings: dict[str, Any], what: str) -> No
     "url", ["postgresql://host:port/db", "postgresql://host/db?pool=3", "postgresql://host/db?schema=a-b"]
 )
 def test_invalid_url_is_refused(url: str) -> None:
-    """An unknown option is invalid, too."""
+    """An unknown option is also invalid."""
     with pytest.raises(RefusedError):
         parse_url(url)
 
@@ -314,7 +314,7 @@ async def test_statements_of_a_commit_use_indexes() -> None:
 
 
 async def test_views_show_the_state_to_other_programs() -> None:
-    """A value that jsonb can't contain is readable there, too."""
+    """A value that jsonb can't contain is also readable there."""
     async with PostgresStore.open(empty_store_url()) as store:
         value = {"text": "a\0b", "big": 2**70}
         await store.commit(Commit([Write(TASK, 0, value), Write(LEASE, 0, {"epoch": 3}, ttl=60)]))

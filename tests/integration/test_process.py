@@ -127,7 +127,7 @@ HOLDER_OF_TWO = (
 
 @pytest.mark.parametrize("is_replaced", [False, True])
 async def test_frozen_command_does_not_outlive_its_starter(tmp_path: Path, is_replaced: bool) -> None:
-    """It and its children are killed and its lock is free; a replaced keeper process knows it, too."""
+    """It and its children are killed and its lock is free; a replaced keeper process knows it too."""
     with subprocess.Popen([sys.executable, "-c", HOLDER_OF_TWO, f"sleep 1; {FROZEN}"], cwd=tmp_path) as starter:
         wait_for((tmp_path / "pid").exists)
         if is_replaced:

@@ -85,7 +85,7 @@ async def test_preserved_work_is_listed_and_found(session: SessionWorktree, work
 
 
 async def test_diff_is_shown(session: SessionWorktree, work: str) -> None:
-    """As a patch or a summary, with colors on request, whatever the file names."""
+    """As a patch or a summary, with colors on request, regardless of the file names."""
     shown = await diff_commits(session.git, session.base, work)
     assert b'"b/new\\nline"' in shown
     assert b"rename to src/main.py" in shown

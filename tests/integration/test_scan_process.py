@@ -61,7 +61,7 @@ async def test_few_files_start_no_process(stamps: TreeSnapshot) -> None:
 
 
 async def test_dead_scan_process_is_replaced(stamps: TreeSnapshot) -> None:
-    """A thread of ours answers, and the next request starts another process."""
+    """A thread of this process answers, and the next request starts another process."""
     async with FileScanner.open() as walker:
         await walker.run(stamps.compare, MANY)
         (first,) = walkers()
@@ -74,7 +74,7 @@ async def test_dead_scan_process_is_replaced(stamps: TreeSnapshot) -> None:
 
 
 async def test_hanging_scan_process_is_abandoned(stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a timeout a thread of ours answers, and the process is killed."""
+    """After a timeout a thread of this process answers, and the process is killed."""
     monkeypatch.setattr(scan_process, "_EXIT_TIMEOUT", 0.01)
     async with FileScanner.open() as walker:
         await walker.run(stamps.compare, MANY)
@@ -87,7 +87,7 @@ async def test_hanging_scan_process_is_abandoned(stamps: TreeSnapshot, monkeypat
 
 @pytest.mark.parametrize("said", ["Fatal Python error: init_fs_encoding", "Could not find libraries", ""])
 async def test_invalid_answer_is_not_used(stamps: TreeSnapshot, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
-    """Whatever a broken interpreter prints, a thread of ours answers."""
+    """Whatever a broken interpreter prints, a thread of this process answers."""
     argv = ["sh", "-c", f"echo {said!r}"]
     monkeypatch.setattr(process, "internal_program", lambda *_: (argv, dict(os.environ)))
     async with FileScanner.open() as walker:

@@ -456,7 +456,7 @@ async def test_invalid_requests_are_rejected(site: Site) -> None:
 
 
 async def test_largest_handoff_fits_into_a_request(site: Site) -> None:
-    """Whatever its characters; an object that a model wrote as text is accepted, too."""
+    """Whatever its characters; an object that a model wrote as text is also accepted."""
     largest = {"a": "ä" * (MAX_HANDOFF_BYTES // 2 - 4)}
     async with site.session() as (worktree, _):
         caller = Caller(worktree)

@@ -76,7 +76,7 @@ def paths_of(staged: StagingResult) -> list[str]:
 
 
 async def test_added_changed_and_removed_files_are_staged(checkout: Checkout) -> None:
-    """Files, links, modes and folders, whatever their names."""
+    """Files, links, modes and folders, regardless of their names."""
     tree = checkout.tree
     (tree / "a.txt").write_text("other\n")
     (tree / "b.txt").unlink()

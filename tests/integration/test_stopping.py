@@ -169,7 +169,7 @@ async def test_cancelled_program_is_interrupted(folders: Folders, program: Run) 
 
 @pytest.mark.extended_variants
 async def test_leftover_process_is_not_mistaken_for_the_program(folders: Folders, program: Run) -> None:
-    """An orphan process, whatever its new parent, gets SIGTERM when the program has ended."""
+    """An orphan process, regardless of its new parent, gets SIGTERM when the program has ended."""
     source = """
 hear("cli", {INT: sys.exit})
 if os.fork() == 0:

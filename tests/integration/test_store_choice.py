@@ -93,7 +93,7 @@ def test_run_continues_in_the_store_of_its_file(repository: Repository, tmp_path
 
 @needs_sandbox
 def test_session_sees_no_store(repository: Repository, tmp_path: Path) -> None:
-    """State in another folder is hidden from sessions, too."""
+    """State in another folder is also hidden from sessions."""
     store = tmp_path / "state"
     path = repository.configure(
         [_TASK], state_dir=str(store), adapters={"look": {"use": "command", "argv": ["sh", "-c", f"ls {store} >seen"]}}

@@ -572,7 +572,7 @@ async def test_stores_have_several_names(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 async def test_large_logs_take_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commits are read and written in parts, whatever the length of the log."""
+    """Commits are read and written in parts, regardless of the length of the log."""
     for module in (loading, reading):
         monkeypatch.setattr(module, "PART_BYTES", 4_000)
     clock, most = ManualClock(), 0

@@ -1,4 +1,4 @@
-"""Many processes on one store: nothing lost or repeated, one order for all, whatever process dies, also the server."""
+"""Many processes on one store: nothing lost or repeated, one order for all, even if any process or the server dies."""
 
 import fcntl
 import os
@@ -205,7 +205,7 @@ async def test_reader_waits_for_no_writer(tmp_path: Path) -> None:
         await theirs.commit(Commit([Write(SHARED, 0, {"n": 1})]))
         assert await ours.position() == 1
         async with anyio.create_task_group() as group:
-            # Closed, and so unlocked, before the group waits for the commit, whatever the outcome.
+            # Closed, and so unlocked, before the group waits for the commit, regardless of the outcome.
             with (tmp_path / "lock").open() as held:
                 fcntl.flock(held, fcntl.LOCK_EX)
                 group.start_soon(theirs.commit, Commit([Write(SHARED, 1, {"n": 2})]))

@@ -343,7 +343,7 @@ async def test_leftover_processes_are_killed_and_counted(agent: Agent, tmp_path:
 
 @LINUX_ONLY
 async def test_fast_forking_process_does_not_escape(agent: Agent, tmp_path: Path) -> None:
-    """Processes are stopped before they are killed, so a program that forks from pid to pid is caught, too."""
+    """Processes are stopped before they are killed, so a program that forks from pid to pid is also caught."""
     source = """
 end = time.monotonic() + 90  # in case nobody catches it
 if os.fork() == 0:
@@ -772,7 +772,7 @@ async def test_killed_supervisor_is_an_error_and_ends_its_program(agent: Agent, 
 
 @LINUX_ONLY
 async def test_daemon_of_a_killed_supervisor_is_killed_by_the_fork_server(agent: Agent, tmp_path: Path) -> None:
-    """It carries no mark of its session; daemons left after the last session are killed, too."""
+    """It carries no mark of its session; daemons left after the last session are also killed."""
 
     async def kill() -> None:
         await wait_until((tmp_path / "pid").exists)

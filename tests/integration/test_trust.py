@@ -99,7 +99,7 @@ def test_harmless_or_chosen_file_needs_no_confirmation(cloned: Repository, tmp_p
     text = (cloned.top / "council.yaml").read_text()
     assert "env: [HOME]" in text
     assert cloned.council("adapters").code == 0
-    # Nor does its first edit: HOME is passed to all built-in CLIs, too.
+    # Nor does its first edit: HOME is also passed to all built-in CLIs.
     (cloned.top / "council.yaml").write_text(text.replace("command:\n", "mine:\n", 1))
     assert cloned.council("adapters").code == 0
 

@@ -124,7 +124,7 @@ async def test_landing_runs_no_hook_that_it_just_wrote(repository: Repository, t
 
 
 async def test_hook_in_another_checkout_is_not_run(repository: Repository, tmp_path: Path) -> None:
-    """Agents' work may have landed there, too."""
+    """Agents' work may have landed there too."""
     trace, other = tmp_path / "trace", tmp_path / "other"
     repository.git("worktree", "add", "--quiet", str(other), "-b", "other")
     (other / "hooks").mkdir()
@@ -350,7 +350,7 @@ _EMBEDDED = (
 
 @pytest.mark.parametrize("parts", [1, 2])
 async def test_landing_creates_no_repository(repository: Repository, tmp_path: Path, parts: int) -> None:
-    """Nor do two landings that bring a part each; `salvage apply` rejects it, too."""
+    """Nor do two landings that bring a part each; `salvage apply` rejects it too."""
     ran = tmp_path / "ran"
     whole = _EMBEDDED.format("docs/Notes", ran)
     scripts = [whole] if parts == 1 else [f"{whole}; rm docs/Notes/HEAD", f"{whole}; rm -r docs/Notes/[or]*"]

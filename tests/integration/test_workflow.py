@@ -253,7 +253,7 @@ async def test_unmediated_value_keeps_its_name(repository: Repository) -> None:
 
 
 async def test_mediated_and_shared_values_reach_the_next_phase(repository: Repository) -> None:
-    """A transformation prepares it; the next phase reads later changes of a shared value, too."""
+    """A transformation prepares it; the next phase reads later changes of a shared value too."""
     scout = json.dumps({"scout_findings": ["there is a README"], "priorities": ["first things"], "approach": "slowly"})
     changed = json.dumps(
         {"tasks": [{"id": "t9", "prompt": "another"}], "dependencies": [], "timeline": [], "resources": []}

@@ -154,7 +154,7 @@ async def test_files_of_the_user_are_provided_and_never_landed(repository: Repos
 
 
 async def test_live_sessions_share_no_port_or_name(repository: Repository, outside: Path) -> None:
-    """Each listens on its first port while the others do; checks have one, too."""
+    """Each listens on its first port while the others do; checks have one too."""
     (outside / "serve.py").write_text(
         "import os, socket, sys, time\n"
         "server = socket.create_server(('127.0.0.1', int(os.environ['COUNCIL_PORT_0'])))\n"
@@ -206,7 +206,7 @@ async def test_ignored_files_reach_the_next_session_only_if_kept(repository: Rep
 
 
 async def test_unselected_folders_are_absent_and_not_lost(repository: Repository, outside: Path) -> None:
-    """A session sees the top and the named folders; the landed commit has all others, too."""
+    """A session sees the top and the named folders; the landed commit has all others too."""
     repository.commit({"docs/a.md": "a\n", "src/deep/b.py": "b\n", "tests/c.py": "c\n"}, "folders")
     repository.remember()
     script = "test ! -e docs && test ! -e tests && test -f src/deep/b.py && git status --porcelain && echo n > src/@.py"

@@ -168,7 +168,7 @@ def test_second_plan_does_not_wait_for_the_first() -> None:
 
 
 def test_task_can_need_a_blocked_subtask() -> None:
-    """The new task is blocked, too."""
+    """The new task is also blocked."""
     board = DispatchBoard({"p": DispatchEntry(), "dead": DispatchEntry(), "last": DispatchEntry(("p",))})
     board.choose_tasks(1, 0.0)
     board.ended("dead")

@@ -144,7 +144,7 @@ async def test_tasks_of_a_process_get_the_lock_in_request_order(path: Path) -> N
 
 @pytest.mark.parametrize("keeps", [False, True], ids=["not-kept", "kept"])
 async def test_lock_of_a_killed_owner_is_held_only_by_its_child(path: Path, keeps: bool) -> None:
-    """A killed owner's lock is free at once; with an inherited descriptor once the child ended, too."""
+    """A killed owner's lock is free at once; with an inherited descriptor once the child ended too."""
     fifo, pid_file = path.parent / "fifo", path.parent / "pid"
     os.mkfifo(fifo)
     with run_python(OWNER_OF_A_CHILD, path, "keep" if keeps else "no") as owner:

@@ -47,7 +47,7 @@ def test_handoff_has_its_origin_and_integrity() -> None:
 
 
 def test_mediated_content_is_passed_on_with_a_digest() -> None:
-    """Changing the mediated content breaks the digest, too."""
+    """Changing the mediated content breaks the digest too."""
     mediation = mediate({"requirements": ["r"]}, "scout", "plan")
     assert isinstance(mediation, Mediation)
     handoff = second_handoff({"requirements": ["r"]}, mediation=mediation)

@@ -127,7 +127,7 @@ def test_mounts_are_ordered_from_the_root(top: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_off_leaves_the_command_unchanged(top: Path) -> None:
-    """Its temporary folder is unchanged, too."""
+    """Its temporary folder is also unchanged."""
     given = command(top)
     assert sandbox_command(SandboxKind.OFF, given, SandboxPolicy((), (), (), top / "new")) is given
     assert not (top / "new").exists()

@@ -65,5 +65,5 @@ def test_settings_within_the_sandbox_need_no_trust(tmp_path: Path) -> None:
     worktrees = {"setup": ["make"], "before_run": ["make x"], "ports": 2, "keep_ignored": ["node_modules"]}
     defaults = {"checks": ["make test"], "attempts": 5, "priority": 1, "max_file": "1GB"}
     assert asked(tmp_path, worktrees=worktrees, defaults=defaults, capacity=9, network="off", target="main") == ()
-    # Sessions can reach these by default, too.
+    # Sessions can reach these by default too.
     assert asked(tmp_path, network={"allow": ["*.example.com", "localhost:8000", "10.0.0.1"]}) == ()

@@ -149,7 +149,7 @@ def test_unsupported_servers_are_warned_about(
 def test_default_fallback_may_contain_the_chosen_adapter(
     tmp_path: Path, defaults: dict[str, Any], task: dict[str, Any], many: int
 ) -> None:
-    """The default list applies to tasks with other adapters, too; other repetitions are mistakes."""
+    """The default list applies to tasks with other adapters too; other repetitions are mistakes."""
     tasks, adapters = [{"id": "t", "prompt": "p", **task}], dict.fromkeys("abc", COMMAND)
     found = warnings(tmp_path, RepositoryPaths(), adapters=adapters, defaults=CHECKED | defaults, tasks=tasks)
     assert len(found) == many

@@ -139,8 +139,8 @@ def determine_owner_status(
 ) -> OwnerStatus:
     """Return the status of an orchestrator at `now` (wall-clock seconds).
 
-    `watched` is for how many uninterrupted seconds the caller has observed no new heartbeat; if it is long enough, wall
-    clocks do not matter. `is_here` means that the orchestrator is on this machine,
+    `watched` is the time in seconds for which the caller has observed no new heartbeat, without interruption; if it is
+    long enough, wall clocks do not matter. `is_here` means that the orchestrator is on this machine,
     `is_dead` that its process is proven to have ended.
     """
     if lease.ended is not None:

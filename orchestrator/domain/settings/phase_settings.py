@@ -153,7 +153,7 @@ class Phase(PhaseSettings):
     def continues(self) -> str | None:
         """The earlier phase whose conversation it continues, if the adapter supports it.
 
-        None: none.
+        None: a new conversation.
         """
         return None if self.session is None else self.session.continue_
 

@@ -272,7 +272,7 @@ def count_rejections(task: TaskDocument, phase: str) -> int:
 
 
 def compute_next_start(workflow: Workflow, task: TaskDocument, phase: Phase) -> dict[str, Any]:
-    """Return the next session's start after a phase, if not the work built so far.
+    """Return the start of the session after a phase, unless it is the work built so far.
 
     Work that a review sent back to a read-only phase remains the start for the next phase that writes.
     """

@@ -89,7 +89,7 @@ class TaskTable:
     def has_moved_target(self, start: str) -> bool:
         """Return True if the run has updated the target since `start`.
 
-        The target has then existed.
+        True implies that the target has existed.
         """
         return any(document.landed not in {None, start} for document in self._documents.values())
 

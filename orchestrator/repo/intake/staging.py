@@ -36,7 +36,7 @@ _PATHS_ON_STDIN = ("--pathspec-from-file=-", "--pathspec-file-nul")
 #: Keeps git from checking all files in the index when it is given paths.
 _NO_PRELOAD = ("-c", "core.preloadIndex=false")
 
-# Git opens files with these names in any folder, whatever their type.
+# Git opens files with these names in any folder, regardless of their type.
 _READ_BY_GIT = frozenset({".gitignore", ".gitattributes", ".gitmodules"})
 
 #: Git can't open longer paths (bytes, with a final NUL).

@@ -71,7 +71,7 @@ class TargetCheckouts:
         if not (locks := await find_blocking_locks(self.repository, checkout, self.branch, self.users)):
             return None
         named = ", ".join(map(str, locks))
-        return f"another git command of yours has locked the target: if none is running, remove {named}"
+        return f"another of your git commands has locked the target: if none is running, remove {named}"
 
     async def _find_files_in_way(self, checkout: Path, changes: Sequence[FileChange]) -> list[str]:
         """Return untracked or ignored files that git would delete or overwrite."""

@@ -473,7 +473,7 @@ def _lock_index(git_dir: Path, branch: str, stale: Sequence[Path]) -> None:
         with lock.open("x") as file:
             file.write(lock_marker(branch))
     except FileExistsError:
-        raise RefusedError(f"{lock} already exists", "remove it if no git command of yours is running") from None
+        raise RefusedError(f"{lock} already exists", "remove it if none of your git commands is running") from None
 
 
 def _copy_index(git_dir: Path, branch: str) -> Path:

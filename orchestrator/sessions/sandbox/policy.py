@@ -221,7 +221,7 @@ async def _bubblewrap_problem(network: bool, environ: Mapping[str, str]) -> str 
     retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
 )
 async def _probe(argv: Sequence[str], environ: Mapping[str, str]) -> process.CompletedCommand:
-    """Run a probe; repeat it if killed, which is no reason for a weaker sandbox."""
+    """Run a probe; repeat it if it was killed, which must not lead to a weaker sandbox."""
     # A bubblewrap that is killed during startup leaves a process behind that waits for it.
     return await process.run_untrusted(
         argv, env=environ, cwd=Path("/"), timeout=_PROBE_TIMEOUT, max_output=_MAX_PROBE_OUTPUT

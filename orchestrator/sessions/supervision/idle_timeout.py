@@ -65,7 +65,7 @@ class IdleWatch:
 
     Scans the folders after a quarter of the limit without output, then every quarter. The watch expires when two scans
     have the same fingerprint and the second starts at least `limit` seconds after the end of the first: between 1 and
-    1.5 times the limit after the last activity. A failed scan is no evidence either way.
+    1.5 times the limit after the last activity. A failed scan proves neither activity nor silence.
     """
 
     def __init__(self, limit: float, folders: list[str]) -> None:

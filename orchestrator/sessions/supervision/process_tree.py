@@ -179,7 +179,7 @@ def signal_new_children(number: int, family: dict[int, int], seen: set[int], spa
 
 
 def stop_children(family: dict[int, int]) -> set[int]:
-    """Stop our children outside `family` until no new one appears; return the living.
+    """Stop our children outside `family` until no new one appears; return those alive.
 
     A process that repeatedly forks and exits is our child only for a moment each time. Reading the list of our
     children (proc_pid_task_children(5), if the kernel has it) is fast enough to hit one of these moments.
@@ -202,9 +202,9 @@ def _children() -> set[int]:
 
 
 def kill_descendants(spared: frozenset[int]) -> set[int]:
-    """Stop all descendants, so that none can fork, then kill them; return the living.
+    """Stop all descendants, so that none can fork, then kill them; return those that were alive.
 
-    They were alive before. Children of `spared` are also killed, but not returned.
+    Children of `spared` are also killed, but not returned.
     """
     seen: set[int] = set()
     family = {os.getpid(): 0}
