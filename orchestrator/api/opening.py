@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import anyio.to_thread
 
 from orchestrator.api.context import LazyPlugins, ProjectContext
-from orchestrator.config.store import folder_url, to_store_url
+from orchestrator.config.store import folder_url, scheme_of, to_store_url
 from orchestrator.errors import CouncilError, RefusedError, StoreUnreachable
 from orchestrator.project import (
     LEGACY_RECORD,
@@ -26,7 +26,7 @@ from orchestrator.protocols import Store
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.user_checkouts import find_repository, refuse_tracked_project_folder
 from orchestrator.state.log.identity import check_trusted
-from orchestrator.state.stores.file import open_without_plugins
+from orchestrator.state.stores.file import open_if_file
 from orchestrator.system.clock import Clock
 
 if TYPE_CHECKING:
@@ -118,9 +118,12 @@ async def _open_store(url: str, plugins: LazyPlugins, clock: Clock, *, waits_for
     async with AsyncExitStack() as stack:
 
         async def enter() -> Store:
-            opened = open_without_plugins(url, clock)
+            opened = open_if_file(url, clock)
             if opened is None:
-                opened = (await plugins.load()).open_store(url, clock)
+                from orchestrator.state.stores.plugin import BUILTIN_STORES  # noqa: PLC0415  (slow, and not for files)
+
+                open_store = BUILTIN_STORES.get(scheme_of(url)) or (await plugins.load()).open_store
+                opened = open_store(url, clock)
             return await stack.enter_async_context(opened)
 
         try:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+import redis
 from anyio import to_thread
 from redis.asyncio import Redis
 
+from benchmarks.long_run import make_project
 from orchestrator.errors import RefusedError, StateLost, StoreFull, StoreUnavailable
 from orchestrator.protocols import Commit, Event, Guard, Key, Write
 from orchestrator.state.stores.redis.records import encode_key
 from orchestrator.state.stores.redis.server import PASSWORD, PASSWORD_FILE, choose_wait, parse_url
 from orchestrator.state.stores.redis.store import RedisStore
+from tests.conftest import Repository
 from tests.cutting_proxy import CuttingProxy, create_certificate, server_tls
 from tests.redis_server import RedisServer, find_wheel, started_server, type_commands
 
@@ -49,6 +53,23 @@ async def opens(url: str) -> None:
     async with RedisStore.open(url) as store:
         await store.commit(Commit([Write(TASK, 0, {"n": 1})]))
         assert await store.get(TASK) is not None
+
+
+def test_status_of_a_long_run_needs_few_reads_and_no_plugin(repository: Repository, server: RedisServer) -> None:
+    """Neither plugins are loaded, nor is each task read by itself."""
+    top, home = repository.top.parent / "long", Path(repository.environ["COUNCIL_HOME"])
+    log, url = make_project(top, 80, home), server.url()
+    repository = replace(repository, top=top)
+    assert repository.council("state", "copy", str(log.parent), url).code == 0
+    repository.environ.update(COUNCIL_STATE=url, PYTHONPROFILEIMPORTTIME="1")
+    with redis.Redis(port=server.port) as client:
+        client.config_resetstat()
+        status = repository.council("status")
+        reads = client.info("commandstats")["cmdstat_xrange"]["calls"]
+    assert "40 of 80 landed" in status.stdout
+    assert reads < 20
+    assert "orchestrator.state.stores.redis.server" in status.stderr
+    assert "orchestrator.plugins" not in status.stderr
 
 
 @pytest.mark.parametrize(

@@ -290,11 +290,8 @@ def _repair_commit(table: DocumentTable, keys: Sequence[Key], damage: int, now: 
     return Commit(writes, [*map(Event.of, events), Event.of(StateLogRepaired(damage=damage))])
 
 
-def open_without_plugins(url: str, clock: Clock) -> AbstractAsyncContextManager[Store] | None:
-    """Open the store at a URL if it needs no plugin, or return None.
-
-    This avoids loading plugins.
-    """
+def open_if_file(url: str, clock: Clock) -> AbstractAsyncContextManager[Store] | None:
+    """Open the store at a `file:` URL; return None for another scheme."""
     return None if store_folder(url) is None else open_file_store(url, clock)
 
 

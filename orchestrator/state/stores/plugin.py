@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from typing import Final
 
 import pluggy
 
@@ -53,12 +54,20 @@ def open_server_store(name: str, clients: Collection[str], server: str, extra: s
     return opened
 
 
+_open_redis_store = open_server_store("RedisStore", {"redis"}, "redis", "redis")
+
+#: The built-in stores by scheme. Other plugins can't take these schemes.
+BUILTIN_STORES: Final[Mapping[str, StoreType]] = {
+    "file": open_file_store,
+    "memory": open_memory_store,
+    "postgresql": open_server_store("PostgresStore", {"psycopg", "psycopg_pool"}, "postgresql", "postgres"),
+    "redis": _open_redis_store,
+    "rediss": _open_redis_store,
+}
+
+
 @hookimpl
 def council_register_stores(register: RegisterStore) -> None:
     """Register the schemes of the built-in stores."""
-    register("file", open_file_store)
-    register("memory", open_memory_store)
-    open_redis_store = open_server_store("RedisStore", {"redis"}, "redis", "redis")
-    register("postgresql", open_server_store("PostgresStore", {"psycopg", "psycopg_pool"}, "postgresql", "postgres"))
-    register("redis", open_redis_store)
-    register("rediss", open_redis_store)
+    for scheme, open_store in BUILTIN_STORES.items():
+        register(scheme, open_store)
