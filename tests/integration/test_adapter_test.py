@@ -56,6 +56,17 @@ async def test_correct_adapter_keeps_its_contract_and_lands(claude: Repository, 
     assert claude.git("branch", "--format=%(refname:short)") == "main"
 
 
+async def test_script_of_the_repository_is_in_the_scratch_repository(claude: Repository) -> None:
+    """As in a run, where a relative path in `argv` is a file of the worktree."""
+    config = json.loads((claude.top / "council.yaml").read_text())
+    config["adapters"] = {"own": {"use": "command", "argv": ["sh", "tools/agent.sh", "{prompt}"]}}
+    config["defaults"] = {"adapter": "own"}
+    (claude.top / "council.yaml").write_text(json.dumps(config))
+    claude.commit({"tools/agent.sh": "echo hello > hello.txt\n"})
+    ended = tried(claude, "own")
+    assert (ended.code, ended.result["live"]["status"]) == (0, "landed"), ended.result["live"]
+
+
 @pytest.mark.slow
 async def test_unfinished_task_has_its_reason(claude: Repository) -> None:
     """The check failed, or the program reported a failure; the output is included."""

@@ -112,6 +112,14 @@ def test_existing_file_is_kept(repository: Repository, fakes: FakePrograms) -> N
     assert sorted(one.name for one in repository.top.iterdir() if "new" in one.name) == []
 
 
+def test_unwritable_settings_do_not_fail_it(repository: Repository, fakes: FakePrograms) -> None:
+    """The file exists by then, and a repeated command would need --force."""
+    repository.environ["XDG_CONFIG_HOME"] = "/dev/null/config"
+    ended = repository.council("init")
+    assert (ended.code, (repository.top / "council.yaml").exists()) == (0, True), ended
+    assert "not confirmed, `council run` asks about it: /dev/null/config/council/trust.json" in ended.stderr
+
+
 def test_file_can_be_written_elsewhere(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """Relative to the current folder; the file has the repository's path relative to it."""
     inner = replace(repository, top=repository.top / "src")

@@ -75,12 +75,12 @@ def check_request(
         status = record.tasks[task].status
         if action in {RequestAction.APPROVE, RequestAction.REJECT}:
             if status is not TaskStatus.AWAITING_APPROVAL:
-                message = f"task {task!r} does not wait for approval (state: {status})"
+                message = f"task {task!r} does not wait for approval (state: {status.record.label})"
                 raise RefusedError(message, f"`council status --run {record.run.id}` lists the tasks that do")
         elif action is not RequestAction.RETRY:
             if status in FINAL_STATUSES and action is not RequestAction.CANCEL:  # nothing is left to cancel
-                state = status.replace("_", " ")
-                raise RefusedError(f"task {task!r} has already ended (state: {state})", f"there is nothing to {action}")
+                message = f"task {task!r} has already ended (state: {status.record.label})"
+                raise RefusedError(message, f"there is nothing to {action}")
         elif task in blocked:
             missing = [need for need in record.failed_needs(task) if need not in tasks]
             if missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from orchestrator.cli.core.confirm import trust_option
 from orchestrator.cli.core.options import parse_duration_option
 from orchestrator.cli.core.run_source import CommandEnvironment, discover_environment
 from orchestrator.cli.render.text import one_line
+from orchestrator.config.adapters import make_trial_request
 from orchestrator.config.load import load_value
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.domain.settings.quantities import format_duration
@@ -209,7 +211,12 @@ async def _run_scratch_task(
         folder = Path(await anyio.to_thread.run_sync(stack.enter_context, tempfile.TemporaryDirectory()))
         repo = folder / "repository"
         environ = {**os.environ, "COUNCIL_HOME": str(folder / "home"), "COUNCIL_STATE": ""}
-        await _make_repository(repo)
+        argv = (
+            make_adapters({name: adapter}, scene.plugins.adapters)[name]
+            .command(make_trial_request("hello", prompt))
+            .argv
+        )
+        await _make_repository(repo, argv, scene.top)
         config = _config(scene, name, adapter, repo, prompt, timeout)
         if isinstance(scene.config, RunConfig) and name in scene.config.adapters:
             await anyio.Path(config.path).touch()  # remedies name the user's file if it has the adapter
@@ -224,15 +231,26 @@ async def _run_scratch_task(
         return (task if closed is None else f"stopped: {closed}"), output
 
 
-async def _make_repository(repo: Path) -> None:
+async def _make_repository(repo: Path, argv: Sequence[str], top: Path | None) -> None:
+    """Create the scratch repository, with the files of the user's checkout that `argv` names."""
     await anyio.Path(repo).mkdir()
     await anyio.Path(repo / "README.md").write_text("# A scratch repository\n")
+    if top is not None:
+        await anyio.to_thread.run_sync(_copy_named_files, argv, top, repo)
     git = Git(None, as_user=True)
     await git("init", "--quiet", "--initial-branch=main", cwd=repo)
     await git("add", "--all", cwd=repo)
     name, email = IDENTITY
     who = ("-c", f"user.name={name}", "-c", f"user.email={email}", "-c", "commit.gpgsign=false")
     await git(*who, "commit", "--quiet", "--message", "Begin", cwd=repo)
+
+
+def _copy_named_files(argv: Sequence[str], top: Path, repo: Path) -> None:
+    for word in map(os.path.normpath, argv):
+        # An argument may be a whole prompt: unlike Path.is_file, this returns False for names that are too long.
+        if not os.path.isabs(word) and not word.startswith("..") and os.path.isfile(top / word):  # noqa: PTH113, PTH117
+            (repo / word).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(top / word, repo / word)
 
 
 def _config(

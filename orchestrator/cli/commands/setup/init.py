@@ -14,6 +14,7 @@ import click
 
 from orchestrator.cli.core.command import CommandContext, async_command
 from orchestrator.cli.core.run_source import CONFIG_FILE_NAME
+from orchestrator.cli.render.text import printable
 from orchestrator.config.json_schema import file_schema
 from orchestrator.config.load import load_config
 from orchestrator.config.permissions import list_permission_requests
@@ -31,6 +32,7 @@ from orchestrator.engine.diagnostics.initialization import (
 from orchestrator.engine.diagnostics.programs import AdapterStatus
 from orchestrator.engine.diagnostics.test_detection import ProjectEnvironment, RepositoryTests
 from orchestrator.engine.diagnostics.trust import confirm_requests
+from orchestrator.errors import RefusedError
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import JsonObject
 
@@ -67,7 +69,10 @@ async def init(context: CommandContext, file: Path | None, adapter: str | None, 
     await anyio.to_thread.run_sync(lambda: write_file(path, text, plugins.adapters, force=force))
     config = await anyio.to_thread.run_sync(load_config, path, plugins.adapters)
     # The file was generated for the user, who need not confirm its permissions.
-    await confirm_requests(path, list_permission_requests(config, ground.top), os.environ)
+    try:
+        await confirm_requests(path, list_permission_requests(config, ground.top), os.environ)
+    except (RefusedError, OSError) as error:  # the file is written: a failed `init` would refuse to write it again
+        context.output.notice(printable(f"the file is not confirmed, `council run` asks about it: {error}"))
     context.output.answer(lambda: _json(found, schema), _lines(found))
 
 
