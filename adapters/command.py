@@ -19,16 +19,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
-from typing import Annotated, ClassVar, Final, Literal, Self
+from typing import ClassVar, Final
 
 import pluggy
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import BaseModel
 
-from adapters.json_output import concluded_failure
-from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, check_argument, own_home_variables
-from adapters.output_rules import MAX_LINE_CHARS, OutputReader, OutputRule, RegexPattern
-from adapters.placeholders import check_placeholders, fill_placeholders, placeholder_names
+from adapters.command_options import OPTIONS, REQUESTED, SERVERS_FILE, STDIN_FILE, CommandOptions, SaidClass
+from adapters.home_files import file_text, fill_json
+from adapters.json_output import bridge_command, bridge_readable_paths, concluded_failure
+from adapters.options import INSTRUCTIONS_FILE, own_home_variables
+from adapters.output_rules import MAX_LINE_CHARS, OutputReader
+from adapters.placeholders import fill_placeholders, placeholder_names
+from adapters.rate_limits import with_reset_time
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.errors import RefusedError
@@ -44,21 +46,11 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionHome,
     SessionRequest,
+    SettingsOverlay,
 )
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
-_REQUESTED: Final = ("prompt", "prompt_file", "worktree", "task", "run", "attempt", "home")
-_PLACEHOLDERS: Final = (*_REQUESTED, "model")
-_FOR_RESUME: Final = ("session",)
-_FOR_INSTRUCTIONS: Final = ("instructions", "instructions_file")
-_FOR_MCP: Final = ("mcp_file",)
-#: The position in argv of arguments that only some sessions have.
-_OPTIONS: Final = "{options}"
-
-_SERVERS: Final = "council-mcp.json"
-#: Failure classes that messages can have. The others are derived from other data.
-_SaidClass = Literal["transient", "overloaded", "rate_limited", "auth", "invalid", "refused", "limit", "crashed"]
 _LONGEST_REASON: Final = 300
 # Linux accepts at most 128 KiB per argument (MAX_ARG_STRLEN, execve(2)); the rest is for the text around it.
 _LARGEST_IN_ARGV: Final = 100 * 1024
@@ -67,105 +59,6 @@ _LONG: Final[Mapping[str, str]] = {
     "prompt": "use {prompt_file} in argv, or `prompt: stdin`",
     "instructions": "use {instructions_file} instead of {instructions}",
 }
-
-
-def _check_argument(argument: str, more: Sequence[str] = ()) -> str:
-    return check_placeholders(argument, (*_PLACEHOLDERS, *more))
-
-
-def _check_argv(argv: tuple[str, ...]) -> tuple[str, ...]:
-    if placeholder_names(argv).count("options") > argv[1:].count(_OPTIONS) or argv.count(_OPTIONS) > 1:
-        raise ValueError("{options} is replaced by arguments: write it once, as a separate argument")
-    return argv
-
-
-def _check_used(arguments: tuple[str, ...], one_of: Sequence[str]) -> tuple[str, ...]:
-    if not set(one_of) & set(placeholder_names(arguments)):
-        wanted = " or ".join(f"{{{name}}}" for name in one_of)
-        raise ValueError(f"{wanted} is missing in these arguments: add it")
-    return arguments
-
-
-_Filled = Annotated[str, AfterValidator(_check_argument)]
-_Arguments = Annotated[tuple[_Filled, ...], Field(strict=False, min_length=1)]
-_Argv = Annotated[
-    tuple[Annotated[str, AfterValidator(partial(_check_argument, more=("options",)))], ...],
-    Field(strict=False, min_length=1),
-    AfterValidator(_check_argv),
-]
-_Resume = Annotated[
-    tuple[Annotated[str, AfterValidator(partial(_check_argument, more=_FOR_RESUME))], ...],
-    Field(strict=False, min_length=1),
-    AfterValidator(partial(_check_used, one_of=_FOR_RESUME)),
-]
-_Instructions = Annotated[
-    tuple[Annotated[str, AfterValidator(partial(_check_argument, more=_FOR_INSTRUCTIONS))], ...],
-    Field(strict=False, min_length=1),
-    AfterValidator(partial(_check_used, one_of=_FOR_INSTRUCTIONS)),
-]
-_Mcp = Annotated[
-    tuple[Annotated[str, AfterValidator(partial(_check_argument, more=_FOR_MCP))], ...],
-    Field(strict=False, min_length=1),
-    AfterValidator(partial(_check_used, one_of=_FOR_MCP)),
-]
-
-
-class CommandOptions(AdapterOptions):
-    """Options of an adapter with `use: command`."""
-
-    argv: _Argv
-    """The program and its arguments, with placeholders such as {prompt_file}."""
-    failures: dict[_SaidClass, RegexPattern] = Field(default_factory=dict)
-    """Regular expressions for the program's last messages, keyed by failure class."""
-    prompt: Literal["stdin"] | None = None
-    """`stdin` passes the prompt on standard input; by default, it is passed only in argv."""
-    model: Annotated[str, AfterValidator(check_argument)] | None = None
-    """The value of {model}, also used to look up its price."""
-    output: Literal["text", "jsonl"] = "text"
-    """The format of its standard output: lines of text, or lines of JSON."""
-    read: Annotated[tuple[OutputRule, ...], Field(strict=False)] = ()
-    """Rules for its output, one per kind of line."""
-    resume: _Resume | None = None
-    """Arguments, with {session}, that resume an earlier conversation."""
-    read_only: _Arguments | None = None
-    """Arguments of a read-only session."""
-    read_write: _Arguments | None = None
-    """Arguments of any other session, instead of `read_only`."""
-    instructions: _Instructions | None = None
-    """Arguments, with {instructions} or {instructions_file}, for instructions separate from the prompt."""
-    mcp: _Mcp | None = None
-    """Arguments, with {mcp_file}, for servers of the Model Context Protocol."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _check_rules(self)
-        lists = (self.argv, self.resume, self.read_only, self.read_write, self.instructions, self.mcp)
-        if self.model is None and any(
-            "model" in placeholder_names(arguments) for arguments in lists if arguments is not None
-        ):
-            raise ValueError("{model} has no value: add `model`, or write the name instead")
-        if self.read_write is not None and self.read_only is None:
-            raise ValueError(
-                "all sessions would get the arguments of `read_write`: move them to `argv`, or add `read_only`"
-            )
-        if self.resume is not None and not any("session" in rule.fields_read for rule in self.read):
-            raise ValueError("`resume` needs the id of a conversation: add a rule with `session` to `read`")
-        if self.resume is not None and "home" not in self.model_fields_set:
-            raise ValueError(
-                "`resume` needs a folder that keeps conversations: set `home: own`, or set `home: shared` "
-                "and add your folder with its conversations to `writable`"
-            )
-        return self
-
-
-def _check_rules(options: CommandOptions) -> None:
-    if options.output == "jsonl" and not options.read:
-        raise ValueError("lines of JSON need rules: add `read` with a rule for each kind of line")
-    if options.output == "text" and any(rule.needs_json for rule in options.read):
-        raise ValueError(
-            "`read` has rules for lines of JSON, and the output is text: write `output: jsonl`, or use only `match` in "
-            "its rules, with a named group for each value"
-        )
 
 
 class CommandAdapter:
@@ -183,28 +76,38 @@ class CommandAdapter:
         Raises RefusedError if the prompt or the instructions can't be an argument, because they are too long or contain
         a NUL character.
         """
-        options = self._options
-        values = {name: str(getattr(request, name)) for name in _REQUESTED} | {
-            "model": options.model or "",
-            "session": request.resume or "",
-            "instructions": request.instructions or "",
-            "instructions_file": str(request.home / INSTRUCTIONS_FILE),
-            "mcp_file": str(request.home / _SERVERS),
-        }
-        arguments = tuple(_arguments(options, request))
+        options, values = self._options, _values(self._options, request)
+        arguments = tuple(self._arguments(request))
         for name in _LONG:
             _check_size(name, values[name], placeholder_names(arguments).count(name))
-        env, passed = options.variables(**own_home_variables(options, request))
-        files = dict(_files(options, request))
+        argv, bridge = fill_placeholders(arguments, values), _bridge_arguments(options, request)
+        env, passed = self._variables(request, values)
+        home = _home(options, request, values)
         return SessionCommand(
-            argv=fill_placeholders(arguments, values),
+            argv=bridge_command("program", *bridge, "--", *argv) if bridge else argv,
             stdin=request.prompt_file if options.prompt == "stdin" else None,
             env=env,
             pass_env=passed,
-            home=SessionHome(files)
-            if options.has_own_home or files or "home" in placeholder_names(arguments)
-            else None,
+            readable=bridge_readable_paths() if bridge else (),
+            scratch_patterns=options.scratch,
+            home=home if options.has_own_home or home.files or self._uses_home(arguments) else None,
+            interrupt=options.interrupt,
         )
+
+    def _arguments(self, request: SessionRequest) -> Iterator[str]:
+        """Yield the arguments of a session, with placeholders."""
+        return list_arguments(self._options, request)
+
+    def _variables(
+        self,
+        request: SessionRequest,
+        values: Mapping[str, str],  # noqa: ARG002  for subclasses
+    ) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        """Return the variables to set, and the names of those to pass on."""
+        return self._options.variables(**own_home_variables(self._options, request))
+
+    def _uses_home(self, arguments: Sequence[str]) -> bool:
+        return "home" in placeholder_names(arguments) or self._options.result_file is not None
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return the failure by `read`, or the first match of `failures`, last line first.
@@ -217,6 +120,7 @@ class CommandAdapter:
             failed = self._failure_in_text(end) or failed
         elif failed.failure is FailureClass.RATE_LIMITED:
             failed = replace(failed, until=self._until(failed.reason, end.time))
+        failed = with_reset_time(failed, end.time)
         awaited = self._reader.awaited
         if awaited is None or end.exit != 0 or any(isinstance(event, FinalResult) for event in end.events):
             return failed
@@ -262,30 +166,73 @@ class CommandAdapter:
         match = self._search("rate_limited", reason)
         return None if match is None else _instant(match, now)
 
-    def _search(self, failure: _SaidClass, text: str) -> re.Match[str] | None:
+    def _search(self, failure: SaidClass, text: str) -> re.Match[str] | None:
         pattern = self._options.failures.get(failure)
         return None if pattern is None else re.search(pattern, text[:MAX_LINE_CHARS], re.IGNORECASE)
 
 
-def _arguments(options: CommandOptions, request: SessionRequest) -> Iterator[str]:
-    """Yield the arguments of a session, with placeholders."""
+def list_arguments(options: CommandOptions, request: SessionRequest, args: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the arguments of a session, with placeholders; `args` are its last options."""
     asked = (
         options.resume if request.resume is not None else None,
         options.read_only if request.read_only else options.read_write,
         options.instructions if request.instructions is not None else None,
         options.mcp if request.mcp_servers else None,
+        options.model_args if options.model is not None else None,
+        args,
     )
     more = [argument for arguments in asked for argument in arguments or ()]
-    for argument in options.argv if _OPTIONS in options.argv else (*options.argv, _OPTIONS):
-        yield from more if argument == _OPTIONS else [argument]
+    for argument in options.argv if OPTIONS in options.argv else (*options.argv, OPTIONS):
+        yield from more if argument == OPTIONS else [argument]
 
 
-def _files(options: CommandOptions, request: SessionRequest) -> Iterator[tuple[str, str]]:
-    """Yield the files that arguments refer to."""
+def _values(options: CommandOptions, request: SessionRequest) -> dict[str, str]:
+    """Return the values of placeholders."""
+    return {name: str(getattr(request, name)) for name in REQUESTED} | {
+        "model": options.model or "",
+        "session": request.resume or "",
+        "prompt_line": " ".join(request.prompt.split()),
+        "instructions": request.instructions or "",
+        "instructions_file": str(request.home / INSTRUCTIONS_FILE),
+        "mcp_file": str(request.home / SERVERS_FILE),
+    }
+
+
+def _bridge_arguments(options: CommandOptions, request: SessionRequest) -> tuple[str, ...]:
+    """Return the arguments of the bridge; empty if the program needs none."""
+    stdin = () if options.stdin is None else ("--stdin", str(request.home / STDIN_FILE))
+    if options.result_file is None:
+        return stdin
+    result = ("--result", str(request.home / options.result_file.path))
+    return (*stdin, *result, *(("--keys", ",".join(options.result_file.keys)) if options.result_file.keys else ()))
+
+
+def _home(options: CommandOptions, request: SessionRequest, values: Mapping[str, str]) -> SessionHome:
+    files = dict(_files(options, request, values))
+    if not options.has_own_home:
+        return SessionHome(files)
+    linked = (*options.links, *options.logins)
+    return SessionHome(
+        files,
+        links={path: f"~/{path}" for path in linked},
+        renewed=options.logins,
+        settings={
+            path: SettingsOverlay(f"~/{path}", fill_json(overrides, values))
+            for path, overrides in options.settings.items()
+        },
+    )
+
+
+def _files(options: CommandOptions, request: SessionRequest, values: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield the files that the program needs, and those that arguments refer to."""
+    for path, content in options.files.items():
+        yield path, file_text(content, values)
+    if options.stdin is not None:
+        yield STDIN_FILE, fill_placeholders([options.stdin], values)[0]
     if request.instructions is not None and "instructions_file" in placeholder_names(options.instructions or ()):
         yield INSTRUCTIONS_FILE, request.instructions
     if request.mcp_servers and options.mcp is not None:
-        yield _SERVERS, json.dumps({"mcpServers": {server.name: _server(server) for server in request.mcp_servers}})
+        yield SERVERS_FILE, json.dumps({"mcpServers": {server.name: _server(server) for server in request.mcp_servers}})
 
 
 def _server(server: McpServer) -> JsonObject:

@@ -101,10 +101,11 @@ def _env_form(env: Any) -> str | None:
     return "names" if isinstance(env, list | tuple) else "values" if isinstance(env, dict) else None
 
 
-_EnvName = Annotated[str, AfterValidator(_check_env_name)]
+#: The name of an environment variable.
+EnvName = Annotated[str, AfterValidator(_check_env_name)]
 _EnvItems = Annotated[tuple[Annotated[str, AfterValidator(_check_env_item)], ...], Field(strict=False)]
 _EnvValues = Annotated[
-    dict[_EnvName, Annotated[str, AfterValidator(_check_env_value)]], AfterValidator(_check_not_secret)
+    dict[EnvName, Annotated[str, AfterValidator(_check_env_value)]], AfterValidator(_check_not_secret)
 ]
 
 #: The name of the instructions file in the request's home, for programs that read instructions from a file.

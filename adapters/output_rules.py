@@ -24,13 +24,21 @@ from adapters.json_output import as_cost, as_count, as_text, parse_object, parse
 from adapters.json_paths import JsonPath, values_at
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
-from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, SessionEvent, UsageReport
+from orchestrator.protocols import (
+    AgentMessage,
+    CliWarning,
+    ConversationStarted,
+    FinalResult,
+    SessionEvent,
+    ToolCall,
+    UsageReport,
+)
 
 #: Maximum characters of a line to search, because patterns are the user's and lines the agent's.
 MAX_LINE_CHARS: Final = 4096
 
 _SPENT: Final = ("input_tokens", "output_tokens", "cached_tokens", "cost")
-_FIELDS: Final = ("text", "session", *_SPENT, "model", "error", "status")
+_FIELDS: Final = ("text", "session", *_SPENT, "model", "tool", "path", "warning", "error", "status")
 _AMOUNT: Final = re.compile(r"\$?([0-9][0-9,]{0,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15})([kKmM]?)")
 _TIMES: Final = {"": 1, "k": 1_000, "m": 1_000_000}
 
@@ -90,6 +98,12 @@ class OutputRule(BaseModel):
     """The scope of tokens and cost: this line, the session so far, or the conversation including earlier sessions."""
     model: JsonPath | None = None
     """The path to the model's name."""
+    tool: JsonPath | None = None
+    """The path to the name of a tool that the agent uses."""
+    path: JsonPath | None = None
+    """The path to the file that the tool uses."""
+    warning: JsonPath | None = None
+    """The path to a message that matters but is not a failure."""
     error: JsonPath | None = None
     """The path to an error message."""
     status: JsonPath | None = None
@@ -177,6 +191,8 @@ class OutputReader:
         if texts and not is_finished:
             yield AgentMessage("\n".join(texts))
         for rule, values in found:
+            yield from _tools(values)
+            yield from map(CliWarning, map(one_line, _texts(values, "warning")))
             yield from self._spent(rule, values)
         if is_finished:
             yield FinalResult("\n".join(texts), failed)
@@ -225,6 +241,14 @@ def _values(rule: OutputRule, line: str, value: Any) -> _Values | None:
         name: [groups[name]] if groups.get(name) else [] if path is None else values_at(value, path)
         for name, path in paths.items()
     }
+
+
+def _tools(values: _Values) -> Iterator[ToolCall]:
+    """Yield the calls in a line, each with its file, or the first one with all files."""
+    names, paths = _texts(values, "tool"), _texts(values, "path")
+    for number, name in enumerate(names):
+        own = paths[number : number + 1] if len(paths) == len(names) else () if number else paths
+        yield ToolCall(name, one_line(own[0]) if own else "", tuple(own))
 
 
 def _is(value: Any, wanted: Any) -> bool:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind, HandoffValidator
 from orchestrator.domain.workflow.mediation import Transformation
-from orchestrator.protocols import AdapterType, SinkType, StoreType, TrackerType
+from orchestrator.protocols import AdapterType, ProfileFormat, SinkType, StoreType, TrackerType
 
 if TYPE_CHECKING:  # most programs do without its imports
     from orchestrator.domain.workflow.verification import Constraint
@@ -37,6 +37,8 @@ class Register(Protocol[Value_contra]):
 RegisterAdapter = Register[AdapterType]
 RegisterSink = Register[SinkType]
 RegisterTracker = Register[TrackerType]
+#: The name identifies the format in errors.
+RegisterProfiles = Register[ProfileFormat]
 #: Available for URLs that begin with `NAME:`.
 RegisterStore = Register[StoreType]
 #: Available as `produces: NAME` of a phase; a pydantic model becomes a kind with that schema.
@@ -58,6 +60,11 @@ class RegisterConstraint(Protocol):
 @hookspec
 def council_register_adapters(register: RegisterAdapter) -> None:
     """Call `register(name, adapter)` for each adapter of this plugin."""
+
+
+@hookspec
+def council_register_profiles(register: RegisterProfiles) -> None:
+    """Call `register(name, ProfileFormat(…))` for each folder of profiles of adapters."""
 
 
 @hookspec

@@ -22,13 +22,21 @@ from pydantic import BaseModel
 from orchestrator import hookspecs
 from orchestrator.config.entries import Extensions
 from orchestrator.config.model import restore_options
+from orchestrator.config.profiles import (
+    ProfileAdapterType,
+    check_is_own,
+    describe_errors,
+    list_profiles,
+    read_profile,
+    user_profiles_folder,
+)
 from orchestrator.config.store import scheme_of
 from orchestrator.domain.settings.run_settings import AdapterConfig, SinkConfig, TrackerConfig
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind, HandoffValidator, kind_from_model, with_validators
 from orchestrator.domain.workflow.mediation import Transformation
-from orchestrator.errors import PluginError, PluginFailed, RefusedError, plugin_code
+from orchestrator.errors import ConfigError, PluginError, PluginFailed, RefusedError, plugin_code
 from orchestrator.hookspecs import ENTRY_POINT_GROUP
-from orchestrator.protocols import AdapterType, SinkType, Store, StoreType, TrackerType
+from orchestrator.protocols import AdapterType, ProfileFormat, SinkType, Store, StoreType, TrackerType
 from orchestrator.system.clock import Clock
 
 if TYPE_CHECKING:  # slow to import, and seldom needed
@@ -36,6 +44,8 @@ if TYPE_CHECKING:  # slow to import, and seldom needed
 
 #: The distribution whose plugins are always enabled.
 OWN_DISTRIBUTION = "cli-council"
+#: The name of the format of the user's profiles.
+USER_PROFILES = "profiles"
 #: A comma-separated list of the third-party plugins to load; unset: all, empty: none.
 PLUGINS_VARIABLE = "COUNCIL_PLUGINS"
 
@@ -64,6 +74,7 @@ _KINDS: Mapping[str, _Kind] = {
     "transformations": _Kind("a function"),
     "validators": _Kind("a HandoffValidator", lambda _, registered: isinstance(registered, HandoffValidator)),
     "constraints": _Kind("a function"),
+    "profiles": _Kind("a ProfileFormat", lambda _, registered: isinstance(registered, ProfileFormat)),
 }
 
 #: The folder of the running package.
@@ -74,11 +85,19 @@ _LONGEST_REASON = 500  # characters
 
 @dataclass(frozen=True, slots=True)
 class PluginInfo:
-    """A plugin: the name of its entry point, and its distribution."""
+    """A plugin: the name of its entry point, and its distribution.
+
+    For a profile of the user: its name, and its file with an empty version.
+    """
 
     name: str
     distribution: str
     version: str
+
+    @property
+    def origin(self) -> str:
+        """The distribution with its version, or the file."""
+        return f"{self.distribution} {self.version}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +110,9 @@ class SkippedPlugin:
     """The names that it registered before it failed."""
 
     def __str__(self) -> str:
-        return f"the plugin {self.plugin.name!r} of {self.plugin.distribution} {self.plugin.version}: {self.reason}"
+        if not self.plugin.version:
+            return f"the profile {self.reason}"
+        return f"the plugin {self.plugin.name!r} of {self.plugin.origin}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +127,7 @@ class Plugins:
     transformations: dict[str, Transformation] = field(default_factory=dict)
     validators: dict[str, HandoffValidator] = field(default_factory=dict)
     constraints: dict[str, Constraint] = field(default_factory=dict)
+    profiles: dict[str, ProfileFormat] = field(default_factory=dict)
     loaded: list[PluginInfo] = field(default_factory=list)
     left_out: list[SkippedPlugin] = field(default_factory=list)
     disabled: list[PluginInfo] = field(default_factory=list)
@@ -172,13 +194,30 @@ def load_plugins(environ: Mapping[str, str] = os.environ, untrusted_paths: Seque
         try:
             _check_location(entry, plugin, untrusted)
             _call_hooks(entry, plugin, registered)
+            _list_profiles(plugin, registered)
             _add_registered(plugins, plugin, registered)
         except PluginError as error:
             names = frozenset(name for registry in registered.values() for name in registry)
             plugins.left_out.append(SkippedPlugin(plugin, error.reason, names))
         else:
             plugins.loaded.append(plugin)
+    if USER_PROFILES in plugins.profiles and (folder := user_profiles_folder(environ)) is not None:
+        _add_user_profiles(plugins, folder, untrusted)
     return plugins
+
+
+def _add_user_profiles(plugins: Plugins, folder: Path, untrusted: Sequence[Path]) -> None:
+    """Add the user's profiles, which replace installed ones of the same name."""
+    installed = {name: file for one in plugins.profiles.values() for name, file in list_profiles(one.folder).items()}
+    for name, file in list_profiles(folder).items():
+        profile = PluginInfo(name, str(file), "")
+        try:
+            check_is_own(file, untrusted, plugins.adapters.keys() - installed)
+            plugins.adapters[name] = read_profile(file, plugins.profiles[USER_PROFILES], installed)
+        except ConfigError as error:
+            plugins.left_out.append(SkippedPlugin(profile, describe_errors(error), frozenset({name})))
+        else:
+            plugins.providers["adapters", name] = profile
 
 
 def _enclosing_repositories(path: Path) -> list[Path]:
@@ -246,6 +285,15 @@ def _call_hooks(entry: EntryPoint, plugin: PluginInfo, registered: Mapping[str, 
         raise PluginError(plugin.name, str(failed)[:_LONGEST_REASON]) from failed
     if not any(registered.values()):
         raise PluginError(plugin.name, "it registers nothing: it has no hook that this version calls")
+
+
+def _list_profiles(plugin: PluginInfo, registered: Mapping[str, dict[str, Any]]) -> None:
+    """Register an adapter for each profile of a plugin, without reading it."""
+    for profile_format in registered["profiles"].values():
+        for name, file in list_profiles(profile_format.folder).items():
+            if name in registered["adapters"]:
+                raise PluginError(plugin.name, f"it registers {name!r} twice")
+            registered["adapters"][name] = ProfileAdapterType(file, profile_format)
 
 
 def _register(plugin: PluginInfo, kind: str, registry: dict[str, Any]) -> Callable[[Any, Any], None]:

@@ -14,7 +14,7 @@ store     stores all state, which only `commit` changes.                      St
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -59,6 +59,7 @@ __all__ = [
     "McpServer",
     "PathOption",
     "PluginType",
+    "ProfileFormat",
     "Program",
     "RecordedEvent",
     "SessionCommand",
@@ -527,6 +528,10 @@ class Program:
     """Environment variables with an API key. If one is set, it replaces a login, and `ready` is not run."""
     log_in: str = ""
     """The remedy if the program is not ready."""
+    verified: Sequence[str] | None = None
+    """The versions that the adapter was run with; empty if it was written from documentation only, None if unknown."""
+    edits: bool = True
+    """Whether the program can change files; one that only answers is never chosen by default."""
 
 
 class Capability(StrEnum):
@@ -832,6 +837,19 @@ class PluginType(Protocol[Made_co]):
 
 
 AdapterType = PluginType[Adapter]
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileFormat:
+    """A format of YAML files that describe adapters, one per file, named after the file.
+
+    `Model` validates a file, and `make` returns the adapter type of a name and an instance of it. `folder` has the
+    profiles of the plugin.
+    """
+
+    Model: type[BaseModel]
+    make: Callable[[str, Any], AdapterType]
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ class _Generator(GenerateJsonSchema):
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         default, made = schema.get("default"), self.generate_inner(schema["schema"])
-        if default is None or isinstance(default, BaseModel):
+        parts = default if isinstance(default, tuple) else [default]
+        if default is None or any(isinstance(part, BaseModel) for part in parts):
             return made
         if isinstance(default, tuple | frozenset):
             default = sorted(default) if isinstance(default, frozenset) else [*default]

@@ -12,7 +12,7 @@ from orchestrator.config import adapters, references
 from orchestrator.config.entries import Extensions, read_sinks, read_trackers
 from orchestrator.config.model import RunConfig
 from orchestrator.config.schema import Config, StateSettings, Task
-from orchestrator.config.source.document import Node, read_document
+from orchestrator.config.source.document import RUN_KEYS, Node, read_document
 from orchestrator.config.source.files import MAX_FILE_BYTES, open_regular_file
 from orchestrator.config.source.problems import Position, Problems, TooManyProblems
 from orchestrator.config.source.validation import validate
@@ -98,10 +98,13 @@ def build_run_config(
     return config
 
 
-def read_file(path: Path, problems: Problems) -> Node | None:
-    """Return a file's top mapping; None, with errors in `problems`, if invalid."""
+def read_file(path: Path, problems: Problems, keys: str = RUN_KEYS) -> Node | None:
+    """Return a file's top mapping; None, with errors in `problems`, if invalid.
+
+    `keys` are the first keys of such a file, for remedies.
+    """
     text = _read_text(path, problems)
-    return read_document(text, problems) if text is not None else None
+    return read_document(text, problems, keys) if text is not None else None
 
 
 def _read_text(path: Path, problems: Problems) -> str | None:

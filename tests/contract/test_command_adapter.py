@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
@@ -13,7 +12,6 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, UsageReport
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from tests.contract.verdicts import SESSION, TRANSCRIPTS, end
-from tests.transcripts.programs.qwen_code import QWEN_CODE
 
 
 class TestEverything(AdapterContract):
@@ -52,33 +50,6 @@ class TestInArguments(AdapterContract):
         "resume": ["--resume={session}"],
         "instructions": ["--system", "{instructions}"],
         "read": [{"match": r"^id (?P<session>\S+)"}],
-    }
-
-
-class TestQwenCode(AdapterContract):
-    """The adapter of configs/any-cli.yaml, with recorded output of Qwen Code."""
-
-    adapter_type = CommandAdapter
-    options: ClassVar = QWEN_CODE.options
-    transcripts = TRANSCRIPTS / "qwen-code"
-    recorded: ClassVar = {
-        "edit": ExpectedResult(text="It is written.", tokens=(2 * 120, 2 * 34)),
-        "resumed": ExpectedResult(
-            session="72cde56b-a359-453c-a80e-efb673b668d5",
-            text="Both are there.",
-            tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
-        ),
-        "read-only": ExpectedResult(tokens=(2 * 100, 2 * 10)),
-        "tool": ExpectedResult(text="Both done."),
-        "limited-then-well": ExpectedResult(text="Done."),
-        "no-login": ExpectedResult(FailureClass.AUTH),
-        "no-key": ExpectedResult(FailureClass.AUTH),
-        "server-error": ExpectedResult(FailureClass.OVERLOADED),
-        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
-        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
-        "invalid": ExpectedResult(FailureClass.INVALID),
-        "interrupted": ExpectedResult(),
-        "terminated": ExpectedResult(),
     }
 
 
@@ -218,13 +189,3 @@ class TestOpencodeFromYaml(AdapterContract):
         "interrupted": ExpectedResult(),
         "terminated": ExpectedResult(),
     }
-
-
-def test_qwen_code_gets_its_arguments(tmp_path: Path) -> None:
-    """Optional arguments follow the common ones; the home has the servers."""
-    contract = TestQwenCode()
-    adapter = CommandAdapter(contract.validated())
-    plain, *_, last = contract.requests(tmp_path)
-    assert adapter.command(plain).argv[-2:] == ("--approval-mode", "yolo")
-    assert last.resume == "0c5b2f3e-1d"
-    assert adapter.command(last).argv[-4:] == ("--resume", "0c5b2f3e-1d", "--approval-mode", "yolo")

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 import adapters.command
-from adapters.command import CommandAdapter, CommandOptions
+from adapters.command import CommandAdapter
+from adapters.command_options import CommandOptions
 from orchestrator import hookspecs
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Capability, McpServer, SessionCommand, SessionEnd, SessionHome, SessionRequest

@@ -17,11 +17,13 @@ import yaml
 
 from adapters.command import CommandAdapter
 from adapters.output_rules import OutputRule
+from adapters.profile import Profile
 from orchestrator.builtin.checklist import ChecklistTracker, read_items
 from orchestrator.builtin.jsonlines import JsonLinesSink
 from orchestrator.cli.main import COMMANDS_BY_SECTION, main
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
+from orchestrator.config.profiles import ProfileAdapterType
 from orchestrator.config.schema import AdapterSettings, Config, SinkSettings, StateSettings, Task, TrackerSettings
 from orchestrator.domain.events import EVENT_TYPES
 from orchestrator.domain.runs.statuses import TaskStatus
@@ -151,7 +153,7 @@ def test_every_adapter_is_documented(tmp_path: Path) -> None:
     sections = dict(re.findall(r"^## `([a-z-]+)`\n(.*?)(?=^## |\Z)", ADAPTERS, re.MULTILINE | re.DOTALL))
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     for use, adapter_type in load_plugins({"COUNCIL_PLUGINS": ""}).adapters.items():
-        if use != "command":
+        if use != "command" and not isinstance(adapter_type, ProfileAdapterType):
             keys = set(re.findall(r"^\| `(\w+)` \|", sections[use], re.MULTILINE))
             assert keys == adapter_type.Options.model_fields.keys(), use
             example = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", sections[use], re.DOTALL)[0])["adapters"]
@@ -160,6 +162,18 @@ def test_every_adapter_is_documented(tmp_path: Path) -> None:
             passed = [name for one in homes for name in adapter_type(one).command(request).pass_env]
             row = next(line for line in sections[use].splitlines() if line.startswith("| `env`"))
             assert set(re.findall(r"`([A-Z_]+)`", row)) == set(passed), use
+
+
+def test_table_of_profiles_is_generated() -> None:
+    """`python docs/profiles.py` regenerates it."""
+    command = [sys.executable, str(ROOT / "docs" / "profiles.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run `python docs/profiles.py`"
+
+
+def test_every_key_of_a_profile_is_documented() -> None:
+    """docs/adapters.md has the keys that `command` lacks."""
+    keys = set(Profile.model_fields) - set(CommandAdapter.Options.model_fields) | {"extends", "bin", "args"}
+    assert [key for key in sorted(keys) if f"`{key}`" not in ADAPTERS] == []
 
 
 def test_every_failure_class_is_documented() -> None:

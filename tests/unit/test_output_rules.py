@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from adapters.command import CommandAdapter, CommandOptions
+from adapters.command import CommandAdapter
+from adapters.command_options import CommandOptions
 from adapters.json_paths import values_at
 from adapters.output_rules import OutputRule
 from orchestrator.domain.runs.outcome import Failed
@@ -246,12 +247,14 @@ def test_missing_result_is_a_failure() -> None:
 
 
 def test_limit_in_an_error_has_reset_time() -> None:
-    """The limit pattern searches the message, even if the status already set the class."""
+    """Usual words are understood; the limit pattern searches the message even if the status has set the class."""
     options: dict[str, Any] = {"output": "jsonl", "read": [{"error": "message", "status": "status"}]}
-    line = json.dumps({"message": "slow down, again in 90 s", "status": 429})
-    assert verdict([line], 1, **options) == Failed(FailureClass.RATE_LIMITED, "slow down, again in 90 s")
-    reported = verdict([line], 1, failures={"rate_limited": r"again in (?P<seconds>\d+) s"}, **options)
-    assert reported == Failed(FailureClass.RATE_LIMITED, "slow down, again in 90 s", 1_000_090.0)
+    line = json.dumps({"message": "slow down, wait: 90", "status": 429})
+    usual = json.dumps({"message": "slow down, again in 90 s", "status": 429})
+    assert verdict([usual], 1, **options) == Failed(FailureClass.RATE_LIMITED, "slow down, again in 90 s", 1_000_090.0)
+    assert verdict([line], 1, **options) == Failed(FailureClass.RATE_LIMITED, "slow down, wait: 90")
+    reported = verdict([line], 1, failures={"rate_limited": r"wait: (?P<seconds>\d+)"}, **options)
+    assert reported == Failed(FailureClass.RATE_LIMITED, "slow down, wait: 90", 1_000_090.0)
 
 
 def test_quoted_error_in_json_is_not_a_failure() -> None:

@@ -88,15 +88,16 @@ def is_prompt(text: str) -> bool:
 def _only_installed_adapter(folder: Path, plugins: Plugins) -> str | None:
     """Return the only adapter type that is installed and needs no options.
 
-    Returns None if there are none or several. An adapter is installed if its programs are on PATH.
+    Returns None if there are none or several. An adapter is installed if its programs are on PATH. Those that were
+    never run, or can't change files, do not count if there are others.
     """
     types = {name: kind for name, kind in plugins.adapters.items() if has_only_optional_options(kind, folder)}
     made, _ = make_default_adapters(types)
     path = os.environ.get("PATH")
-    ready = [
-        name for name, one in made.items() if all(shutil.which(program.name, path=path) for program in one.programs())
-    ]
-    return ready[0] if len(ready) == 1 else None
+    programs = {name: one.programs() for name, one in made.items()}
+    found = [name for name, needed in programs.items() if all(shutil.which(one.name, path=path) for one in needed)]
+    sure = [name for name in found if all(one.edits and one.verified != () for one in programs[name])]
+    return next((names[0] for names in (sure, found) if len(names) == 1), None)
 
 
 async def find_checkout_root(folder: Path, git: Git) -> Path | None:

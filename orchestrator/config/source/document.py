@@ -32,6 +32,9 @@ _STANDARD_TAG: Final = "tag:yaml.org,2002:"
 _LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
 _START: Final = Position(1, 1)
 
+#: The first keys of a run's file.
+RUN_KEYS: Final = "version, adapters and tasks"
+
 UNREADABLE: Final = object()
 """The value of a rejected node; its problem is already reported."""
 
@@ -67,13 +70,14 @@ class Node(NamedTuple):
             waiting.extend(node.children.values())
 
 
-def read_document(text: str, problems: Problems) -> Node | None:
+def read_document(text: str, problems: Problems, keys: str = RUN_KEYS) -> Node | None:
     """Return the top mapping; None, with errors in `problems`, if it can't be parsed.
 
-    After a syntax error the rest of the file is unknown, so nothing is returned.
+    After a syntax error the rest of the file is unknown, so nothing is returned. `keys` are the first keys of such a
+    file, for remedies.
     """
     text = _printable(text, problems)
-    builder = _Builder(problems)
+    builder = _Builder(problems, keys)
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             if not builder.take(event):
@@ -129,8 +133,9 @@ class _Open:
 class _Builder:
     """Builds nodes from events; `last` is the position of the newest event."""
 
-    def __init__(self, problems: Problems) -> None:
+    def __init__(self, problems: Problems, keys: str) -> None:
         self.last = _START
+        self._keys = keys
         self._problems = problems
         self._root: Node | None = None
         self._open: list[_Open] = []
@@ -143,12 +148,12 @@ class _Builder:
         if self._too_deep:
             return None
         if root is None or root.value is None:
-            self._problems.add(_START, "the file is empty", "add the keys of a run: version, adapters and tasks")
+            self._problems.add(_START, "the file is empty", f"add the keys {self._keys}")
             return None
         if root.value is UNREADABLE:
             return None
         if not isinstance(root.value, dict):
-            self._problems.add(root.at, "the file is not a mapping", "start with the keys version, adapters and tasks")
+            self._problems.add(root.at, "the file is not a mapping", f"start with the keys {self._keys}")
             return None
         return root
 

@@ -126,10 +126,15 @@ def _is_name(name: str) -> bool:
     return True
 
 
-def _rank(status: AdapterStatus) -> int:
-    """Return a sort key for the readiness of a type: ready, unknown, not logged in."""
+def _rank(status: AdapterStatus) -> tuple[bool, int]:
+    """Return a sort key: verified programs that edit files first; then by readiness.
+
+    The order is ready, unknown, not logged in.
+    """
+    # A program with an unsupported version may be another one of the same name.
+    is_unsure = any(not one.edits or one.verified == () or one.is_supported is False for one in status.programs)
     readiness = {program.ready for program in status.programs}
-    return 2 if False in readiness else 1 if None in readiness else 0
+    return is_unsure, 2 if False in readiness else 1 if None in readiness else 0
 
 
 async def write_schema(ground: InitRepository, text: str, environ: Mapping[str, str]) -> Path | None:

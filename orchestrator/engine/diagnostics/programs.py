@@ -66,6 +66,10 @@ class ProgramStatus:
     """The error of the probe."""
     remedy: str | None = None
     """How to make it ready."""
+    verified: Sequence[str] | None = None
+    """The versions that its adapter was run with; empty: none, None: unknown."""
+    edits: bool = True
+    """Whether it can change files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +238,14 @@ def check_program(
     run; None if they were not run. `has_key`: one of its `keys` is set. `hide` are secrets that it may have printed.
     """
     if path is None:
-        return ProgramStatus(program.name, None, supported=program.supported, remedy=program.install)
+        return ProgramStatus(
+            program.name,
+            None,
+            supported=program.supported,
+            remedy=program.install,
+            verified=program.verified,
+            edits=program.edits,
+        )
     found = read_version(version) if isinstance(version, CompletedCommand) else None
     is_supported, odd = _is_supported(found, program.supported)
     is_ready = True if has_key else _is_ready(ready)
@@ -254,6 +265,8 @@ def check_program(
         ready=is_ready,
         error=None if failure is None else Redactor(hide).text(failure),
         remedy=log_in if is_ready is False else None,
+        verified=program.verified,
+        edits=program.edits,
     )
 
 

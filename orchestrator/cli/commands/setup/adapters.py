@@ -138,7 +138,7 @@ def _lines(
 ) -> Iterator[str]:
     for one in types:
         plugin = scene.plugins.providers["adapters", one.name]
-        yield f"{one.name} ({plugin.distribution} {plugin.version}){_missing_options(one)}"
+        yield f"{one.name} ({plugin.origin}{_doubt(one)}){_missing_options(one)}"
         yield from _programs(one.status)
     for left_out in scene.plugins.left_out:
         yield f"skipped: {one_line(str(left_out))}"
@@ -149,6 +149,11 @@ def _lines(
         yield from _programs(one.status)
         yield f"  features: {one_line(', '.join(one.can)) or 'none'}"
         yield from (f"  {line}" for line in known.lines(one.name))
+
+
+def _doubt(one: _AdapterEntry) -> str:
+    """Return the mark of a type that was written from documentation only."""
+    return ", unverified" if any(program.verified == () for program in one.status.programs) else ""
 
 
 def _missing_options(one: _AdapterEntry) -> str:

@@ -29,7 +29,7 @@ from orchestrator.engine.diagnostics.initialization import (
     write_file,
     write_schema,
 )
-from orchestrator.engine.diagnostics.programs import AdapterStatus
+from orchestrator.engine.diagnostics.programs import AdapterStatus, ProgramStatus
 from orchestrator.engine.diagnostics.test_detection import ProjectEnvironment, RepositoryTests
 from orchestrator.engine.diagnostics.trust import confirm_requests
 from orchestrator.errors import RefusedError
@@ -121,9 +121,12 @@ def _starter(found: _Discovery, schema: Path | None) -> Starter:
 
 
 def _words(status: AdapterStatus) -> str:
-    parts = [f"{one.name} {one.version or ''}".strip() + (f": {one.remedy}" if one.remedy else "")
-             for one in status.programs]  # fmt: skip
-    return ", ".join(parts)
+    return ", ".join(map(_describe, status.programs))
+
+
+def _describe(program: ProgramStatus) -> str:
+    facts = [program.remedy, "unverified" if program.verified == () else None]
+    return ": ".join(filter(None, (f"{program.name} {program.version or ''}".strip(), *facts)))
 
 
 def _json(found: _Discovery, schema: Path | None) -> JsonObject:

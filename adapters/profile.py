@@ -1,0 +1,184 @@
+"""Adapters of CLIs that are described by YAML files: `profiles/*.yaml` and the user's own.
+
+A profile has the keys of `use: command` and facts about its program. An entry with `use: NAME` has the keys of
+`command`, too, whose values replace those of the profile; its `env` and its `failures` are added to them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final
+
+import pluggy
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion, Version
+from pydantic import AfterValidator, Field, create_model, field_validator
+
+from adapters.command import CommandAdapter, list_arguments
+from adapters.command_options import CommandOptions
+from adapters.failures import make_failure
+from adapters.home_files import check_text
+from adapters.options import Arguments, EnvName, ProgramName, own_home_variables
+from adapters.placeholders import fill_placeholders, placeholder_names
+from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterProfiles
+from orchestrator.protocols import AdapterType, ProfileFormat, Program, SessionEnd, SessionRequest
+
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
+
+#: The keys of a profile that are not options of its adapter.
+_FACTS: Final = ("env", "docs", "install", "version", "supported", "verified", "ready", "keys", "log_in", "edits")
+
+
+def _check_url(url: str) -> str:
+    if not re.fullmatch(r"https?://\S+", url):
+        raise ValueError(f"{url[:60]!r} is not an address: write it as in https://example.com/docs")
+    return url
+
+
+def _check_supported(versions: str) -> str:
+    try:
+        SpecifierSet(versions)
+    except InvalidSpecifier:
+        raise ValueError(f"{versions[:60]!r} is not a range of versions: write it as in >=1.2,<2") from None
+    return versions
+
+
+def _check_version(version: str) -> str:
+    try:
+        Version(version)
+    except InvalidVersion:
+        raise ValueError(f"{version[:60]!r} is not a version: write it as the program prints it, as in 1.2.3") from None
+    return version
+
+
+class Profile(CommandOptions):
+    """A file of a profile."""
+
+    docs: Annotated[str, AfterValidator(_check_url)]
+    """The address of the program's documentation."""
+    install: str = Field(min_length=1)
+    """How to install the program."""
+    version: Arguments = ("--version",)
+    """The arguments that print the version."""
+    supported: Annotated[str, AfterValidator(_check_supported)] = ""
+    """The range of versions that the profile is for, such as `>=1.2,<2`."""
+    verified: Annotated[tuple[Annotated[str, AfterValidator(_check_version)], ...], Field(strict=False)] = ()
+    """The versions that the profile was run with; without any, it is unverified."""
+    ready: Arguments = ()
+    """The arguments of a quick command that succeeds if the program is logged in."""
+    keys: Annotated[tuple[EnvName, ...], Field(strict=False)] = ()
+    """Variables with a key, passed on, of which one replaces the login."""
+    log_in: str = ""
+    """How to log in."""
+    edits: bool = True
+    """Whether the program can change files; one that only answers is never chosen by default."""
+
+    @field_validator("argv")
+    @classmethod
+    def _check_program(cls, argv: tuple[str, ...]) -> tuple[str, ...]:
+        # A relative path would be a file of the repository, which agents write.
+        if "/" in argv[0] or placeholder_names(argv[:1]):
+            raise ValueError(f"{argv[0][:60]!r} is not a program: write a name to look up on PATH")
+        return argv
+
+    @field_validator("env")
+    @classmethod
+    def _check_env(cls, env: Any) -> Any:
+        for value in env.values() if isinstance(env, dict) else env:
+            check_text(value)
+        return env
+
+
+class ProfileOptions(CommandOptions):
+    """Options of an adapter with `use: NAME`, where NAME is a profile."""
+
+    bin: ProgramName | None = None
+    """The program, by default that of the profile."""
+    args: Arguments = ()
+    """Additional arguments, such as `[--verbose]`."""
+
+
+class ProfileAdapter(CommandAdapter):
+    """Runs the program of a profile."""
+
+    profile: ClassVar[Profile]
+    _options: ProfileOptions
+
+    def programs(self) -> Sequence[Program]:
+        """Return the program, with the facts in the profile."""
+        profile = self.profile
+        return (
+            Program(
+                self._program,
+                install=f"install it ({profile.install}), or correct `bin`",
+                version=profile.version,
+                supported=profile.supported,
+                ready=profile.ready,
+                keys=profile.keys,
+                log_in=profile.log_in or f"log in to {profile.argv[0]}: see {profile.docs}",
+                verified=profile.verified,
+                edits=profile.edits,
+            ),
+        )
+
+    def verdict(self, end: SessionEnd) -> Failed | None:
+        """Return the failure; a missing login has the remedy."""
+        failed = super().verdict(end)
+        if failed is None or failed.failure is not FailureClass.AUTH:
+            return failed
+        return make_failure(failed.failure, failed.reason, self.programs()[0].log_in)
+
+    @property
+    def _program(self) -> str:
+        return self._options.bin or self._options.argv[0]
+
+    def _arguments(self, request: SessionRequest) -> Iterator[str]:
+        _, *arguments = list_arguments(self._options, request, self._options.args)
+        return iter((self._program, *arguments))
+
+    def _variables(
+        self, request: SessionRequest, values: Mapping[str, str]
+    ) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        preset, passed = self.profile.variables(("HOME", *self.profile.keys))
+        given = {name: fill_placeholders([text], values)[0] for name, text in preset.items() if text}
+        return self._options.variables(passed, **given, **own_home_variables(self._options, request))
+
+    def _uses_home(self, arguments: Sequence[str]) -> bool:
+        preset, _ = self.profile.variables()
+        return super()._uses_home([*arguments, *preset.values()])
+
+
+def make_adapter_type(name: str, profile: Profile) -> AdapterType:
+    """Return the adapter type of a profile, whose values are the defaults of the options."""
+    fields: dict[str, Any] = {}
+    for key in profile.model_fields_set.difference(_FACTS):
+        field = copy(ProfileOptions.model_fields[key])
+        field.default, field.default_factory = getattr(profile, key), None
+        fields[key] = (field.annotation, field)
+
+    def add_failures(failures: dict[str, str]) -> dict[str, str]:
+        """Return the patterns of an entry, followed by those of the profile."""
+        return {**failures, **{one: text for one, text in profile.failures.items() if one not in failures}}
+
+    options = create_model(
+        "ProfileOptions",
+        __base__=ProfileOptions,
+        __module__=__name__,
+        __cls_kwargs__={"use_attribute_docstrings": False},  # inherited; searching for them is slow
+        __doc__=f"Options of an adapter with `use: {name}`.",
+        __validators__={"_add_failures": field_validator("failures")(add_failures)},
+        **fields,
+    )
+    made: type[ProfileAdapter] = type("ProfileAdapter", (ProfileAdapter,), {"Options": options, "profile": profile})
+    return made
+
+
+@hookimpl
+def council_register_profiles(register: RegisterProfiles) -> None:
+    """Register the format, and the profiles in this package."""
+    register("profiles", ProfileFormat(Profile, make_adapter_type, Path(__file__).with_name("profiles")))

@@ -1,0 +1,67 @@
+"""The contract of every profile in the package, with recordings of those that were run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from orchestrator.config.profiles import ProfileAdapterType
+from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.plugins import load_plugins
+from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
+from tests.contract.verdicts import TRANSCRIPTS
+
+_TYPES: Final = load_plugins({"COUNCIL_PLUGINS": ""}).adapters
+
+#: The expected results of recordings, by profile.
+RECORDED: Final[Mapping[str, Mapping[str, ExpectedResult]]] = {
+    "qwen-code": {
+        "edit": ExpectedResult(text="It is written.", tokens=(2 * 120, 2 * 34), paths=frozenset({"/work/hello.txt"})),
+        "resumed": ExpectedResult(
+            session="72cde56b-a359-453c-a80e-efb673b668d5",
+            text="Both are there.",
+            tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
+        ),
+        "read-only": ExpectedResult(tokens=(2 * 100, 2 * 10)),
+        "tool": ExpectedResult(text="Both done."),
+        "limited-then-well": ExpectedResult(text="Done."),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "no-key": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+        "interrupted": ExpectedResult(),
+        "terminated": ExpectedResult(),
+    },
+}
+
+
+def _contract(name: str) -> type[AdapterContract]:
+    recorded = RECORDED.get(name, {})
+    body = {
+        "__doc__": f"The profile {name}.",
+        "__module__": __name__,
+        "adapter_type": _TYPES[name],
+        "options": {"model": "large", "args": ["--verbose"], "env": ["MY_KEY"]},
+        "transcripts": TRANSCRIPTS / name if recorded else None,
+        "recorded": recorded,
+    }
+    return type("TestProfile", (AdapterContract,), body)
+
+
+_PROFILES: Final = [name for name, made in sorted(_TYPES.items()) if isinstance(made, ProfileAdapterType)]
+globals().update({f"Test_{name.replace('-', '_')}": _contract(name) for name in _PROFILES})
+
+
+def test_arguments_of_a_profile_are_in_order(tmp_path: Path) -> None:
+    """Those of the session, the model, and the user's own; the program can be another one."""
+    contract = _contract("qwen-code")()
+    adapter_type = contract.adapter_type
+    adapter = adapter_type(adapter_type.Options.model_validate({"bin": "/opt/qwen", **contract.options}))
+    request = replace(contract.plain_requests(tmp_path)[0], resume="0c5b2f3e-1d")
+    common, own = ("/opt/qwen", "--output-format", "stream-json"), ("--model", "large", "--verbose")
+    resumed = ("--resume", "0c5b2f3e-1d", "--approval-mode", "yolo")
+    assert adapter.command(request).argv == (*common, *resumed, *own)
