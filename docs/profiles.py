@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from adapters.profile import ProfileAdapter
+from adapters.command.profile import ProfileAdapter
 from orchestrator.config.profiles import ProfileAdapterType
 from orchestrator.plugins import load_plugins
 

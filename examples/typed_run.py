@@ -13,7 +13,7 @@ from pathlib import Path
 
 import anyio
 
-from adapters.command_options import CommandOptions
+from adapters.command.options import CommandOptions
 from orchestrator import AdapterSettings, Backoff, Config, Council, Task, TaskSettings
 
 WRITE_TEST = """\

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, UsageReport
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult

@@ -20,11 +20,11 @@ RECORDED: Final[Mapping[str, Mapping[str, ExpectedResult]]] = {
     "qwen-code": {
         "edit": ExpectedResult(text="It is written.", tokens=(2 * 120, 2 * 34), paths=frozenset({"/work/hello.txt"})),
         "resumed": ExpectedResult(
-            session="72cde56b-a359-453c-a80e-efb673b668d5",
+            session="390590a8-34e3-4e9f-8e6b-c8cf364f2416",
             text="Both are there.",
             tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
         ),
-        "read-only": ExpectedResult(tokens=(2 * 100, 2 * 10)),
+        "read-only": ExpectedResult(tokens=(3 * 100, 3 * 10)),
         "tool": ExpectedResult(text="Both done."),
         "limited-then-well": ExpectedResult(text="Done."),
         "no-login": ExpectedResult(FailureClass.AUTH),
@@ -35,6 +35,10 @@ RECORDED: Final[Mapping[str, Mapping[str, ExpectedResult]]] = {
         "invalid": ExpectedResult(FailureClass.INVALID),
         "interrupted": ExpectedResult(),
         "terminated": ExpectedResult(),
+        "0.15-edit": ExpectedResult(text="It is written.", tokens=(2 * 120, 2 * 34)),
+        "0.15-no-login": ExpectedResult(FailureClass.AUTH),
+        "0.15-server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "0.15-invalid": ExpectedResult(FailureClass.INVALID),
     },
 }
 

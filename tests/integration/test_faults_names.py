@@ -90,7 +90,7 @@ async def test_plugin_in_the_repository_is_not_loaded(repository: Repository, tm
     ran = tmp_path / "ran"
     code = f"open({str(ran)!r}, 'a').write(__name__ + ' ')\n"
     planted = {
-        "adapters/__init__.py": code, "adapters/command.py": code, "adapters/evil.py": code,
+        "adapters/__init__.py": code, "adapters/command/adapter.py": code, "adapters/evil.py": code,
         "orchestrator/__init__.py": code,
         "sitecustomize.py": code, "usercustomize.py": code, "evil.py": code, "click.py": code, "json.py": code,
         "evil-1.dist-info/entry_points.txt": "[cli_council]\nevil = evil\n[pytest11]\nevil = evil\n",

@@ -15,7 +15,7 @@ import anyio
 import pytest
 
 import orchestrator
-from adapters.command_options import CommandOptions
+from adapters.command.options import CommandOptions
 from orchestrator import (
     AdapterSettings,
     Config,

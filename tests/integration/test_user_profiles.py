@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from adapters.profile import ProfileAdapter
+from adapters.command.profile import ProfileAdapter
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.protocols import SessionRequest
 from tests.conftest import Repository

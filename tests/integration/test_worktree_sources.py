@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from orchestrator import AdapterSettings, Config, Council, SetupStep, Task, WorktreeSettings
 from orchestrator.config.load import load_config
 from orchestrator.config.model import restore_adapters

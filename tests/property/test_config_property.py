@@ -8,7 +8,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
 from orchestrator.domain.scheduling.cycles import find_cycles

@@ -9,9 +9,9 @@ import pluggy
 import pytest
 from pydantic import ValidationError
 
-import adapters.command
-from adapters.command import CommandAdapter
-from adapters.command_options import CommandOptions
+import adapters.command.adapter
+from adapters.command.adapter import CommandAdapter
+from adapters.command.options import CommandOptions
 from orchestrator import hookspecs
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Capability, McpServer, SessionCommand, SessionEnd, SessionHome, SessionRequest

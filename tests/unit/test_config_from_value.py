@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from orchestrator.config.load import load_config, load_value
 from orchestrator.config.source.document import read_document
 from orchestrator.config.source.problems import Problems, TooManyProblems

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig, restore_adapters
 from orchestrator.domain.settings.failures import RETRIED_BY_DEFAULT

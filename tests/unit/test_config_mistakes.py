@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from orchestrator.config.load import load_config
 from orchestrator.errors import ConfigError
 

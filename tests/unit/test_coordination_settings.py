@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from orchestrator.cli.commands.runs.run_options import coordination_options
 from orchestrator.config.coordination import (
     ENVIRONMENT_VARIABLES,

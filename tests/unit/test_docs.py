@@ -15,9 +15,9 @@ import click
 import pytest
 import yaml
 
-from adapters.command import CommandAdapter
-from adapters.output_rules import OutputRule
-from adapters.profile import Profile
+from adapters.command.adapter import CommandAdapter
+from adapters.command.output_rules import OutputRule
+from adapters.command.profile import Profile
 from orchestrator.builtin.checklist import ChecklistTracker, read_items
 from orchestrator.builtin.jsonlines import JsonLinesSink
 from orchestrator.cli.main import COMMANDS_BY_SECTION, main

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import BaseModel
 
-from adapters.command import CommandAdapter
-from adapters.command_options import CommandOptions
+from adapters.command.adapter import CommandAdapter
+from adapters.command.options import CommandOptions
 from orchestrator.config.inline import InlineTasks, load_inline
 from orchestrator.config.model import RunConfig
 from orchestrator.errors import ConfigError, RefusedError

@@ -12,7 +12,7 @@ from adapters.acp import AcpAdapter
 from adapters.aider import AiderAdapter
 from adapters.claude_code import ClaudeCodeAdapter
 from adapters.codex import CodexAdapter
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
 from adapters.opencode import OpencodeAdapter

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from adapters.command import CommandAdapter
-from adapters.command_options import CommandOptions
-from adapters.json_paths import values_at
-from adapters.output_rules import OutputRule
+from adapters.command.adapter import CommandAdapter
+from adapters.command.json_paths import values_at
+from adapters.command.options import CommandOptions
+from adapters.command.output_rules import OutputRule
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, SessionEnd, SessionEvent, UsageReport

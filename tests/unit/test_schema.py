@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ConfigDict
 
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from orchestrator.config.json_schema import file_schema
 from orchestrator.config.source.document import read_document
 from orchestrator.config.source.problems import Problems

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapters.codex import CodexAdapter
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from orchestrator.config.load import load_value
 from orchestrator.config.model import make_adapters
 from orchestrator.config.warnings import RepositoryPaths, find_warnings

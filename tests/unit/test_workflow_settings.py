@@ -12,7 +12,7 @@ import yaml
 
 from adapters.claude_code import ClaudeCodeAdapter
 from adapters.codex import CodexAdapter
-from adapters.command import CommandAdapter
+from adapters.command.adapter import CommandAdapter
 from orchestrator.config.load import load_config, load_value
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.config.workflows.load import builtin_phases

@@ -17,12 +17,12 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, Field, create_model, field_validator
 
-from adapters.command import CommandAdapter, list_arguments
-from adapters.command_options import CommandOptions
+from adapters.command.adapter import CommandAdapter, list_arguments
+from adapters.command.home_files import check_text
+from adapters.command.options import CommandOptions
+from adapters.command.placeholders import fill_placeholders, placeholder_names
 from adapters.failures import make_failure
-from adapters.home_files import check_text
 from adapters.options import Arguments, EnvName, ProgramName, own_home_variables
-from adapters.placeholders import fill_placeholders, placeholder_names
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterProfiles
@@ -181,4 +181,4 @@ def make_adapter_type(name: str, profile: Profile) -> AdapterType:
 @hookimpl
 def council_register_profiles(register: RegisterProfiles) -> None:
     """Register the format, and the profiles in this package."""
-    register("profiles", ProfileFormat(Profile, make_adapter_type, Path(__file__).with_name("profiles")))
+    register("profiles", ProfileFormat(Profile, make_adapter_type, Path(__file__).parents[1] / "profiles"))

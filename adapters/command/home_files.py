@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, Field, WithJsonSchema
 
-from adapters.placeholders import check_placeholders, fill_placeholders, placeholder_names
+from adapters.command.placeholders import check_placeholders, fill_placeholders, placeholder_names
 from orchestrator.protocols import JsonObject
 
 #: The placeholders in files and variables.

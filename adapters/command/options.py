@@ -8,10 +8,10 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from adapters.home_files import FILE_PLACEHOLDERS, FileContent, HomePath, HomePaths, JsonSettings
+from adapters.command.home_files import FILE_PLACEHOLDERS, FileContent, HomePath, HomePaths, JsonSettings
+from adapters.command.output_rules import OutputRule, RegexPattern
+from adapters.command.placeholders import check_placeholders, placeholder_names
 from adapters.options import AdapterOptions, check_argument
-from adapters.output_rules import OutputRule, RegexPattern
-from adapters.placeholders import check_placeholders, placeholder_names
 
 REQUESTED: Final = ("prompt", "prompt_file", "worktree", "task", "run", "attempt", "home")
 _PLACEHOLDERS: Final = (*REQUESTED, "model")

@@ -19,9 +19,9 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 
+from adapters.command.json_paths import JsonPath, values_at
 from adapters.failures import failure_class_for_status, one_line
 from adapters.json_output import as_cost, as_count, as_text, parse_object, parse_plain_line
-from adapters.json_paths import JsonPath, values_at
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (

@@ -9,7 +9,7 @@ adapters:
       auth: not logged in|invalid api key
       rate_limited: 'try again in (?P<seconds>[0-9]+) s'
 
-`read` (`adapters.output_rules`) has rules for its output; other keys are named after the program's capabilities.
+`read` (`adapters.command.output_rules`) has rules for its output; other keys are named after the program's abilities.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import ClassVar, Final
 import pluggy
 from pydantic import BaseModel
 
-from adapters.command_options import OPTIONS, REQUESTED, SERVERS_FILE, STDIN_FILE, CommandOptions, SaidClass
-from adapters.home_files import file_text, fill_json
+from adapters.command.home_files import file_text, fill_json
+from adapters.command.options import OPTIONS, REQUESTED, SERVERS_FILE, STDIN_FILE, CommandOptions, SaidClass
+from adapters.command.output_rules import MAX_LINE_CHARS, OutputReader
+from adapters.command.placeholders import fill_placeholders, placeholder_names
 from adapters.json_output import bridge_command, bridge_readable_paths, concluded_failure
 from adapters.options import INSTRUCTIONS_FILE, own_home_variables
-from adapters.output_rules import MAX_LINE_CHARS, OutputReader
-from adapters.placeholders import fill_placeholders, placeholder_names
 from adapters.rate_limits import with_reset_time
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass

@@ -1,0 +1,1 @@
+"""The adapter of programs that are configured in YAML: by the run's file, or by a profile."""
