@@ -107,7 +107,7 @@ class OutputRule(BaseModel):
     error: JsonPath | None = None
     """The path to an error message."""
     status: JsonPath | None = None
-    """The path of an error's HTTP status, which determines the failure class."""
+    """The path to an error's HTTP status, which determines the failure class."""
     done: bool = False
     """Whether the line means success. If a rule sets this, a session without such a line has failed."""
 
