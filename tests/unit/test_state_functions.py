@@ -96,7 +96,7 @@ def test_documented_events_and_fields_match_the_code() -> None:
     """Each event and field in a table exists in the code or in docs/output.md."""
     known = {*RunStatus, *TaskStatus, *Level, *CheckpointOrigin}
     words = {word for row in rows("Statuses") for word in re.findall(r"`([^`]+)`", row[1])}
-    table = "docs/function-mapping.md, the table in section `Words`"
+    table = "docs/function-mapping.md, the table in section `Statuses`"
     assert not words - known, f"{table}: nothing is called {sorted(words - known)}"
     missing = sorted({*RunStatus, *TaskStatus} - words)
     assert not missing, f"{table}: add the statuses {missing}"
