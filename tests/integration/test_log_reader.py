@@ -108,7 +108,7 @@ async def test_search_in_new_commits_reads_no_old_log(clock: ManualClock) -> Non
         await read()
     assert sorted(found) == list(range(21, 31))
     assert await find_position(store, 1025.5) == 26
-    with pytest.raises(RefusedError, match="a position from 20 on"):
+    with pytest.raises(RefusedError, match="or position 20 or later"):
         await find_position(store, 1010.0)
 
 

@@ -382,5 +382,5 @@ async def test_salvage_apply_changes_nothing_that_git_runs(repository: Repositor
     assert repository.council("run", str(config)).code == 1
     (kept,) = repository.council("salvage", "list", "--json").result["preserved"]
     applied = repository.council("salvage", "apply", kept["name"])
-    assert (applied.code, "it changes gitconfig, which decides" in applied.stderr) == (2, True), applied
+    assert (applied.code, "it changes gitconfig, which controls" in applied.stderr) == (2, True), applied
     assert "evil" not in (repository.top / "gitconfig").read_text()

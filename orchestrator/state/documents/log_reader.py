@@ -135,7 +135,7 @@ async def find_position(store: Store, instant: float) -> int:
                     return found
     except HistoryCompacted as gone:
         raise RefusedError(
-            "the state log does not go back to that time", f"use a later time, or a position from {gone.first} on"
+            "the state log does not go back to that time", f"use a later time, or position {gone.first} or later"
         ) from None
     return 0
 
