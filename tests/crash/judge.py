@@ -17,7 +17,7 @@ from tests.conftest import CommandResult, Repository
 from tests.crash.workload import Workload
 
 #: Files that a killed git leaves behind.
-_STALE = ("*.lock", "tmp_objdir-*", "tmp_pack_*", "tmp_idx_*")
+_STALE = ("*.lock", "tmp_objdir-*", "tmp_pack_*", "tmp_idx_*", "*.keep")
 
 
 @dataclass(frozen=True)

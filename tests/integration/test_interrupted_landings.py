@@ -98,9 +98,11 @@ class Landing:
         return cls(repository, target, source, git, merge)
 
     async def bring_objects(self) -> None:
-        """Add the merge's objects to the repository, the first step of a push."""
-        await self.git("update-ref", "refs/council/merge", self.merge.new)
-        self.repository.git("fetch", "--quiet", "--no-write-fetch-head", str(self.git.git_dir), "refs/council/merge")
+        """Add the merge's objects to the repository, the first step of a push: in a pack, which it keeps."""
+        revisions = f"{self.merge.new}\n^{self.old}\n".encode()
+        pack = (await self.git("pack-objects", "--quiet", "--revs", "--stdout", input_=revisions)).stdout
+        users = Git(self.repository.top / ".git", environ=self.repository.environ)
+        await users("index-pack", "--stdin", "--keep=receive-pack 1 on test", input_=pack)
 
     def write(self, names: tuple[str, ...]) -> None:
         """Write files as the update of the checkout does."""
@@ -144,7 +146,7 @@ class Landing:
             if name not in theirs:
                 is_tracked = repository.git("ls-tree", "--name-only", "HEAD", "--", name) == name
                 assert (f"{repository.git('show', f'HEAD:{name}')}\n" if is_tracked else None) == content, name
-        assert not list((repository.top / ".git").rglob("*.lock"))
+        assert not [path for path in (repository.top / ".git").rglob("*") if path.suffix in {".lock", ".keep"}]
         repository.git("fsck", "--strict")
 
 
@@ -259,11 +261,8 @@ def leave_untracked(landing: Landing) -> Done:
 
 
 def prune_objects(landing: Landing) -> Done:
-    """Delete all objects that neither a ref nor the index needs, such as those of the landing's commit.
-
-    A push holds its lock until the ref has moved.
-    """
-    landing.lock.write_text(lock_marker("main"))
+    """Remove the stale lock, and delete all objects that neither a ref nor the index needs."""
+    unlocked(landing)
     landing.repository.git("gc", "--quiet", "--prune=now")
     return {}, {}
 
@@ -523,6 +522,28 @@ async def test_change_of_the_user_during_a_checkout_update_is_rejected(
     assert not list((repository.top / ".git").glob("index.*"))
 
 
+async def test_finishing_an_interrupted_push_keeps_the_index_locked(repository: Repository, tmp_path: Path) -> None:
+    """Until the branch has moved: otherwise a switch would take the staged files along."""
+    environ = repository.environ
+    landing = await Landing.prepare(repository, tmp_path)
+    await landing.bring_objects()
+    staged(landing)
+    landing.lock.write_text(lock_marker("main"))
+    repository.git("branch", "other")
+    real, programs, path = shutil.which("git", path=environ["PATH"]), tmp_path / "programs", environ["PATH"]
+    programs.mkdir()
+    act = f"cd {repository.top} && ! {real} switch --quiet other && : > {tmp_path}/refused"
+    (programs / "git").write_text(
+        f'#!/bin/sh\ncase "$*" in *" update-ref -m council"*) ({act}) ;; esac\nexec {real} "$@"\n'
+    )
+    (programs / "git").chmod(0o755)
+    environ["PATH"] = f"{programs}:{path}"
+    await landing.finish()
+    environ["PATH"] = path
+    assert (tmp_path / "refused").exists()
+    landing.check({}, {})
+
+
 #: A hook of the user's that changes their checkout while a push runs.
 MEANWHILE = """#!/bin/sh
 unset $(git rev-parse --local-env-vars) GIT_QUARANTINE_PATH
@@ -553,6 +574,20 @@ async def test_switching_branches_during_a_push_carries_no_changes(
         await landing.finish()
         repository.git("switch", "--quiet", "main")
         landing.check({}, {})
+
+
+@pytest.mark.parametrize("name", ["update", "reference-transaction"])
+async def test_objects_of_a_push_survive_a_prune_of_the_user(repository: Repository, tmp_path: Path, name: str) -> None:
+    """No ref points to them yet: the branch would move to a missing commit."""
+    landing = await Landing.prepare(repository, tmp_path)
+    hook = repository.top / ".git/hooks" / name
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(MEANWHILE.format(top=repository.top, act="repack -q -a -d && git prune --expire=now"))
+    hook.chmod(0o755)
+    async with hold_merge_lease(landing.source, "main") as lease:
+        assert isinstance(await landing.target.move(lease, [landing.merge]), Landed)
+    hook.unlink()
+    landing.check({}, {})
 
 
 @pytest.mark.parametrize("name", ["update", "pre-receive"])

@@ -150,8 +150,6 @@ class Git:
     """Global git options for each command."""
     scope: ConfinedPaths | None = None
     """The paths accessible in the sandbox; None means no sandbox."""
-    objects: Path | None = None
-    """A further folder of objects to read."""
 
     def confined(self, *, readable: Iterable[Path] = (), writable: Iterable[Path] = ()) -> Git:
         """Return a Git whose commands run in a sandbox that contains only these paths.
@@ -220,10 +218,9 @@ class Git:
     ) -> CompletedCommand:
         failpoint("git.starting")
         base = user_environment(self.environ) if self.as_user else sealed_environment(self.environ)
-        where = {"GIT_DIR": self.git_dir, "GIT_ALTERNATE_OBJECT_DIRECTORIES": self.objects}
         command = run(
             ["git", *CONFIG_FLAGS, *self.flags, *args],
-            env={**base, **{name: str(folder) for name, folder in where.items() if folder}, **(env or {})},
+            env={**base, **({"GIT_DIR": str(self.git_dir)} if self.git_dir else {}), **(env or {})},
             cwd=cwd or self.git_dir,
             input=input_,
             keep_fds=(*self.keep_fds, *keep_fds),

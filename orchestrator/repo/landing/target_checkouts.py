@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import anyio.to_thread
@@ -21,6 +21,7 @@ from orchestrator.repo.source.user_checkouts import (
     find_switched_checkouts,
     list_uncommitted_changes,
     recover_push,
+    release_pack,
     update_switched_checkout,
 )
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
@@ -94,21 +95,18 @@ class TargetCheckouts:
         self.unrecovered = move, since
         locked = await anyio.to_thread.run_sync(find_locked_checkouts, self.repository, self.branch)
         switched = await anyio.to_thread.run_sync(find_switched_checkouts, self.repository, self.branch, since)
-        objects = self.trusted.git_dir and self.trusted.git_dir / "objects"
         foreign: list[str] = []
         current = await find_checkout(self.repository, self.branch, self.users)
         for checkout in dict.fromkeys([current, *locked, *switched]):
-            # The lock proves that the push began, though the user may have pruned the objects it brought.
-            began = checkout is not None and checkout.resolve() in locked
-            git = replace(self.users, objects=objects if began else None)
             try:
                 foreign += await recover_push(
-                    self.repository, checkout, self.branch, move, since, git, may_finish=may_finish,
+                    self.repository, checkout, self.branch, move, since, self.users, may_finish=may_finish,
                     was_killed=was_killed,
                 )  # fmt: skip
             except OSError as error:  # as on a full disk
                 message = f"can't undo an interrupted landing in {checkout}: {error}"
                 raise RefusedError(message, "fix the cause: the next landing tries again") from None
+        await release_pack(self.repository, move[1], self.users)  # not before: the recovery needs its objects
         self.unrecovered = None
         return foreign
 
@@ -118,6 +116,8 @@ class TargetCheckouts:
         """Complete a push that has moved the branch; `heads` precede the push."""
         if await anyio.to_thread.run_sync(find_locked_checkouts, self.repository, self.branch):  # a hook was killed
             await self.recover(move, since, may_finish=True)
+        else:
+            await release_pack(self.repository, move[1], self.users)
         old, new = move
         if old is not None and not updated_checkout:
             await update_switched_checkout(self.repository, self.branch, (old, new), heads, self.users)

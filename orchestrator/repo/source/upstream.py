@@ -23,10 +23,12 @@ from orchestrator.repo.source.user_programs import (
 )
 
 # For the receiving side of a push to a path: a checked-out branch moves together with its files if they are clean, the
-# push starts no maintenance in the user's repository, and branches hidden by its configuration are visible.
+# push starts no maintenance in the user's repository, and branches hidden by its configuration are visible. The objects
+# stay in a pack, which git keeps until the ref has moved: the user's `git gc --prune=now` would delete loose objects of
+# a commit that no ref points to yet, and the ref would then point to a missing commit.
 _RECEIVE = (
-    "{environ} git -c receive.denyCurrentBranch=updateInstead -c receive.autogc=false -c gc.auto=0"
-    " -c core.fsmonitor=false -c receive.hideRefs='!refs/heads' -c {hooks} receive-pack"
+    "{environ} git -c receive.denyCurrentBranch=updateInstead -c receive.unpackLimit=1 -c receive.autogc=false"
+    " -c gc.auto=0 -c core.fsmonitor=false -c receive.hideRefs='!refs/heads' -c {hooks} receive-pack"
 )
 # Bandwidth does not matter locally: computing new deltas would cost more than it saves.
 _UPLOAD = "git -c pack.window=0 -c uploadpack.hideRefs='!refs/heads' upload-pack"

@@ -38,6 +38,8 @@ from orchestrator.system.process_table import process_ids
 
 #: Name patterns of git's folders for the objects of a push that is not accepted yet.
 _INCOMING: Final = "tmp_objdir-incoming-*"
+#: The start of the files by which git keeps the pack of a push until its refs have moved.
+_KEPT: Final = b"receive-pack "
 #: Maximum seconds to wait for the user's git commands to exit, and seconds between checks.
 _GIT_EXIT_TIMEOUT: Final = 2.0
 _POLL_INTERVAL: Final = 0.02
@@ -333,9 +335,9 @@ async def recover_push(
             # If the user has deleted the branch, leave the files at its old commit.
             update = _InterruptedUpdate(checkout, branch, git, old or empty, tip or old or empty, new)
             may_finish = may_finish and tip == old and await read_current_branch(checkout, git) == branch
-            own = replace(git, objects=None)
-            if may_finish and await update.is_staged() and await _has_all_objects(checkout, old, new, own):
-                await anyio.to_thread.run_sync(_unlink, stale)
+            if may_finish and await update.is_staged():
+                # The index stays locked, as in a push. Git locks the rest itself.
+                await anyio.to_thread.run_sync(_unlink, [lock for lock in stale if lock.name != "index.lock"])
                 reflog = "council: finish an interrupted landing"
                 await git("update-ref", "-m", reflog, f"refs/heads/{branch}", new, old or "0" * len(new), cwd=checkout)
             else:
@@ -595,6 +597,24 @@ def remove_incoming_objects(git_dir: Path, since: float) -> None:
 
     for folder in incoming if _wait_until_unused(is_used) else []:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def release_pack(repository: LocalRepository, new: str, git: Git) -> None:
+    """Let git prune or repack the objects of a killed push of `new` again."""
+    for keep, index in await anyio.to_thread.run_sync(_read_kept_packs, repository.git_dir):
+        listed = await git("show-index", cwd=repository.folder, input_=index)
+        if new.encode() in listed.stdout.split():
+            await anyio.to_thread.run_sync(_unlink, [keep])
+
+
+def _read_kept_packs(git_dir: Path) -> list[tuple[Path, bytes]]:
+    """Return the marks of packs that git keeps for a push, with the packs' indexes."""
+    kept = []
+    for keep in (git_dir / "objects/pack").glob("*.keep"):
+        with suppress(FileNotFoundError):  # a push of the user's has just ended
+            if keep.read_bytes().startswith(_KEPT):
+                kept.append((keep, keep.with_suffix(".idx").read_bytes()))
+    return kept
 
 
 def _modified(path: Path) -> float:
