@@ -53,7 +53,7 @@ class Stage:
         environ["PATH"] = os.pathsep.join((str(CLIS / "bin"), str(CLIS / "node_modules/.bin"), environ["PATH"]))
         for name, program in self.programs.items():
             if program.needs is not None and shutil.which(program.needs, path=environ["PATH"]) is None:
-                pytest.fail(f"{name} is not installed in {CLIS}: `make test-clis` installs it, or select others with CLIS")
+                pytest.fail(f"{name} is not installed in {CLIS}: run `make test-clis`, or choose others by CLIS")
             for path, content in program.files.items():
                 text = content if isinstance(content, str) else json.dumps(content)
                 (self.home / path).parent.mkdir(parents=True, exist_ok=True)
