@@ -82,6 +82,41 @@ def test_url_with_a_password_is_refused_without_showing_it(url: str) -> None:
     assert "hidden" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("hosts", "shown"), [("a:1", "a:1"), ("a,b:1", "a:5432,b:1"), ("a:1,b:2", "a:1,b:2"), ("[::1]:3", "::1:3")]
+)
+def test_each_host_is_shown_with_its_port(hosts: str, shown: str) -> None:
+    assert str(parse_url(f"postgresql://user@{hosts}/base")) == f"postgresql {shown}/base"
+
+
+async def test_unknown_reply_of_the_server_fails_each_commit_of_a_group(server: PostgresServer) -> None:
+    """None of them waits forever."""
+    url, failed = server.url(), list[int]()
+    async with PostgresStore.open(url) as store:
+        replace_in_functions(server, url, "'ok'", "'new'")
+
+        async def commit(number: int) -> None:
+            with pytest.raises(AssertionError, match="unknown reply"):
+                await store.commit(Commit(events=[Event("e", {"n": number})]))
+            failed.append(number)
+
+        with anyio.move_on_after(20):
+            async with anyio.create_task_group() as group:
+                for number in range(3):
+                    group.start_soon(commit, number)
+    assert sorted(failed) == [0, 1, 2]
+
+
+def replace_in_functions(server: PostgresServer, url: str, old: str, new: str) -> None:
+    """Replace text in all functions of a store, as a later version may."""
+    query = "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = %s::regnamespace AND prosrc LIKE %s"
+    with server.connect() as admin:
+        found = admin.execute(query, (url.rpartition("schema=")[2], f"%{old}%")).fetchall()
+        assert found
+        for (text,) in found:
+            admin.execute(text.replace(old, new))
+
+
 def test_options_of_the_client_library_are_passed_on() -> None:
     """TLS options among them."""
     address = parse_url("postgresql://ada@host/db?schema=one&sslmode=verify-full&sslrootcert=/ca.pem")

@@ -19,7 +19,7 @@ class PendingCommit:
 
     commit: EncodedCommit
     position: int = 0
-    failure: StateError | StoreUnavailable | None = None
+    failure: StateError | StoreUnavailable | AssertionError | None = None
 
     @property
     def is_settled(self) -> bool:

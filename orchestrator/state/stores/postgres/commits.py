@@ -97,8 +97,8 @@ class CommitGroups:
                 pending.failure = LeaseLost(str(guard.key), guard.epoch, epoch)
             case ["lost", position]:
                 pending.failure = self.position.lost(position)
-            case _:
-                raise AssertionError(reply)
+            case _:  # an outcome like the others: without one, it and the rest of the group would wait forever
+                pending.failure = AssertionError(f"unknown reply of the function commit: {reply}")
 
 
 def _take_group(pending: deque[PendingCommit]) -> list[PendingCommit]:

@@ -42,6 +42,7 @@ _SET_PASSWORD: Final = (
 _ALL_USED: Final = "it has its maximum of connections"
 _RAISE_LIMIT: Final = "end other connections, raise `max_connections`, or use a pooler"
 _URL_FORM: Final = "use postgresql://[USER@]HOST[:PORT]/DATABASE[?schema=NAME][&sslmode=verify-full]"
+_PORT: Final = 5432
 _CONNECTIONS: Final = 4
 _PAUSES: Final = (0, 0.2, 0.6)
 """Seconds between attempts. The first retry is immediate: the server may have closed an idle connection."""
@@ -87,7 +88,9 @@ class Address:
         return self.option("host", "localhost")
 
     def __str__(self) -> str:
-        return f"postgresql {self.host}:{self.option('port')}/{self.database}"
+        hosts, ports = self.host.split(","), self.option("port").split(",")
+        pairs = zip(hosts, ports if len(ports) > 1 else ports * len(hosts), strict=False)
+        return f"postgresql {','.join(f'{host}:{port or _PORT}' for host, port in pairs)}/{self.database}"
 
 
 def parse_url(url: str) -> Address:
