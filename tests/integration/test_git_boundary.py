@@ -41,6 +41,17 @@ def run_armed(repository: Repository, config: Path, pid: Path, armed: Path) -> S
     return child
 
 
+def test_hook_of_the_user_does_not_get_the_password_of_the_store(repository: Repository) -> None:
+    """Its other variables are the user's."""
+    found = repository.spawns.parent / "environment"
+    plant(repository.top / ".git/hooks/post-receive", f'cat > /dev/null; env > "{found}"')
+    repository.environ.update(COUNCIL_REDIS_PASSWORD="s", COUNCIL_POSTGRES_PASSWORD_FILE="/f", OWN="kept")
+    assert repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt x"}]))).code == 0
+    names = {line.partition("=")[0] for line in found.read_text().splitlines()}
+    assert "OWN" in names
+    assert [name for name in names if "PASSWORD" in name] == []
+
+
 STEPS = {
     "before anything is written": ("pre-receive", "cat > /dev/null; {once}"),
     "when the objects are in": ("update", "{once}"),

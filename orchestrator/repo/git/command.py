@@ -99,6 +99,8 @@ _PASSED_USER_VARIABLES: Final = re.compile(
     r"GIT_(?:SSH(?:_COMMAND|_VARIANT)?|ASKPASS|SSL_[A-Z_]+|PROXY_[A-Z_]+|HTTP_[A-Z_]+|CONFIG_(?:GLOBAL|SYSTEM|NOSYSTEM)"
     r"|EXEC_PATH|ALLOW_PROTOCOL)"
 )
+# The password of a store's server, or its file: for the process itself, not for the user's hooks.
+_STORE_PASSWORD: Final = re.compile(r"COUNCIL_[A-Z]+_PASSWORD(?:_FILE)?")
 
 
 def sealed_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -107,11 +109,12 @@ def sealed_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def user_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the user's git environment without variables that locate a repository."""
+    """Return the user's git environment without variables that locate a repository or open the store's server."""
     kept = {
         name: value
         for name, value in environ.items()
-        if not name.startswith("GIT_") or _PASSED_USER_VARIABLES.fullmatch(name)
+        if (not name.startswith("GIT_") or _PASSED_USER_VARIABLES.fullmatch(name))
+        and not _STORE_PASSWORD.fullmatch(name)
     }
     return {**kept, **_COMMON_ENV}
 
