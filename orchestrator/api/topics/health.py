@@ -105,7 +105,7 @@ class Health:
         except StoreUnavailable as error:
             return read, None, Finding("latency", Level.PROBLEM, error.message, error.remedy)
         commit = clock.monotonic() - began
-        return read, commit, findings.check_latency(commit, read)
+        return read, commit, findings.check_latency(commit, read, is_local=bool(store.local_paths()))
 
     async def _readable_sessions(self, run: str) -> list[SilentSession]:
         with suppress(UnreadableDocument):

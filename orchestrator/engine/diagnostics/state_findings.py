@@ -122,15 +122,21 @@ def _check_replica(found: ReplicaStatistics) -> Finding:
     return Finding(title, Level.OK, what)
 
 
-def check_latency(commit: float, read: float | None = None) -> Finding:
-    """Check the seconds that a durable commit took, and report those of a read."""
+def check_latency(commit: float, read: float | None = None, *, is_local: bool) -> Finding:
+    """Check the seconds that a durable commit took, and report those of a read.
+
+    `is_local`: the store is in a folder of this machine.
+    """
     found = f"a durable commit took {commit * 1000:,.0f} ms"
     if read is not None:
         found += f", a read {read * 1000:,.1f} ms"
     if commit > SLOW_COMMIT:
-        return Finding(
-            "latency", Level.WARNING, found, "find the processes that keep the disk busy, or move `state_dir`"
+        remedy = (
+            "find the processes that keep the disk busy, or move `state_dir`"
+            if is_local
+            else "check the network, and the disk, load and replicas of the server"
         )
+        return Finding("latency", Level.WARNING, found, remedy)
     return Finding("latency", Level.OK, found)
 
 

@@ -65,7 +65,7 @@ class Monitor:
         )
 
     async def _check_health(self) -> None:
-        latency = check_latency(self._ledger.writer.slowest_commit())
+        latency = check_latency(self._ledger.writer.slowest_commit(), is_local=bool(self._store.local_paths()))
         await self._report([*check_documents(await self._store.statistics()), latency])
 
     async def _verify(self) -> None:
