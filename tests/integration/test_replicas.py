@@ -239,7 +239,9 @@ async def test_redis_replica_is_shown_and_has_every_acknowledged_commit() -> Non
         async with replicated_redis(primary, replica) as client:
             prefix = "failover"
             async with RedisStore.open(primary.url(replicas="1", prefix=prefix)) as store:
+                began = anyio.current_time()
                 await commit_numbers(store, 0, 5)
+                assert anyio.current_time() - began < 3  # a replica by itself reports its disk once a second
                 found = await wait_for_server(store, is_synchronous)
                 (one,) = found.replicas
                 assert (one.name, one.state) == (f"127.0.0.1:{replica.port}", "online")

@@ -32,6 +32,7 @@ PART: Final = 100
 _LOCK_SECONDS: Final = 60
 _WATCH_MILLISECONDS: Final = 1_000
 _SYNC_MILLISECONDS: Final = 4_000  # `appendfsync everysec` takes up to two seconds
+_RECEIVE_MILLISECONDS: Final = 500  # both together take less than the timeout of a call
 
 
 class StoredCommit(NamedTuple):
@@ -181,6 +182,10 @@ class ServerLog:
         if wait is None:
             results: list[Any] = await pipeline.execute()
             return results
+        if wait[1]:
+            # Replicas report what is on their disks once a second, and when a wait begins: before they have synced the
+            # commit. Once they have received it, the next report includes it.
+            pipeline.wait(wait[1], _RECEIVE_MILLISECONDS)
         pipeline.waitaof(*wait, _SYNC_MILLISECONDS)
         *results, synced = await pipeline.execute()
         if any(count < required for count, required in zip(synced, wait, strict=True)):
