@@ -83,6 +83,14 @@ def run_outside(repository: Repository, *arguments: str) -> CommandResult:
     return Repository(folder, repository.environ, repository.spawns).council(*arguments)
 
 
+@pytest.mark.parametrize("option", ["--runs", "--logs"])
+def test_age_of_runs_is_refused_outside_a_project(repository: Repository, option: str) -> None:
+    """Nothing would be found, even with `COUNCIL_STATE`: the logs are in the project."""
+    refused = run_outside(repository, "clean", option, "1ms", "--yes")
+    assert refused.code == 2
+    assert "cd to the repository of a run" in refused.stderr
+
+
 async def test_clean_removes_a_finished_run_completely(repository: Repository) -> None:
     """Except worktree slots that are ready for the next run, unless they are named; with and without a project."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})

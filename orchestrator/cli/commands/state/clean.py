@@ -79,7 +79,7 @@ async def clean(
     if interrupted and runs is None:
         raise click.UsageError("--interrupted requires --runs.")
     output = context.output
-    async with _cleaner(context) as cleaner:
+    async with _cleaner(context, needs_project=logs is not None or runs is not None) as cleaner:
         found = await cleaner.find(logs=logs, runs=runs, include_interrupted=interrupted)
         wanted = {
             LeftoverStatus.LEFT_OVER,
@@ -102,11 +102,16 @@ async def clean(
 
 
 @asynccontextmanager
-async def _cleaner(context: CommandContext) -> AsyncIterator[Cleaner]:
-    """Return the cleaner of this project; outside a project, that of this machine."""
+async def _cleaner(context: CommandContext, *, needs_project: bool) -> AsyncIterator[Cleaner]:
+    """Return the cleaner of this project; outside a project, that of this machine, which knows no runs.
+
+    Raises RefusedError if it `needs_project`.
+    """
     try:
         project = find_project(Path.cwd())
     except RefusedError:
+        if needs_project:
+            raise
         project = None
     if project is None:
         yield Cleaner(council_home(os.environ), os.environ, SystemClock())
