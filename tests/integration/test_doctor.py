@@ -521,7 +521,7 @@ def test_run_with_a_hidden_program_is_rejected(repository: Repository) -> None:
     assert (ran.code, ran.result["status"], planned.result) == (2, "refused", ran.result)
     [(level, what, remedy)] = doctor(repository, str(file))["adapter my"]
     assert (level, what, remedy) == ("problem", ran.result["error"], ran.result["remedy"])
-    assert f"(hidden from sessions: {hidden}" in what
+    assert what == f"program 'my-cli' is installed, but not in the sandbox (hidden from sessions: {hidden})"
     assert f"add {hidden} to `readable` of the adapter 'my', or" in str(remedy)
     file = repository.configure([{"id": "a", "prompt": "x"}], adapters={"my": {**adapter, "readable": [str(hidden)]}})
     assert repository.council("run", str(file), "--json").states == {"a": "landed"}

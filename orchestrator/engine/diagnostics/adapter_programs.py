@@ -45,7 +45,7 @@ async def check_adapter_programs(
         lookup = make_lookup_command(program)
         if lookup not in await probe.find_succeeding([lookup], env, reach):
             searched, hidden = probe.explain_missing_program(program, env, reach)
-            message = f"program {program!r} is installed, but hidden from sessions{searched}"
+            message = f"program {program!r} is installed, but not in the sandbox{searched}"
             remedy = f"add {', '.join(hidden) or 'its folder'} to `readable` of the adapter {name!r}"
             if file is None or not await anyio.Path(file).is_file():
                 remedy = f"create a council.yaml with `council init`, and {remedy} there"

@@ -31,7 +31,9 @@ from orchestrator.system.clock import SystemClock
     is_flag=True,
     help="Also remove worktrees and internal repositories with work that may exist nowhere else.",
 )
-@click.option("--pool", is_flag=True, help="Also remove idle worktrees, which the next run could reuse.")
+@click.option(
+    "--pool", is_flag=True, help="Also remove idle worktrees of all repositories: the next run then starts slower."
+)
 @click.option(
     "--logs",
     metavar="AGE",
