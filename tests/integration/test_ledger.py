@@ -14,31 +14,35 @@ from orchestrator.api.run_reader import RunReader
 from orchestrator.domain.events.runs import AdapterCooldown, RunInterrupted
 from orchestrator.domain.events.tasks import TaskFailed, TaskLanded, TaskLanding, TaskQueued, TaskRetrying, TaskStarted
 from orchestrator.domain.runs.model import AdapterDocument, Attempt
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import TaskStatus, Trigger
 from orchestrator.domain.scheduling.claims import Role
+from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.scheduler.requests import cancel_task, retry_task
 from orchestrator.engine.state.change_feed import follow_changes
-from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.ledger import Ledger, StartPlan
 from orchestrator.engine.state.records import record_new_run, run_key, spec_key, task_key
 from orchestrator.engine.state.run_state import AdapterUpdate
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import RefusedError, RunActive
 from orchestrator.locking.claims import ClaimHolder
 from orchestrator.locking.orchestrators import create_owner
+from orchestrator.locking.ownership import OwnershipRegistry
 from orchestrator.project import Project
-from orchestrator.protocols import Commit, Document, Key, Store, Write
+from orchestrator.protocols import Commit, Document, Guard, Key, Store, Write
+from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
-from orchestrator.system.clock import Clock
+from orchestrator.system.clock import Clock, SystemClock
 from orchestrator.testing.clock import ManualClock
 from tests.recorded_run import NEW_COMMIT, OLD_COMMIT, make_orchestrators, run_document, task_spec
 
 
-async def start(ledger: Ledger, task: str) -> bool:
+async def start(ledger: Ledger, task: str, also: StartPlan | None = None) -> bool:
     """Record the first attempt of a task; return False if it can't start."""
     attempt = Attempt(number=1, adapter="fixer", base=OLD_COMMIT, started=0.0)
     started = TaskStarted(base=OLD_COMMIT, adapter="fixer")
-    return await ledger.start(task, TaskUpdate(Trigger.START, started, {"attempts": (attempt,)}))
+    return await ledger.start(task, TaskUpdate(Trigger.START, started, {"attempts": (attempt,)}), also)
 
 
 async def two_ledgers(store: Store, clock: Clock, folder: Path) -> list[Ledger]:
@@ -329,3 +333,52 @@ async def test_worker_leaves_leadership_to_a_leader(tmp_path: Path) -> None:
     assert not await worker.writer.try_to_lead()
     assert not await other.writer.try_to_lead()
     assert await chosen.writer.try_to_lead()
+
+
+async def test_tasks_with_paths_that_start_at_once_in_a_process_do_not_conflict(tmp_path: Path) -> None:
+    """Each start writes the document of the scope; a conflict would count as a loss to another process."""
+    clock = SystemClock()
+    async with FileStore.open(tmp_path / "log", clock) as store:
+        ledger, other = await two_ledgers(store, clock, tmp_path)
+        registry = OwnershipRegistry(store, clock, "repository")
+        planned, started = list[str](), dict[str, bool]()
+
+        async def begin(task: str) -> None:
+            async def claim_paths(claim: Guard) -> Sequence[Write] | None:
+                planned.append(task)
+                name, me = SessionName(ledger.run.id, task, 1), ledger.orchestrators.me.id
+                found = await registry.plan(name, [f"{task}/**"], orchestrator=me, claim=claim)
+                return None if isinstance(found, OwnershipConflict) else found
+
+            started[task] = await start(ledger, task, claim_paths)
+
+        async with anyio.create_task_group() as group:
+            for task in ledger.run.tasks:
+                group.start_soon(begin, task)
+        assert started == dict.fromkeys(ledger.run.tasks, True)
+        assert sorted(planned) == sorted(ledger.run.tasks)
+        assert ledger.orchestrators.counters.conflicts == 0
+        assert len(await registry.holdings()) == len(ledger.run.tasks) > 1
+        assert not await start(other, ledger.run.tasks[0])
+
+
+async def test_task_that_another_process_claims_first_does_not_stop_the_others(tmp_path: Path) -> None:
+    """Of tasks that a process starts at once, only the one that another process has claimed does not start."""
+    clock = SystemClock()
+    async with FileStore.open(tmp_path / "log", clock) as store, FileStore.open(tmp_path / "log", clock) as theirs:
+        ledger, _ = await two_ledgers(store, clock, tmp_path)
+        other = await join(theirs, clock, ledger.run.id)
+        first, *rest = ledger.run.tasks
+        assert await start(other, first)
+        started = dict[str, bool]()
+
+        async def begin(task: str) -> None:
+            started[task] = await start(ledger, task)
+
+        async with anyio.create_task_group() as group:
+            for task in ledger.run.tasks:
+                group.start_soon(begin, task)
+        assert started == {first: False, **dict.fromkeys(rest, True)}
+        assert ledger.claims is not None
+        assert other.claims is not None
+        assert (set(ledger.claims), set(other.claims)) == (set(rest), {first})

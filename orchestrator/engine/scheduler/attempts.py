@@ -162,7 +162,8 @@ class AttemptRunner:
         update = self.phase_handlers.starter.build_start_update(
             active.task, active.next_phase, attempt, (*earlier, attempt)
         )
-        return await self.ledger.start(active.task, update, partial(self._paths, active))
+        paths = partial(self._paths, active) if active.spec.owns else None
+        return await self.ledger.start(active.task, update, paths)
 
     async def _run(self, active: ActiveAttempt) -> SessionResult:
         """Run the session of an attempt within its budget, with the session API served."""
@@ -212,10 +213,7 @@ class AttemptRunner:
 
     async def _paths(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | None:
         """Return writes that claim a task's paths; None if its base is outdated."""
-        owns = active.spec.owns
-        if not owns:
-            return []
-        orchestrator = self.ledger.orchestrators.me.id
+        owns, orchestrator = active.spec.owns, self.ledger.orchestrators.me.id
         planned = await self.context.registry.plan(active.name, owns, orchestrator=orchestrator, claim=claim)
         # The previous owner may have landed since the start point was read; from now on no other task can land there.
         base = active.session.assignment.base

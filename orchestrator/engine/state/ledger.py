@@ -6,8 +6,11 @@ Every change is one commit fenced by its lease epoch.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import anyio
 
 from orchestrator.domain.events.base import RunEvent, TaskEvent
 from orchestrator.domain.events.runs import RunJoined
@@ -30,8 +33,8 @@ from orchestrator.system.failpoints import failpoint
 if TYPE_CHECKING:
     from orchestrator.domain.security.secrets import Redactor
 
-#: Given the guard of the claim on a task, returns more writes for the commit that starts it; None if it can't start
-#: now.
+#: Given the guard of the claim on a task, returns the writes that claim its paths, for the commit that starts it; None
+#: if it can't start now.
 StartPlan = Callable[[Guard], Awaitable["Sequence[Write] | None"]]
 
 
@@ -59,6 +62,8 @@ class Ledger:
         self.tasks = TaskTable(writer.store, self.run_state, loaded, self.claims)
         max_attempts = writer.orchestrators.timing.max_retries + 1
         self.definitions = TaskDefinitions(writer.store, self.run_state, max_attempts)
+        self._path_starts = anyio.Lock()
+        """Held to claim paths: all commits that do write the same document, and would conflict."""
 
     @classmethod
     async def take(
@@ -196,8 +201,9 @@ class Ledger:
         if self.claims is None:
             await self.change_all({task: update})
             return True
-        with self.tasks.delay_reports([task]):
-            return await self._start(self.claims, task, update, also)
+        async with self._path_starts if also is not None else nullcontext():
+            with self.tasks.delay_reports([task]):
+                return await self._start(self.claims, task, update, also)
 
     async def _start(self, claims: Claims, task: str, update: TaskUpdate, also: StartPlan | None) -> bool:
         version = self.tasks.version(task)
