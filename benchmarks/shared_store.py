@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,11 +22,13 @@ import anyio
 
 from benchmarks.measure import BenchmarkRow, median, percentile, print_json
 from orchestrator.errors import VersionConflict
-from orchestrator.protocols import Commit, Key, Write
+from orchestrator.protocols import Commit, Document, Key, Write
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 
 CLAIMERS: Final = 8
+SLOTS: Final = (1, 4)
+"""How many tasks a process claims at once: as many as it has free sessions."""
 READERS: Final = 50
 PRIORITIES: Final = 20
 RATE_LIMIT: Final = 1.5  # times SQLite's duration
@@ -33,25 +36,32 @@ CLAIM_LIMIT: Final = 50.0  # ms, of the slowest in a hundred
 
 
 def measure_claims(scratch: Path, *, quick: bool) -> list[BenchmarkRow]:
-    """Return the rate at which eight processes claim tasks by priority.
+    """Return the rates at which eight processes claim tasks by priority, one or several at once.
 
     Raises RuntimeError if a task is not claimed once.
     """
     tasks, rounds = (100, 1) if quick else (2_000, 3)
-    pairs = []
+    kinds = [f"claim-{slots}" for slots in SLOTS]
+    runs: dict[str, list[tuple[float, list[float]]]] = {kind: [] for kind in (*kinds, "claim-sqlite")}
     for number in range(rounds):
-        anyio.run(_fill, scratch / f"store{number}", tasks)
-        _fill_sqlite(scratch / f"sqlite{number}", tasks)
-        ours = _run_processes("claim", scratch / f"store{number}", CLAIMERS, tasks)
-        pairs.append((ours, _run_processes("claim-sqlite", scratch / f"sqlite{number}", CLAIMERS, tasks)))
-    took, theirs = (median([pair[side][0] for pair in pairs]) / tasks * 1e6 for side in (0, 1))
-    slowest = median([percentile(pair[0][1], 0.99) for pair in pairs]) * 1e3
-    ratio = median([ours[0] / other[0] for ours, other in pairs])
-    what, base = f"claims by priority, {CLAIMERS} processes", f"SQLite WAL, NORMAL: {theirs:.3g} µs"
-    return [
-        BenchmarkRow(what, took, "µs", base, ratio, RATE_LIMIT, is_ratio_limited=True),
-        BenchmarkRow(f"{what}: 99 of 100 within", slowest, "ms", limit=CLAIM_LIMIT),
-    ]
+        for kind in kinds:
+            anyio.run(_fill, scratch / f"{kind}-{number}", tasks)
+        _fill_sqlite(scratch / f"claim-sqlite-{number}", tasks)
+        for kind, measured in runs.items():
+            measured.append(_run_processes(kind, scratch / f"{kind}-{number}", CLAIMERS, tasks))
+    theirs = [took for took, _ in runs["claim-sqlite"]]
+    base = f"SQLite WAL, NORMAL, one transaction each: {median(theirs) / tasks * 1e6:.3g} µs"
+    rows = []
+    for slots, kind in zip(SLOTS, kinds, strict=True):
+        took = median([seconds for seconds, _ in runs[kind]]) / tasks * 1e6
+        ratio = median([ours / other for (ours, _), other in zip(runs[kind], theirs, strict=True)])
+        slowest = median([percentile(claims, 0.99) for _, claims in runs[kind]]) * 1e3
+        what = f"claims by priority, {CLAIMERS} processes, {slots} at once in each"
+        rows += [
+            BenchmarkRow(what, took, "µs", base, ratio, RATE_LIMIT, is_ratio_limited=True),
+            BenchmarkRow(f"{what}: 99 of 100 within", slowest, "ms", limit=CLAIM_LIMIT),
+        ]
+    return rows
 
 
 def measure_many_processes(scratch: Path, *, quick: bool) -> list[BenchmarkRow]:
@@ -118,26 +128,27 @@ def _fill_sqlite(scratch: Path, tasks: int) -> None:
 # The jobs of the processes. Each gets the function that waits for the start.
 
 
-async def _claim(scratch: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
-    """Claim tasks of the highest priority by commits that remove them from the queue."""
+async def _claim(slots: int, scratch: Path, _tasks: int, me: int, begin: Callable[[], None]) -> None:
+    """Claim tasks of the highest priority by concurrent commits that remove them from the queue."""
     dice, claimed, took = random.Random(me), list[int](), list[float]()  # noqa: S311  no secret
+
+    async def claim(task: Document, start: float) -> None:
+        writes = [Write(task.key, task.version, None), Write(Key("claim", task.key.id), 0, {"by": me})]
+        with suppress(VersionConflict):
+            await store.commit(Commit(writes, durable=False))
+            claimed.append(task.value["task"])
+            took.append(time.perf_counter() - start)
+
     async with FileStore.open(scratch, SystemClock()) as store:
         begin()
         for priority in range(PRIORITIES):
-            while True:
-                start = time.perf_counter()
-                while ready := await store.list("queue", f"{priority:02d}/"):
-                    task = dice.choice(ready)
-                    writes = [Write(task.key, task.version, None), Write(Key("claim", task.key.id), 0, {"by": me})]
-                    try:
-                        await store.commit(Commit(writes, durable=False))
-                    except VersionConflict:
-                        continue
-                    claimed.append(task.value["task"])
-                    took.append(time.perf_counter() - start)
-                    break
-                else:
-                    break
+            start = time.perf_counter()
+            while ready := await store.list("queue", f"{priority:02d}/"):
+                before = len(claimed)
+                async with anyio.create_task_group() as group:
+                    for task in dice.sample(ready, min(slots, len(ready))):
+                        group.start_soon(claim, task, start)
+                start = start if len(claimed) == before else time.perf_counter()
     scratch.with_name(f"{scratch.name}-{me}.json").write_text(json.dumps({"claimed": claimed, "took": took}))
 
 
@@ -196,7 +207,12 @@ def _fork(job: Callable[..., Any], scratch: Path, number: int, processes: int) -
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 
 
-_JOBS: Final = {"claim": _claim, "claim-sqlite": _claim_sqlite, "commit": _commit, "follow": _follow}
+_JOBS: Final[dict[str, Callable[..., Any]]] = {
+    **{f"claim-{slots}": partial(_claim, slots) for slots in SLOTS},
+    "claim-sqlite": _claim_sqlite,
+    "commit": _commit,
+    "follow": _follow,
+}
 
 if __name__ == "__main__":
     name, folder, amount, processes = sys.argv[1:]
