@@ -18,7 +18,7 @@ from orchestrator.engine.state.records import read_run
 from orchestrator.errors import RefusedError, UnreadableDocument
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import Document
-from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.hub import Hub, create_folders
 
 #: The name of the newest run.
 LATEST: Final = "latest"
@@ -79,6 +79,7 @@ class RunIndex:
         # An attempt that was still active may have created its own folder again, but nothing else.
         if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
             raise RefusedError(f"the repositories of run {run.id} are gone from {hub.root}", "start a new run")
+        await anyio.to_thread.run_sync(create_folders, hub.root)
         return hub
 
     async def is_live(self, run: str | RunDocument) -> bool:

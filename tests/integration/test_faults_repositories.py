@@ -361,6 +361,17 @@ async def test_missing_own_repositories_are_named(repository: Repository) -> Non
     assert (ended.code, "are gone from" in ended.result["error"]) == (2, True)
 
 
+def test_removed_locks_folder_is_created_again(repository: Repository) -> None:
+    """By the next command of the run, and by the next run."""
+    config = repository.configure(ONE)
+    repository.council("run", str(config))
+    (folder,) = Path(repository.environ["COUNCIL_HOME"]).glob("*/locks")
+    for command in (["resume"], ["run", str(config)]):
+        shutil.rmtree(folder)
+        ended = repository.council(*command, "--json")
+        assert (ended.code, ended.states) == (0, {"one": "landed"}), ended
+
+
 @pytest.mark.parametrize("setting", ["transfer.hideRefs", "receive.hideRefs", "uploadpack.hideRefs"])
 def test_branches_hidden_by_the_configuration_are_used(repository: Repository, setting: str) -> None:
     """The user hides them from others; a run is their own."""

@@ -147,6 +147,7 @@ async def create_hub(
     async with hub.creation_lock.hold():
         if not hub.root.exists():
             await _build(hub, object_format, environ)
+        await anyio.to_thread.run_sync(create_folders, hub.root)
         if user is not None:
             await anyio.to_thread.run_sync(origin.record_user, hub.root, user)
 
@@ -163,8 +164,7 @@ async def _build(hub: Hub, object_format: str, environ: Mapping[str, str]) -> No
 
 
 def _configure(building: Path, hub: Hub) -> None:
-    for name in ("sessions", "indexes", "slots", "trash", "locks"):
-        (building / name).mkdir(mode=0o700)
+    create_folders(building)
     shutil.rmtree(building / "trusted.git" / "objects")
     (building / "trusted.git" / "objects").symlink_to(Path("..", "hub.git", "objects"))
     # A commit recorded as queued must survive a power failure.
@@ -175,6 +175,12 @@ def _configure(building: Path, hub: Hub) -> None:
     alternates = building / "session.git" / "objects" / "info" / "alternates"
     alternates.parent.mkdir(exist_ok=True)
     alternates.write_text(f"{hub.objects}\n")
+
+
+def create_folders(root: Path) -> None:
+    """Create the folders of a hub that are missing, perhaps because the user has removed them. Blocks."""
+    for name in ("sessions", "indexes", "slots", "trash", "locks"):
+        (root / name).mkdir(mode=0o700, exist_ok=True)
 
 
 def _add_settings(git_dir: Path, section: str, **settings: str) -> None:
