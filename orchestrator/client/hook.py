@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO, TextIO
 
 _TIMEOUT = 5.0  # seconds; the agent waits for the answer at each edit
+_STOP_TIMEOUT = 60.0  # a message whose delivery is recorded must arrive
 _MAX_INPUT_BYTES = 1 << 26  # the input contains the whole new text of the file
 _MAX_PATHS = 200
 _MAX_OUTPUT_BYTES = 8192  # of a failed check: the end of its output
@@ -34,7 +35,7 @@ def run(name: str, stdin: BinaryIO, stdout: TextIO) -> int:
     try:
         call = json.loads(stdin.read(_MAX_INPUT_BYTES))
         if name == "stop":
-            reason = _failed_check(call)
+            reason = _continuation_reason(call)
             denial = {"decision": "block", "reason": reason}
         else:
             reason = _denial_reason(call)
@@ -80,10 +81,15 @@ def _paths(tool_input: dict[str, Any]) -> Iterator[str]:
                 yield from (line.removeprefix(mark).strip() for mark in _PATCH if line.startswith(mark))
 
 
-def _failed_check(call: dict[str, Any]) -> str | None:
-    """Return why the agent must continue; None if all checks succeed. Raises like `_denial_reason`."""
+def _continuation_reason(call: dict[str, Any]) -> str | None:
+    """Return why the agent must continue: a message or a failed check. None if it may end.
+
+    Raises like `_denial_reason`.
+    """
     session = find_session(os.environ, call.get("cwd") or os.getcwd())  # noqa: PTH109  pathlib takes 10 ms
-    answer = session.ask(BEGIN_STOP.name, {}, _TIMEOUT)
+    answer = session.ask(BEGIN_STOP.name, {}, _STOP_TIMEOUT)
+    if answer["message"] is not None:
+        return str(answer["message"])
     for command in answer["checks"]:
         failed = _run_check(command, answer["timeout"], session.tree)
         if failed is not None:

@@ -33,8 +33,7 @@ class Assignment:
 
     `start` is the first commit of the worktree if it is not the base; `context` follows the prompt. If possible, the
     session resumes an `earlier_conversation` with only the `follow_up` as its prompt. Unless `writes` is set, its
-    changes are discarded. With a `stop_gate`, checks decide whether it may end. `task_prompt` is the prompt of the
-    task, `phase` the name of the workflow's phase.
+    changes are discarded. `task_prompt` is the prompt of the task, `phase` the name of the workflow's phase.
     """
 
     worktree: Worktree
@@ -55,7 +54,6 @@ class Assignment:
     task_prompt: str = ""
     phase: str | None = None
     writes: bool = True
-    stop_gate: bool = False
 
     @property
     def text(self) -> str:

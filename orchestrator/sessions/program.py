@@ -105,9 +105,7 @@ class SessionProgram:
             max_cost=assignment.max_cost if Capability.COST_LIMIT in capabilities else None,
             read_only=not assignment.writes and Capability.READ_ONLY in capabilities,
             pre_edit=socket.hook("pre-edit") if socket is not None and Capability.PRE_EDIT in capabilities else (),
-            stop_gate=socket.hook("stop")
-            if socket is not None and assignment.stop_gate and Capability.STOP_GATE in capabilities
-            else (),
+            stop_gate=socket.hook("stop") if socket is not None and Capability.STOP_GATE in capabilities else (),
         )
         command = assignment.adapter.command(request)
         needed = [name for server in request.mcp_servers for name in server.env]

@@ -39,6 +39,8 @@ FAILPOINTS: Final = frozenset(
         "adapter.cooling_down",  # the cooldown of an adapter is in the store
         "sink.sent",  # a sink has received events, not recorded in the store
         "request.recorded",  # a user's request is in the store
+        "message.sent",  # a user's message to a task is in the store
+        "message.delivered",  # it is recorded that a running session received it; the session has no answer yet
         "request.applied",  # the request was applied, but is still in the store
         "attempt.ended",  # the attempt's end is in the store, its worktree is still there
         "phase.checked",  # the `until` of a phase has been checked, not recorded in the store

@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
+import secrets
+import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anyio.to_thread
 
 from orchestrator.api.execution.control import RunController
 from orchestrator.api.execution.file_comparison import apply_config_file, compare_with_config_file
-from orchestrator.api.topics.logs import TaskLogs
+from orchestrator.api.topics.logs import TaskLogs, find_run_adapters
 from orchestrator.api.topics.reports import find_landing_times, mark_interrupted
 from orchestrator.api.topics.topic import Topic
 from orchestrator.domain.events.runs import FIXED_KEYS
-from orchestrator.domain.runs.model import RequestAction, RunDocument
-from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.domain.events.tasks import TaskMessageSent, TaskMessageWithdrawn
+from orchestrator.domain.runs.model import RequestAction, RunDocument, TaskDocument
+from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, TaskStatus
+from orchestrator.domain.sessions.messages import MESSAGE_STATUSES, UserMessage, due_messages
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.engine.reports.task_details import LatestActivity, TaskDefinition, TaskDetails, build_task_details
-from orchestrator.engine.scheduler.requests import check_note, check_reason
-from orchestrator.engine.state.records import check_task, read_handoffs, read_run, read_spec, read_tasks
+from orchestrator.engine.scheduler.requests import check_message, check_note, check_reason
+from orchestrator.engine.state.records import (
+    check_task,
+    message_key,
+    read_handoffs,
+    read_messages,
+    read_run,
+    read_spec,
+    read_task,
+    read_tasks,
+)
 from orchestrator.engine.state.reload import FileChanges
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, VersionConflict
+from orchestrator.protocols import Capability, Commit, Event, Write
+from orchestrator.system.failpoints import failpoint
+
+
+@dataclass(frozen=True, slots=True)
+class SentMessage:
+    """A message that was sent to the agents of a task."""
+
+    id: str
+    is_for_running_session: bool
+    """Whether the running session receives it; otherwise the next one does."""
+
+
+def _check_follows(run: str, task: str, status: TaskStatus) -> None:
+    """Raise RefusedError if no session of a task follows."""
+    if status in MESSAGE_STATUSES:
+        return
+    message = f"task {task!r} is {status.record.label}, and no session of it follows"
+    if status in RETRYABLE_STATUSES:
+        raise RefusedError(message, f"`council retry {shlex.quote(task)} --run {run}`, then send it again")
+    raise RefusedError(message, "add a task for it to the file, and start a new run")
 
 
 class Tasks(Topic):
@@ -96,6 +131,51 @@ class Tasks(Topic):
         """
         return await self._answer(RequestAction.REJECT, tasks, note, run)
 
+    async def tell(self, task: str, text: str, *, run: str | None = None) -> SentMessage:
+        """Send a message to the agents of a task.
+
+        A running agent receives it when it is about to end its turn, if its CLI has a stop hook. Otherwise another
+        session receives it, before the work lands; it continues the conversation if the CLI can. Raises RefusedError
+        for an invalid text, and if no session of the task follows.
+        """
+        name, context = await self._find(run), self._context
+        await context.check_writable()
+        document = await read_run(context.store, name)
+        document.check_not_imported()
+        await check_task(context.store, document, task)
+        found = await read_messages(context.store, name, task)
+        check_message(text, [message for _, message in found.values()])
+        _check_follows(name, task, (await read_task(context.store, name, task)).status)
+        now = context.clock.now()
+        message = UserMessage(id=f"{int(now * 1000):x}-{secrets.token_hex(3)}", text=text, time=now)
+        key = message_key(name, task, message.id)
+        sent = TaskMessageSent(run=name, task=task, message=message.id, text=text)
+        await context.store.commit(Commit([Write(key, 0, message.model_dump(mode="json"))], [Event.of(sent)]))
+        failpoint("message.sent")
+        after = await read_task(context.store, name, task)
+        if after.status not in MESSAGE_STATUSES and await self._withdraw(name, task, message.id):
+            _check_follows(name, task, after.status)
+        return SentMessage(message.id, await self._gets_it_now(document, after))
+
+    async def _withdraw(self, run: str, task: str, message: str) -> bool:
+        """Withdraw a message for which a task does not wait, as it was queued or ended; return whether it was due."""
+        store = self._context.store
+        version, found = (await read_messages(store, run, task)).get(message, (0, None))
+        if found is None or found.attempts:
+            return False
+        withdrawn = Event.of(TaskMessageWithdrawn(run=run, task=task, message=message))
+        with suppress(VersionConflict):  # a session has just received it
+            await store.commit(Commit([Write(message_key(run, task, message), version, None)], [withdrawn]))
+            return True
+        return False
+
+    async def _gets_it_now(self, run: RunDocument, task: TaskDocument) -> bool:
+        """Return whether the running session of a task receives messages."""
+        if task.status is not TaskStatus.RUNNING or not run.coordination.tools:
+            return False
+        adapter = (await find_run_adapters(self._context, run))[task.attempt.adapter]
+        return Capability.STOP_GATE in adapter.capabilities()
+
     async def _answer(
         self, action: RequestAction, tasks: tuple[str, ...], note: str | None, run: str | None
     ) -> RunReport:
@@ -160,7 +240,9 @@ class Tasks(Topic):
         if run.imported is not None:
             return TaskDefinition()
         spec = await read_spec(self._context.store, run.id, task)
-        definition = TaskDefinition(spec.prompt, spec.tracker, spec.needs, plan=spec.plan)
+        found = await read_messages(self._context.store, run.id, task)
+        messages = due_messages((message for _, message in found.values()), ())
+        definition = TaskDefinition(spec.prompt, spec.tracker, spec.needs, plan=spec.plan, messages=messages)
         if spec.workflow is None:
             return definition
         names = [phase.name for phase in run.workflows[spec.workflow]]

@@ -50,6 +50,11 @@ def task_detail_lines(details: TaskDetails, now: float, state: str) -> Iterator[
         yield "sessions"
     for session in details.sessions:
         yield from _session(session)
+    if details.messages:
+        yield "messages"
+    for message in details.messages:
+        receivers = f"session {message.attempts[0]}" if message.attempts else "not received yet"
+        yield printable(f"  {format_local_time(message.time)}, {receivers}: {one_line(message.text, _LONGEST)}")
     if details.handoffs:
         yield "handoffs"
         for handoff in details.handoffs:

@@ -130,6 +130,44 @@ class TaskAwaitingApproval(AttemptEvent):
     shown = Shown.ALWAYS
 
 
+class TaskMessageSent(TaskEvent):
+    """A user sent a message to the agents of the task."""
+
+    type = "task.message_sent"
+    sentence = "message: {text}"
+
+    message: str
+    """Its id."""
+    text: str
+
+
+class TaskMessageDelivered(TaskEvent):
+    """A session received a message of the user."""
+
+    type = "task.message_delivered"
+    sentence = "message {message} delivered to session {attempt}"
+
+    message: str
+    """Its id."""
+
+
+class TaskMessageWithdrawn(TaskEvent):
+    """A message was withdrawn, because the task was queued to land or ended when it was sent."""
+
+    type = "task.message_withdrawn"
+    sentence = "message {message} withdrawn: no session follows"
+
+    message: str
+    """Its id."""
+
+
+class TaskContinued(TaskEvent):
+    """The finished work does not land yet: another session receives a message of the user."""
+
+    type = "task.continued"
+    sentence = "continues, because of a new message"
+
+
 class TaskApproved(TaskEvent):
     """A user approved the result of the task's phase."""
 

@@ -329,6 +329,7 @@ class Trigger(StrEnum):
     CHECK = "check", events.TaskChecking  #: the checks of the merge start
     REQUEUE = "requeue", events.TaskRequeued  #: the checks were interrupted
     RETRY_WORK = "retry_work", events.TaskRetrying  #: it can't land, another attempt may follow
+    CONTINUE_WORK = "continue_work", events.TaskContinued  #: a message of the user arrived before it landed
     REJECT = "reject", events.TaskFailed  #: it can't land, and no further attempt follows
     INTEND = "intend", events.TaskLanding  #: the intent to update the target is recorded
     ABORT_LANDING = "abort_landing", events.TaskLandingAborted  #: the target was not updated
@@ -382,6 +383,7 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.CONFLICT, _T.ADOPT): _S.LANDED,
     (_S.FAILED, _T.ADOPT): _S.LANDED,
     **{(status, _T.RETRY_WORK): _S.PENDING for status in (_S.QUEUED, _S.CHECKING)},
+    (_S.QUEUED, _T.CONTINUE_WORK): _S.PENDING,
     **{(status, _T.REJECT): _S.FAILED for status in (_S.QUEUED, _S.CHECKING)},
     **{(status, _T.CANCEL): _S.CANCELLED for status in _CANCELLABLE},
     (_S.CANCELLED, _T.IGNORE): _S.CANCELLED,

@@ -218,8 +218,11 @@ def find_earlier_work(workflow: Workflow, task: TaskDocument) -> BuiltWork | Non
 def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase) -> int | None:
     """Return the attempt number whose conversation the next one continues, or None."""
     if workflow.is_default:
-        fixes_checks = task.start is not None and task.attempts and task.attempt.outcome == FailureClass.CHECKS_FAILED
-        return task.attempt.number if fixes_checks else None
+        # With work to start from, it fixes failed checks, or has received a message after it was built.
+        continues = (
+            task.start is not None and task.attempts and task.attempt.outcome in {"built", FailureClass.CHECKS_FAILED}
+        )
+        return task.attempt.number if continues else None
     if has_open_visit(task):
         last = task.phases[-1].attempts[-1]
         return last if task.attempts[last - 1].outcome in _REPAIRABLE else None

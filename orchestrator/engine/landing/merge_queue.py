@@ -149,7 +149,8 @@ class MergeQueue:
             if self._status(tasks[0]) is TaskStatus.LANDING:
                 remaining = await self.outcomes.recover_interrupted(lease, tasks)
             else:
-                remaining = await self._land_together(lease, tasks)
+                ready = [task for task in tasks if not await self.outcomes.continue_for_messages(task)]
+                remaining = await self._land_together(lease, ready) if ready else []
         except ClaimLost as lost:
             tasks = [task for task in tasks if task != lost.task]
             remaining = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 from orchestrator.domain.events.base import TaskEvent
-from orchestrator.domain.events.tasks import TaskDeferred, TaskFailed, TaskLanded, TaskLandingAborted, TaskRequeued
+from orchestrator.domain.events.tasks import (
+    TaskContinued,
+    TaskDeferred,
+    TaskFailed,
+    TaskLanded,
+    TaskLandingAborted,
+    TaskRequeued,
+)
 from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
@@ -19,6 +26,7 @@ from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.routing import restart_task, restart_work
 from orchestrator.engine.landing.ownership_check import OwnershipCheck, OwnershipViolation
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.records import read_messages
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import GitError, TargetMissing
 from orchestrator.locking.merge_lease import HeldMergeLease
@@ -173,6 +181,21 @@ class LandingOutcomes:
             reason = f"commit {document.landed[:10]} is no longer on the target: the target was {change}"
             lost = TaskFailed(reason=reason, branch=branch)
             await self._ledger.change(task, Trigger.DROP, lost, landed=None, branch=branch, reason=reason)
+
+    async def continue_for_messages(self, task: str) -> bool:
+        """Continue the work of a queued task if no session has received a message; return whether it continues.
+
+        `council tell` accepts a message only before a task is queued, so none arrives after this.
+        """
+        messages = await read_messages(self._ledger.writer.store, self._ledger.run.id, task)
+        document = self._ledger.task(task)
+        if document.commit is None or all(message.attempts for _, message in messages.values()):
+            return False
+        workflow = self._ledger.definitions.workflow((await self._ledger.definitions.spec(task)).workflow)
+        changes = {"start": document.commit, "base": document.building_attempt.base, "commit": None, "built_by": None}
+        changes |= restart_task(workflow, document)
+        await self._ledger.change(task, Trigger.CONTINUE_WORK, TaskContinued(), **changes)
+        return True
 
     async def bounce(self, task: str, spec: TaskSpec, merge: PreparedMerge, failed: CommandFailed) -> None:
         """Retry a task whose merge fails its checks, or end the task."""

@@ -12,6 +12,7 @@ from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.phases import OPEN_STATUSES, PhaseRecord, PhaseStatus
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, LANDING_STATUSES
 from orchestrator.domain.runs.usage import Usage, sum_usage
+from orchestrator.domain.sessions.messages import UserMessage
 from orchestrator.domain.workflow.handoffs import Handoff, is_intact
 from orchestrator.domain.workflow.routing import DEFAULT_PHASES
 from orchestrator.engine.reports.task_report import TaskReport
@@ -107,6 +108,8 @@ class TaskDetails(TaskReport):
     remaining_phases: Sequence[str]
     """The remaining phases, if none is rejected or skipped."""
     sessions: Sequence[AttemptDetails]
+    messages: Sequence[UserMessage]
+    """The user's messages to its agents, oldest first."""
     handoffs: Sequence[HandoffDetails]
     landing: LandingDetails
     usage: Usage
@@ -131,6 +134,8 @@ class TaskDefinition:
     workflow: str | None = None
     phases: Sequence[str] = (DEFAULT_PHASES[0].name,)
     plan: str | None = None
+    messages: Sequence[UserMessage] = ()
+    """The user's messages to its agents, oldest first."""
 
 
 def build_task_details(
@@ -164,6 +169,7 @@ def build_task_details(
         phases=_visits(document, attempts, definition, handoffs, now),
         remaining_phases=_remaining_phases(document, definition),
         sessions=[_attempt(report.id, attempt, logs, now) for attempt in attempts],
+        messages=definition.messages,
         handoffs=[HandoffDetails(**dict(handoff), is_intact=is_intact(handoff)) for handoff in ordered],
         landing=_landing(document, target, landed_at),
         usage=sum_usage(attempts, now),

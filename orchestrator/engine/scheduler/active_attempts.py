@@ -40,6 +40,8 @@ class ActiveAttempt:
     adapter: str
     session: Session
     next_phase: NextPhase
+    messages: tuple[str, ...] = ()
+    """The ids of the user's messages in its prompt."""
     began: float = field(default=0.0, init=False)
     """The start of its attempt in monotonic seconds."""
     checks: CheckRunner | None = field(default=None, init=False)

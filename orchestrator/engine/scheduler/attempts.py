@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from orchestrator.domain.events.tasks import TaskClaimLost, TaskFailed
+from orchestrator.domain.events.tasks import TaskClaimLost, TaskFailed, TaskMessageDelivered
 from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.outcome import Failed, SessionLimits
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.scheduling.claims import ClaimVerdict, should_try
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
+from orchestrator.domain.sessions.messages import due_messages, find_conversation_attempts, render_messages
 from orchestrator.domain.sessions.notes import format_notes
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.run_settings import TaskSpec
@@ -31,6 +32,7 @@ from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.session_api.details import SessionWorkspace
 from orchestrator.engine.session_api.locks import StopChecks
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.records import read_messages, write_delivery
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, HandoffCorrupted, RefusedError, VersionConflict
 from orchestrator.protocols import Capability, Guard, Write
@@ -70,13 +72,17 @@ class AttemptRunner:
         conversation = None
         if Capability.RESUME in self.context.adapters[adapter].capabilities():
             conversation = None if next_phase.conflicting else _conversation(document, next_phase.earlier, adapter)
+        received_by = find_conversation_attempts(document.attempts, None if conversation is None else conversation.id)
+        found = await read_messages(self.ledger.writer.store, self.ledger.run.id, task)
+        messages = due_messages((message for _, message in found.values()), received_by)
+        said = render_messages(messages)
         timeout = next_phase.phase.timeout or spec.timeout
         assignment = Assignment(
             worktree=Worktree(self.context.hub, self.ledger.run.id, task, len(document.attempts) + 1),
             base=next_phase.base,
             start=next_phase.start,
             prompt=next_phase.prompt,
-            context="\n\n".join(filter(None, (notes, next_phase.suffix))) or None,
+            context="\n\n".join(filter(None, (notes, next_phase.suffix, said))) or None,
             adapter=self.context.adapters[adapter],
             adapter_name=adapter,
             reach=self.context.configs[adapter].access,
@@ -86,14 +92,13 @@ class AttemptRunner:
             mcp_servers=self.context.mcp_servers,
             max_cost=self.budgets.cost_left(task, spec),
             earlier_conversation=conversation,
-            follow_up="\n\n".join(filter(None, (notes, next_phase.follow_up))) or None,
+            follow_up="\n\n".join(filter(None, (notes, next_phase.follow_up, said))) or None,
             task_prompt=spec.prompt,
             phase=None if next_phase.workflow.is_default else next_phase.phase.name,
             writes=next_phase.phase.writes,
-            stop_gate=spec.stop_gate and next_phase.phase.writes,
         )
         session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm_claims, task))
-        return ActiveAttempt(task, spec, adapter, session, next_phase)
+        return ActiveAttempt(task, spec, adapter, session, next_phase, tuple(message.id for message in messages))
 
     async def _diff(self, next_phase: NextPhase) -> str | None:
         """Return the diff that a phase starts with, or that conflicts with the target.
@@ -162,8 +167,21 @@ class AttemptRunner:
         update = self.phase_handlers.starter.build_start_update(
             active.task, active.next_phase, attempt, (*earlier, attempt)
         )
-        paths = partial(self._paths, active) if active.spec.owns else None
-        return await self.ledger.start(active.task, update, paths)
+        writes = partial(self._start_writes, active) if active.spec.owns or active.messages else None
+        if not await self.ledger.start(active.task, update, writes):
+            return False
+        for message in active.messages:
+            await self.ledger.note(TaskMessageDelivered(task=active.task, attempt=attempt.number, message=message))
+        return True
+
+    async def _start_writes(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | None:
+        """Return writes that claim a task's paths and deliver its messages; None if its base is outdated."""
+        writes = await self._paths(active, claim)
+        if writes is None or not active.messages:
+            return writes
+        run, number = self.ledger.run.id, active.session.assignment.worktree.attempt
+        found = await read_messages(self.ledger.writer.store, run, active.task)
+        return [*writes, *(write_delivery(run, active.task, *found[name], number) for name in active.messages)]
 
     async def _run(self, active: ActiveAttempt) -> SessionResult:
         """Run the session of an attempt within its budget, with the session API served."""
@@ -179,13 +197,14 @@ class AttemptRunner:
             check_handoff = self.phase_handlers.completer.make_handoff_checker(
                 active.task, active.spec, active.next_phase.phase
             )
+            is_gated = active.spec.stop_gate and active.next_phase.phase.writes
             service = session_service.serve_session(
                 active.name,
                 active.adapter,
                 self._session_workspace(active),
                 keep_ownership=True,
                 validate_handoff=check_handoff,
-                stop_checks=StopChecks(active.spec.checks, active.spec.checks_timeout),
+                stop_checks=StopChecks(active.spec.checks, active.spec.checks_timeout) if is_gated else None,
             )
             await stack.enter_async_context(service)
             finished = await active.session.run()

@@ -23,6 +23,7 @@ from orchestrator.domain.runs.statuses import (
     Trigger,
 )
 from orchestrator.domain.security.secrets import has_secret_key
+from orchestrator.domain.sessions.messages import MAX_MESSAGE_CHARS, MAX_TASK_CHARS, UserMessage
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.routing import change_last_visit, find_first_incomplete, restart_task
@@ -170,6 +171,19 @@ def check_note(note: str | None) -> None:
         raise RefusedError(f"the note has {len(note)} characters", f"shorten it to at most {MAX_NOTE_LENGTH}")
     if has_secret_key(note):
         raise RefusedError("the note would be recorded, but it seems to contain a secret key", "remove the key")
+
+
+def check_message(text: str, earlier: Sequence[UserMessage]) -> None:
+    """Raise RefusedError for a message that is empty, too long, or contains a secret."""
+    if not text.strip():
+        raise RefusedError("the message is empty", "enter the text after the task")
+    if len(text) > MAX_MESSAGE_CHARS:
+        raise RefusedError(f"the message has {len(text)} characters", f"shorten it to at most {MAX_MESSAGE_CHARS}")
+    if sum(len(message.text) for message in earlier) + len(text) > MAX_TASK_CHARS:
+        message = f"all messages of the task would have more than {MAX_TASK_CHARS} characters"
+        raise RefusedError(message, "commit a file with the text, and name it in a message")
+    if has_secret_key(text):
+        raise RefusedError("the message would be recorded, but it seems to contain a secret key", "remove the key")
 
 
 def check_phase(run: str, task: str, phase: str, known: Sequence[str], document: TaskDocument) -> None:

@@ -25,16 +25,20 @@ from orchestrator.client.commands import (
     VERSION,
     Argument,
 )
+from orchestrator.domain.events.tasks import TaskMessageDelivered
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, filter_active
+from orchestrator.domain.sessions.messages import UserMessage, due_messages, render_messages
 from orchestrator.engine.session_api.contexts import SessionContexts, SessionStatusUpdate
 from orchestrator.engine.session_api.details import SessionWorkspace, read_session_details
 from orchestrator.engine.session_api.locks import ActiveSession
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT, SharedValues, require_new_value, require_value
+from orchestrator.engine.state.records import read_messages, write_delivery
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import JsonObject
+from orchestrator.protocols import Commit, Event, JsonObject
 from orchestrator.repo.git.command import Git
+from orchestrator.system.failpoints import failpoint
 
 #: The maximum number of paths in one request.
 MAX_PATHS: Final = 200
@@ -102,12 +106,33 @@ class SessionCommands:
         self._elsewhere = elsewhere
 
     async def begin_stop(self, active: ActiveSession) -> JsonObject:
-        """Return the checks to run before a session ends; none after too many continuations."""
+        """Return why a session may not end yet: new messages of the user, or else the checks to run.
+
+        After too many continuations because of checks, there are none.
+        """
+        if messages := await self._deliver_messages(active):
+            return {"message": render_messages(messages), "checks": [], "timeout": 0.0}
         checks = active.stop_checks
         if checks is None or not checks.continuations:
-            return {"checks": [], "timeout": 0.0}
+            return {"message": None, "checks": [], "timeout": 0.0}
         checks.continuations -= 1
-        return {"checks": [*checks.commands], "timeout": checks.timeout}
+        return {"message": None, "checks": [*checks.commands], "timeout": checks.timeout}
+
+    async def _deliver_messages(self, active: ActiveSession) -> list[UserMessage]:
+        """Record that a session receives the messages that no session has received; return them."""
+        store, name = self._contexts.store, active.name
+        found = await read_messages(store, name.run, name.task)
+        due = due_messages((message for _, message in found.values() if not message.attempts), ())
+        if due:
+            writes = [write_delivery(name.run, name.task, *found[message.id], name.attempt) for message in due]
+            events = [
+                TaskMessageDelivered(run=name.run, task=name.task, attempt=name.attempt, message=message.id)
+                for message in due
+            ]
+            guards = [] if active.claim is None else [active.claim]
+            await store.commit(Commit(writes, [Event.of(event) for event in events], guards))
+            failpoint("message.delivered")
+        return due
 
     async def report(
         self,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from orchestrator.domain.events.runs import RunCreated
 from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
+from orchestrator.domain.sessions.messages import UserMessage
 from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.engine.state.merge_run import MERGE_TASK
 from orchestrator.errors import RefusedError, UnreadableDocument, describe_validation_error
@@ -68,6 +69,26 @@ def adapter_key(run: str, adapter: str) -> Key:
 def handoff_key(handoff: str) -> Key:
     """Return the key of a handoff."""
     return Key("handoff", handoff)
+
+
+def message_key(run: str, task: str, message: str) -> Key:
+    """Return the key of a user's message to a task."""
+    return Key("message", f"{run}/{task}/{message}")
+
+
+async def read_messages(store: Store, run: str, task: str) -> dict[str, tuple[int, UserMessage]]:
+    """Return the messages to a task by id, each with the version of its document."""
+    found = {}
+    for document in await store.list("message", f"{run}/{task}/"):
+        message = _parsed(UserMessage, document)
+        found[message.id] = (document.version, message)
+    return found
+
+
+def write_delivery(run: str, task: str, version: int, message: UserMessage, attempt: int) -> Write:
+    """Return the write that records that the session of an attempt received a message."""
+    received = message.with_attempt(attempt)
+    return Write(message_key(run, task, message.id), version, received.model_dump(mode="json"))
 
 
 async def read_handoffs(store: Store, run: str, task: str) -> dict[str, tuple[int, Handoff]]:

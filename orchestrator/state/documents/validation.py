@@ -29,6 +29,7 @@ from orchestrator.domain.runs.statuses import UNSUCCESSFUL_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
 from orchestrator.domain.scheduling.path_ownership import PathOwnership
 from orchestrator.domain.sessions.contexts import SessionContext
+from orchestrator.domain.sessions.messages import UserMessage
 from orchestrator.domain.sessions.notes import Note
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.handoffs import Handoff
@@ -116,6 +117,7 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     "shared": _model(SharedValue),
     LOCK_KIND: _model(NamedLock),
     "note": _model(Note),
+    "message": _model(UserMessage),
     "ports": _model(PortsRecord),
 }
 DOCUMENT_KINDS: Final = frozenset(_KINDS)

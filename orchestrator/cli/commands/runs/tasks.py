@@ -162,6 +162,35 @@ def describe_reload(task: str, changes: FileChanges) -> str:
 
 
 @click.command()
+@click.argument("task", metavar="TASK", shell_complete=complete_unfinished_tasks)
+@click.argument("text", metavar="MESSAGE")
+@run_option
+@verbose_option
+@council_command()
+async def tell(context: CouncilContext, task: str, text: str, run: str | None) -> int:
+    """Send a message to the agents of a task.
+
+    A running agent receives it when it is about to end its turn, if its CLI supports that, or else the next session
+    does, which continues the conversation if possible. The work does not land before that. The command prints which of
+    the two applies. Every later conversation of the task receives the message as well.
+
+    \b
+    Examples:
+      council tell models "use the existing validator"
+      council tell models "skip the migration" --run 20260102-030405-ab12
+    """
+    sent = await context.council.tasks.tell(task, text, run=run)
+    receiver = "session" if sent.is_for_running_session else "next_session"
+    line = "its running session receives the message when it is about to end its turn"
+    if not sent.is_for_running_session:
+        line = "its next session receives the message; the task does not land before that"
+    context.output.answer(
+        lambda: {"task": task, "message": sent.id, "receiver": receiver, "exit": 0}, [printable(f"{task}: {line}")]
+    )
+    return 0
+
+
+@click.command()
 @click.argument("tasks", metavar="TASK...", nargs=-1, required=True, shell_complete=complete_approvable_tasks)
 @click.option("--note", metavar="TEXT", help="A note, which is recorded.")
 @run_option

@@ -1,0 +1,142 @@
+"""Messages of the user to the agents of a task (`council tell`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import CommandResult, Repository
+from tests.fakes.script import ROOT, install
+from tests.waiting import wait_for
+
+
+@pytest.fixture
+def claude(repository: Repository, tmp_path: Path) -> Repository:
+    """Install a fake `claude`, which calls hooks and continues conversations."""
+    install(tmp_path / "bin", "claude", "tests.fakes.claude")
+    repository.environ["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{repository.environ['PATH']}"
+    repository.environ["ANTHROPIC_API_KEY"] = "k"
+    return repository
+
+
+def configured(claude: Repository, prompt: str, **more: Any) -> Path:
+    """Write a file with one task for the fake `claude`."""
+    return claude.configure(
+        [{"id": "one", "prompt": prompt, "attempts": 2}],
+        adapters={"claude": {"use": "claude-code"}},
+        readable=[str(claude.top.parent), sys.prefix, str(ROOT / "tests")],
+        sandbox="off",
+        **more,
+    )
+
+
+def told(repository: Repository, text: str, *options: str) -> CommandResult:
+    """Send a message to the task."""
+    return repository.council("tell", "one", text, "--json", *options)
+
+
+async def test_message_reaches_a_running_agent_before_it_ends(claude: Repository) -> None:
+    """In the same session, which continues with it; and the landed work has it."""
+    go = claude.top.parent / "go"
+    prompt = f"write a.txt wrong\nrun until test -e {go}; do sleep 0.05; done\nstopped a.txt right"
+    with claude.start("run", str(configured(claude, prompt)), "--json") as child:
+        wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
+        sent = told(claude, "make it right")
+        assert (sent.code, sent.result["receiver"]) == (0, "session"), sent
+        go.touch()
+        assert child.wait(60) == 0
+    shown = claude.council("show", "one", "--json").result
+    assert [(one["text"], one["attempts"]) for one in shown["messages"]] == [("make it right", [1])]
+    assert len(shown["sessions"]) == 1
+    assert "make it right" in claude.council("logs", "one", "--raw").stdout
+    assert claude.git("show", "main:a.txt") == "right"
+    await claude.assert_invariants()
+
+
+async def test_message_before_the_first_session_is_in_its_prompt(claude: Repository) -> None:
+    path = configured(claude, "tell told.json")
+    assert claude.council("run", str(path), failpoints="run.seeded=kill").code != 0
+    sent = told(claude, "and be quick")
+    assert (sent.code, sent.result["receiver"]) == (0, "next_session"), sent
+    assert claude.council("resume", "--json").states == {"one": "landed"}
+    assert "and be quick" in json.loads(claude.git("show", "main:told.json"))["prompt"]
+    await claude.assert_invariants()
+
+
+async def test_message_that_no_session_received_keeps_work_from_landing(repository: Repository) -> None:
+    """A CLI without a stop hook gets another session, which starts from the work of the first."""
+    go = repository.top.parent / "go"
+    prompt = f"attempt 1 write a.txt first\nattempt 1 await {go}\nattempt 2 append a.txt second"
+    path = repository.configure([{"id": "one", "prompt": prompt}], readable=[str(repository.top.parent)], sandbox="off")
+    with repository.start("run", str(path), "--json") as child:
+        wait_for(lambda: list((repository.top / ".council/logs").glob("*/one.1.stdout")))
+        sent = told(repository, "add a line")
+        assert sent.result["receiver"] == "next_session", sent
+        go.touch()
+        assert child.wait(60) == 0
+    shown = repository.council("show", "one", "--json").result
+    assert [one["attempts"] for one in shown["messages"]] == [[2]]
+    assert [one["outcome"] for one in shown["sessions"]] == ["built", "built"]
+    assert repository.git("show", "main:a.txt") == "first\nsecond"
+    await repository.assert_invariants()
+
+
+async def test_message_to_finished_work_is_refused_and_not_kept(repository: Repository) -> None:
+    """With what to do instead."""
+    path = repository.configure([{"id": "one", "prompt": "write a.txt 1"}])
+    assert repository.council("run", str(path)).code == 0
+    late = repository.council("tell", "one", "too late")
+    assert late.code == 2
+    assert "is landed" in late.stderr
+    assert "new run" in late.stderr
+    assert repository.council("show", "one", "--json").result["messages"] == []
+
+
+@pytest.mark.parametrize("text", [" ", "x" * 10_001, "use sk-ant-api03-" + "a" * 90])
+def test_unusable_text_is_refused(repository: Repository, text: str) -> None:
+    """An empty text, one that is too long, and one with a secret."""
+    path = repository.configure([{"id": "one", "prompt": "write a.txt 1"}])
+    assert repository.council("run", str(path), failpoints="run.seeded=kill").code != 0
+    assert told(repository, text).code == 2
+
+
+async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Repository) -> None:
+    """Each is in each conversation once, wherever `tell` or the run is killed."""
+    path = configured(claude, "tell told.json")
+    assert claude.council("run", str(path), failpoints="run.seeded=kill").code != 0
+    texts = [f"message-{number}." for number in range(12)]
+    for number, text in enumerate(texts):
+        is_killed = number % 3 == 0
+        sent = claude.council("tell", "one", text, failpoints="message.sent=kill" if is_killed else "")
+        assert (sent.code == -signal.SIGKILL) is is_killed, sent
+    for point in ("attempt.recorded", "session.spawned"):
+        assert claude.council("resume", failpoints=f"{point}=kill").code != 0
+    assert claude.council("resume", "--json").states == {"one": "landed"}
+    prompt = json.loads(claude.git("show", "main:told.json"))["prompt"]
+    recorded = [one["text"] for one in claude.council("show", "one", "--json").result["messages"]]
+    assert recorded == texts, "a kill after the commit loses nothing"
+    assert [prompt.count(text) for text in texts] == [1] * len(texts)
+    await claude.assert_invariants()
+
+
+async def test_message_whose_delivery_was_interrupted_arrives_in_the_next_session(claude: Repository) -> None:
+    """The run was killed after recording the delivery, before the agent had the message."""
+    go = claude.top.parent / "go"
+    prompt = f"run until test -e {go}; do sleep 0.05; done\ntell told.json\nattempt 1 stopped lost.txt x"
+    path = configured(claude, prompt)
+    with claude.start("run", str(path), "--json", failpoints="message.delivered=kill") as child:
+        wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
+        assert told(claude, "make it right").code == 0
+        go.touch()
+        assert child.wait(60) == -signal.SIGKILL
+    assert claude.council("resume", "--json").states == {"one": "landed"}
+    assert json.loads(claude.git("show", "main:told.json"))["prompt"].count("make it right") == 1
+    (message,) = claude.council("show", "one", "--json").result["messages"]
+    assert message["attempts"] == [1, 2]
+    await claude.assert_invariants()
