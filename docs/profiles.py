@@ -34,7 +34,8 @@ def rows() -> Iterator[str]:
             features = ", ".join(sorted(str(one).replace("_", "-") for one in adapter.capabilities())) or "none"
             passed = profile.variables(profile.keys)[1]
             variables = ", ".join(f"`{one}`" for one in passed) or "none"
-            yield f"| [`{name}`]({profile.docs}) | `{profile.install}` | {verified} | {features} | {variables} |"
+            install = profile.install.replace("|", "\\|")
+            yield f"| [`{name}`]({profile.docs}) | `{install}` | {verified} | {features} | {variables} |"
 
 
 def rendered(page: str) -> str:

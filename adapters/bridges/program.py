@@ -1,9 +1,9 @@
 """Run a program that takes text on standard input or reports its result in a file.
 
-    program.py [--stdin FILE] [--result FILE] [--keys NAME,…] -- PROGRAM [ARGUMENT…]
+    program.py [--stdin FILE] [--result FILE] [--keys PATH,…] -- PROGRAM [ARGUMENT…]
 
 Its output and exit are those of the program. After the end of the program, the JSON in the result file is printed as
-one line, `{"file": …}`, with these top-level keys only.
+one line, `{"file": …}`, with these parts only: names separated by dots, where `*` matches all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,7 @@ from typing import Any, Final
 
 #: The maximum size of a result file in bytes.
 _MAX_BYTES: Final = 64 << 20
+_Tree = dict[str, Any]
 _FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -73,11 +75,33 @@ def _print_result(file: Path, keys: list[str] | None) -> None:
     # Without a file, the line is missing, which fails the session.
     with suppress(OSError, ValueError, RecursionError), file.open("rb") as source:
         value = json.loads(source.read(_MAX_BYTES))
-    if isinstance(value, dict) and keys is not None:
-        value = {key: value[key] for key in keys if key in value}
+    value = _prune(value, _as_tree(keys or ()))
     if value is not None:
         sys.stdout.write("\n" + json.dumps({"file": value}) + "\n")
         sys.stdout.flush()
+
+
+def _as_tree(paths: Iterable[str]) -> _Tree:
+    """Return nested mappings of the names in paths."""
+    tree: _Tree = {}
+    for path in paths:
+        branch = tree
+        for name in path.split("."):
+            branch = branch.setdefault(name, {})
+    return tree
+
+
+def _prune(value: Any, tree: Any) -> Any:
+    """Return the parts of a value in a tree; all of it if the tree is empty."""
+    if not tree:
+        return value
+    if isinstance(value, list):
+        return [_prune(part, tree["*"]) for part in value] if "*" in tree else []
+    if isinstance(value, dict):
+        return {
+            key: _prune(part, tree.get(key, tree.get("*", {}))) for key, part in value.items() if {key, "*"} & {*tree}
+        }
+    return None
 
 
 if __name__ == "__main__":

@@ -115,14 +115,16 @@ class CommandAdapter:
         A group named `seconds`, or `until` (an ISO 8601 time, or seconds since the epoch), is the reset time of a
         limit.
         """
-        failed = concluded_failure(end)
+        failed, awaited = concluded_failure(end), self._reader.awaited
+        has_ended = any(isinstance(event, FinalResult) for event in end.events)
+        if failed is None and awaited is not None and has_ended and end.exit == 0:
+            return None  # earlier messages are about requests that were repeated
         if failed is None or failed.failure is FailureClass.CRASHED:
             failed = self._failure_in_text(end) or failed
         elif failed.failure is FailureClass.RATE_LIMITED:
             failed = replace(failed, until=self._until(failed.reason, end.time))
         failed = with_reset_time(failed, end.time)
-        awaited = self._reader.awaited
-        if awaited is None or end.exit != 0 or any(isinstance(event, FinalResult) for event in end.events):
+        if awaited is None or end.exit != 0 or has_ended:
             return failed
         failed = failed or Failed(FailureClass.CRASHED, f"it ended without {awaited}"[:_LONGEST_REASON])
         return replace(failed, unfinished=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from adapters.command.home_files import FILE_PLACEHOLDERS, FileContent, HomePath, HomePaths, JsonSettings
+from adapters.command.json_paths import JsonPath
 from adapters.command.output_rules import OutputRule, RegexPattern
 from adapters.command.placeholders import check_placeholders, placeholder_names
 from adapters.options import AdapterOptions, check_argument
@@ -90,8 +91,8 @@ class ResultFile(BaseModel):
 
     path: HomePath
     """The file, relative to the home; in arguments `{home}/PATH`."""
-    keys: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """The top-level keys to read; by default all. Longer lines than 1 MiB are skipped."""
+    keys: Annotated[tuple[JsonPath, ...], Field(strict=False)] = ()
+    """The paths to read, such as `usage`; by default all. Longer lines than 1 MiB are skipped."""
 
 
 class CommandOptions(AdapterOptions):

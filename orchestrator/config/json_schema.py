@@ -13,10 +13,13 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import SchemaSerializer, core_schema
 
+from orchestrator.config.profiles import ProfileAdapterType
 from orchestrator.config.schema import AdapterSettings, Config
 from orchestrator.domain.settings.fields import TO_FILE, Settings
 from orchestrator.protocols import AdapterType, JsonObject
 
+#: The definition of the options of all profiles.
+_PROFILE = "profile"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -70,15 +73,23 @@ def file_schema(adapter_types: Mapping[str, AdapterType]) -> JsonObject:
     definitions = schema["$defs"]
     entry = definitions[AdapterSettings.__name__]
     entry["properties"]["use"]["enum"] = sorted(adapter_types)
+    profiles = [use for use, kind in sorted(adapter_types.items()) if isinstance(kind, ProfileAdapterType)]
+    others = [use for use in sorted(adapter_types) if use not in profiles]
+    conditions = [({"const": use}, use) for use in others] + ([({"enum": profiles}, _PROFILE)] if profiles else [])
     entry["allOf"] = [
-        {
-            "if": {"properties": {"use": {"const": use}}, "required": ["use"]},
-            "then": {"$ref": f"#/$defs/use.{use}"},
-        }
-        for use in sorted(adapter_types)
+        {"if": {"properties": {"use": use}, "required": ["use"]}, "then": {"$ref": f"#/$defs/use.{name}"}}
+        for use, name in conditions
     ]
-    for use in sorted(adapter_types):
+    for use in others:
         definitions |= _options(use, adapter_types[use].Options, entry["properties"])
+    for use in profiles[:1]:
+        # They differ only in their defaults.
+        definitions |= _options(_PROFILE, adapter_types[use].Options, entry["properties"])
+        schema_of_profiles = definitions[f"use.{_PROFILE}"]
+        schema_of_profiles["description"] = "Options of an adapter with `use: NAME`, where NAME is a profile."
+        for made in schema_of_profiles["properties"].values():
+            if isinstance(made, dict):
+                made.pop("default", None)
     return {"$schema": DIALECT, **schema}
 
 

@@ -17,6 +17,42 @@ _TYPES: Final = load_plugins({"COUNCIL_PLUGINS": ""}).adapters
 
 #: The expected results of recordings, by profile.
 RECORDED: Final[Mapping[str, Mapping[str, ExpectedResult]]] = {
+    "continue": {
+        "edit": ExpectedResult(text="It is written."),
+        "tool": ExpectedResult(text="Both done."),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+    },
+    "copilot": {
+        "edit": ExpectedResult(text="It is written.", tokens=(2 * 120, 2 * 34), paths=frozenset({"hello.txt"})),
+        "tool": ExpectedResult(text="Both done.", tokens=(3 * 100, 3 * 10)),
+        "resumed": ExpectedResult(
+            session="3aaf2d74-990f-4a81-8b41-b2b28d6c6899",
+            text="Both are there.",
+            tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
+        ),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+    },
+    "llm": {
+        "edit": ExpectedResult(text="It is written."),
+        "tool": ExpectedResult(text="No tool is needed."),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "server-error": ExpectedResult(FailureClass.OVERLOADED),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+    },
+    "mini-swe-agent": {
+        "edit": ExpectedResult(tokens=(2 * 120, 2 * 34)),
+        "limited-then-well": ExpectedResult(),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "invalid": ExpectedResult(FailureClass.INVALID),
+    },
     "qwen-code": {
         "edit": ExpectedResult(text="It is written.", tokens=(2 * 120, 2 * 34), paths=frozenset({"/work/hello.txt"})),
         "resumed": ExpectedResult(

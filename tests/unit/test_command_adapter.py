@@ -195,7 +195,7 @@ def test_unknown_placeholder_is_explained() -> None:
 def test_adapter_is_registered() -> None:
     plugins = pluggy.PluginManager("cli_council")
     plugins.add_hookspecs(hookspecs)
-    plugins.register(adapters.command)
+    plugins.register(adapters.command.adapter)
     found: dict[str, object] = {}
     plugins.check_pending()
     plugins.hook.council_register_adapters(register=found.__setitem__)

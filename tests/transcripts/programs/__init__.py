@@ -13,6 +13,7 @@ from tests.transcripts.programs.codex import CODEX
 from tests.transcripts.programs.gemini import GEMINI
 from tests.transcripts.programs.ollama import OLLAMA
 from tests.transcripts.programs.opencode import OPENCODE
+from tests.transcripts.programs.profiles import CONTINUE, COPILOT, LLM, MINI_SWE_AGENT
 from tests.transcripts.programs.qwen_code import QWEN_CODE
 
 #: By the name of the folder with its recordings.
@@ -23,7 +24,11 @@ PROGRAMS: Final[Mapping[str, Program]] = {
     "aider": AIDER,
     "claude-code": CLAUDE_CODE,
     "codex": CODEX,
+    "continue": CONTINUE,
+    "copilot": COPILOT,
     "gemini": GEMINI,
+    "llm": LLM,
+    "mini-swe-agent": MINI_SWE_AGENT,
     "ollama": OLLAMA,
     "opencode": OPENCODE,
     "qwen-code": QWEN_CODE,

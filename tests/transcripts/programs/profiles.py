@@ -1,0 +1,78 @@
+"""Programs that are run by their profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from orchestrator.plugins import load_plugins
+from tests.transcripts.programs.case import ASKED, CASES, MODEL, Case, Program
+
+_TYPES: Final = load_plugins({"COUNCIL_PLUGINS": ""}).adapters
+
+
+def _openai(url: str, _home: Path) -> Mapping[str, str]:
+    bases = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
+    return {"OPENAI_API_KEY": "no-key", **dict.fromkeys(bases, f"{url}/v1"), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+
+
+def _program(name: str, options: Mapping[str, Any], environ: Any = _openai, **cases: Case) -> Program:
+    usual = {one: CASES[one] for one in ("edit", "tool", "no-login", "server-error", "dead-server", "broken-stream")}
+    return Program(adapter=_TYPES[name], options=options, environ=environ, cases={**usual, **cases})
+
+
+# It has a shell only, ends with a command, and begins its first line with words of its own.
+_END: Final = "run echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
+
+MINI_SWE_AGENT: Final = Program(
+    adapter=_TYPES["mini-swe-agent"],
+    options={"model": "openai/gpt-4o"},
+    environ=_openai,
+    cases={
+        "edit": Case(f"\nrun echo hi > hello.txt\n{_END}\nusage 120 34"),
+        "no-login": Case(f"\nfail 401\n{_END}"),
+        "invalid": Case(f"\nfail 400\n{_END}"),
+        "limited-then-well": Case(f"\nfail 429 1 1\n{_END}"),
+    },
+)
+# It has no tools, without which the server would ignore a script that needs one.
+LLM: Final = _program(
+    "llm",
+    {"model": "gpt-4o-mini"},
+    **{
+        "edit": Case("say It is written.\nusage 120 34"),
+        "tool": Case("say No tool is needed.", asked={"read_only": True}),
+        "no-login": Case("fail 401\nsay x"),
+        "server-error": Case("fail 500\nsay x"),
+        "dead-server": Case("say x", is_dead=True),
+        "broken-stream": Case("drop\nsay x"),
+        "limited": Case("fail 429\nsay x"),
+    },
+)
+#: Its model is set only in a file of configuration.
+_CONTINUE: Final = {
+    "name": "test",
+    "version": "1.0.0",
+    "schema": "v1",
+    "models": [
+        {
+            "name": "scripted",
+            "provider": "openai",
+            "model": "gpt-4o",
+            "apiKey": "no-key",
+            "apiBase": f"{MODEL}/v1",
+            "roles": ["chat"],
+            "capabilities": ["tool_use"],
+        }
+    ],
+}
+CONTINUE: Final = _program(
+    "continue", {"files": {"config.yaml": _CONTINUE}, "args": ["--config", "{home}/config.yaml"]}, lambda *_: {}
+)
+COPILOT: Final = _program(
+    "copilot",
+    {"model": "gpt-4o", "env": ["COPILOT_OFFLINE=true"]},
+    lambda url, _: {"COPILOT_PROVIDER_BASE_URL": f"{url}/v1", "COPILOT_PROVIDER_API_KEY": "no-key"},
+    resumed=ASKED["resumed"],
+)
