@@ -338,13 +338,17 @@ def test_adapters_are_listed(repository: Repository, fakes: FakePrograms) -> Non
     assert types.keys() >= {"command", "alpha-code", "beta-code", "needy"}
     assert types["command"]["missing_options"] == "needs argv"
     assert types["needy"]["missing_options"] == "needs endpoint"
-    assert types["alpha-code"]["plugin"] == {"name": "stand_ins", "distribution": "stand_ins", "version": "1.0"}
+    assert types["alpha-code"]["plugin"] == {
+        "name": "fake_programs_plugin",
+        "distribution": "fake_programs_plugin",
+        "version": "1.0",
+    }
     (program,) = types["alpha-code"]["programs"]
     assert (program["path"], program["version"], program["is_supported"]) == (str(path), "2.1", True)
     assert types["beta-code"]["programs"][0]["remedy"] == "install beta"
     text = repository.council("adapters").stdout
-    assert "alpha-code (stand_ins 1.0)\n  alpha 2.1, " in text
-    assert "needy (stand_ins 1.0): needs endpoint\n" in text
+    assert "alpha-code (fake_programs_plugin 1.0)\n  alpha 2.1, " in text
+    assert "needy (fake_programs_plugin 1.0): needs endpoint\n" in text
 
 
 @pytest.mark.extended

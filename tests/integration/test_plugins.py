@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import Repository
 from tests.distributions import ADAPTER, REGISTER, REGISTERS, install
+from tests.fakes.script import ROOT
 
 _BROKEN = {
     "broken-import": ("import no_such_module_anywhere", "No module named 'no_such_module_anywhere'"),
@@ -70,7 +71,10 @@ def site(repository: Repository, tmp_path: Path) -> Path:
 
 
 #: The shipped adapters.
-OURS = {"acp", "aider", "claude-code", "codex", "command", "gemini", "ollama", "opencode"}
+OURS = {
+    *("acp", "aider", "claude-code", "codex", "command", "gemini", "ollama", "opencode"),
+    *(path.stem for path in (ROOT / "adapters/profiles").glob("*.yaml")),
+}
 
 
 def _plugins(repository: Repository, *untrusted: Path, **environ: str) -> dict[str, Any]:

@@ -58,6 +58,7 @@ async def test_session_requests_from_shell_and_hook(
         (f"{report.run}/t.1", "check_edit"),
         (f"{report.run}/t.1", "lock"),
         (f"{report.run}/t.1", "check_edit"),
+        (f"{report.run}/t.1", "begin_stop"),
     ]
     argv = json.loads((repository.top / "told.json").read_text())["argv"]
     assert {"--settings", "--mcp-config", "--allowedTools=mcp__council"} <= set(argv)

@@ -43,7 +43,7 @@ def worktrees(settings: str, top: str = "") -> str:
 
 # fmt: off
 ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
-    "empty": ("", 1, 1, "is empty: add the keys of a run"),
+    "empty": ("", 1, 1, "is empty: add the keys version, adapters and tasks"),
     "only a comment": ("# x\n", 1, 1, "is empty"),
     "null document": ("---\n", 1, 1, "is empty"),
     "a list": ("\n- x\n", 2, 1, "not a mapping: start with the keys"),
