@@ -1,5 +1,7 @@
 """Adapter for agents that use the Agent Client Protocol, run by a bridge.
 
+Not a profile: it speaks a protocol, by a bridge.
+
 # https://agentclientprotocol.com
 adapters:
   gemini:

@@ -1,5 +1,8 @@
 """Claude Code, which prints JSON lines.
 
+Not a profile: it takes settings with a hook as JSON, reports retries and denials of tools, and prices sessions by
+version.
+
 See npm `@anthropic-ai/claude-code` and https://code.claude.com/docs/en/headless. After an API error, its `result` has
 `subtype: success` and `is_error: true`. A usage limit is preceded by a `rate_limit_event` with its reset time.
 """

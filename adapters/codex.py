@@ -1,5 +1,8 @@
 """Codex, which prints JSON lines.
 
+Not a profile: it takes MCP servers as TOML options, finds failures in several kinds of items, and denials by exit
+codes.
+
 See npm `@openai/codex` and https://developers.openai.com/codex/noninteractive. Codex reports failures only as text, in
 `error` and then `turn.failed`, with the HTTP status if any. If its own sandbox prevents it from writing, it still exits
 with 0, without changes. Without a network, it retries forever.

@@ -1,5 +1,7 @@
 """Gemini CLI, which prints JSON lines.
 
+Not a profile: its settings contain a hook and the MCP servers, and it reports usage per model in nested statistics.
+
 See npm `@google/gemini-cli` and https://geminicli.com/docs/cli/headless/. Its result reports failures as an error name
 and a message, with the HTTP status only if the message quotes the service's response. Failures before the first turn,
 such as a missing login, are reported only on standard error.

@@ -1,5 +1,7 @@
 """Adapter for Ollama models, which have no tools, run by a bridge.
 
+Not a profile: it is a server without tools, whose responses a bridge applies.
+
 See https://docs.ollama.com/api. The bridge sends the task with a list of files and as many file contents as fit, and
 applies the model's response.
 """

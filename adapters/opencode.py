@@ -1,5 +1,7 @@
 """opencode, which prints JSON lines.
 
+Not a profile: it needs plugins of ours in its home, MCP servers in its configuration, and failures from its log.
+
 See npm `opencode-ai` and https://opencode.ai/docs/cli. opencode prints no result: the session succeeded if its last
 step finished with `stop`. It retries five times. The reasons for retries, and the cause of an `UnknownError`, are only
 in its log, which is therefore sent to standard error.

@@ -12,7 +12,7 @@ from adapters.command.home_files import FILE_PLACEHOLDERS, FileContent, HomePath
 from adapters.command.json_paths import JsonPath
 from adapters.command.output_rules import OutputRule, RegexPattern
 from adapters.command.placeholders import check_placeholders, placeholder_names
-from adapters.options import AdapterOptions, check_argument
+from adapters.options import AdapterOptions, OptionValue
 
 REQUESTED: Final = ("prompt", "prompt_file", "worktree", "task", "run", "attempt", "home")
 _PLACEHOLDERS: Final = (*REQUESTED, "model")
@@ -106,7 +106,7 @@ class CommandOptions(AdapterOptions):
     """`stdin` passes the prompt on standard input; by default, it is passed only in argv."""
     stdin: Annotated[str, AfterValidator(_check_stdin)] | None = None
     """Text for standard input with {prompt}, {prompt_line} or {prompt_file}, if the prompt alone is not enough."""
-    model: Annotated[str, AfterValidator(check_argument)] | None = None
+    model: OptionValue | None = None
     """The value of {model}, also used to look up its price."""
     model_args: _ModelArguments | None = None
     """Arguments, with {model}, of sessions with a `model`."""

@@ -96,6 +96,8 @@ class OutputRule(BaseModel):
     """The path to the cost in US dollars."""
     usage: Literal["line", "session", "conversation"] = "line"
     """The scope of tokens and cost: this line, the session so far, or the conversation including earlier sessions."""
+    estimate: bool = False
+    """Whether tokens and cost are the program's own estimate instead of the numbers of the model's provider."""
     model: JsonPath | None = None
     """The path to the model's name."""
     tool: JsonPath | None = None
@@ -210,6 +212,7 @@ class OutputReader:
                 cached_tokens=cached,
                 model=model or self.model,
                 includes_resumed=rule.usage == "conversation",
+                is_estimate=rule.estimate,
             )
         elif model is not None:
             yield UsageReport(model=model)

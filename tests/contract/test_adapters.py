@@ -10,7 +10,6 @@ import pytest
 from pydantic import ValidationError
 
 from adapters.acp import AcpAdapter
-from adapters.aider import AiderAdapter
 from adapters.claude_code import ClaudeCodeAdapter
 from adapters.codex import CodexAdapter
 from adapters.gemini import GeminiAdapter
@@ -18,6 +17,7 @@ from adapters.ollama import OllamaAdapter
 from adapters.opencode import OpencodeAdapter
 from orchestrator.client.commands import MCP_SERVER_NAME
 from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.plugins import load_plugins
 from orchestrator.protocols import (
     AdapterType,
     AgentMessage,
@@ -33,6 +33,8 @@ from orchestrator.protocols import (
 )
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from tests.contract.verdicts import SESSION, TRANSCRIPTS, end, get_verdict
+
+AIDER = load_plugins({"COUNCIL_PLUGINS": ""}).adapters["aider"]
 
 
 def claude(type_: str, **fields: Any) -> str:
@@ -197,11 +199,11 @@ def test_claude_usage_limit_has_reset_time(stdout: str) -> None:
 @pytest.mark.parametrize(
     ("adapter_type", "options"),
     [
-        (AiderAdapter, {"bin": "tools/aider"}),
-        (AiderAdapter, {"bin": ""}),
-        (AiderAdapter, {"model": "--yes"}),
-        (AiderAdapter, {"args": ["a\0b"]}),
-        (AiderAdapter, {"args": "--x"}),
+        (AIDER, {"bin": "tools/aider"}),
+        (AIDER, {"bin": ""}),
+        (AIDER, {"model": "--yes"}),
+        (AIDER, {"args": ["a\0b"]}),
+        (AIDER, {"args": "--x"}),
         (ClaudeCodeAdapter, {"permission_mode": "plan"}),
         (ClaudeCodeAdapter, {"env": ["GIT_DIR=x"]}),
         (GeminiAdapter, {"approval_mode": "default"}),

@@ -1,40 +1,45 @@
-"""The contract of the aider adapter, with recorded output."""
+"""The contract of the profile `aider`, with recorded output."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Final
 
-from adapters.aider import AiderAdapter, AiderOptions
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.plugins import load_plugins
 from orchestrator.protocols import AgentMessage, CliWarning, FinalResult, SessionRequest, ToolCall, UsageReport
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.verdicts import TRANSCRIPTS, end
 
+_TYPE: Final = load_plugins({"COUNCIL_PLUGINS": ""}).adapters["aider"]
+MODEL: Final = "openai/gpt-5"
 OPENAI = "litellm.RateLimitError: RateLimitError: OpenAIException - stub says rate_limit_error"
 
 
 class TestAider(AdapterContract):
     """Plain text, and an exit code without meaning."""
 
-    adapter_type = AiderAdapter
-    options: ClassVar = {"model": "openai/gpt-5", "args": ["--map-tokens", "0"], "env": ["MY_KEY", "OPENAI_API_BASE=x"]}
+    adapter_type = _TYPE
+    options: ClassVar = {"model": MODEL, "args": ["--map-tokens", "0"], "env": ["MY_KEY", "OPENAI_API_BASE=x"]}
     lines: ClassVar = (
         ("Aider v0.86.1", (AgentMessage("Aider v0.86.1"),)),
         ("", ()),
         (
             "Tokens: 4.2k sent, 1.1k received. Cost: $0.01 message, $0.02 session.",
-            (UsageReport(4200, 1100, 0.01, is_estimate=True), FinalResult()),
+            (UsageReport(4200, 1100, 0.01, model=MODEL, is_estimate=True), FinalResult()),
         ),
         (
             "Tokens: 12k sent, 10k cache write, 5k cache hit, 300 received.",
-            (UsageReport(12_000, 300, is_estimate=True), FinalResult()),
+            (UsageReport(12_000, 300, model=MODEL, is_estimate=True), FinalResult()),
         ),
-        ("Cost: $0.00012 message, $1.25 session.", (UsageReport(cost=0.00012, is_estimate=True), FinalResult())),
-        ("Tokens: 1,234 sent, 5 received.", (UsageReport(1234, 5, is_estimate=True), FinalResult())),
+        (
+            "Cost: $0.00012 message, $1.25 session.",
+            (UsageReport(cost=0.00012, model=MODEL, is_estimate=True), FinalResult()),
+        ),
+        ("Tokens: 1,234 sent, 5 received.", (UsageReport(1234, 5, model=MODEL, is_estimate=True), FinalResult())),
         ("Applied edit to src/a b.py", (ToolCall("edit", "src/a b.py", ("src/a b.py",)),)),
         ("Retrying in 0.2 seconds...", (CliWarning("Retrying in 0.2 seconds..."),)),
         ("Only 3 reflections allowed, stopping.", (CliWarning("Only 3 reflections allowed, stopping."),)),
@@ -56,7 +61,7 @@ class TestAider(AdapterContract):
         (end("litellm.Timeout: Timeout: x", 0), FailureClass("transient")),
         (end("litellm.BadRequestError: x", 0), FailureClass("invalid")),
         (end("litellm.SomethingNewError: x", 0), FailureClass("crashed")),
-        (end("Aider v0.86.1\n", 0), None),
+        (end("Aider v0.86.1\n", 0), FailureClass("crashed")),
     )
     limits: ClassVar = ((end(f"{OPENAI} Please try again in 20s.", 0), 1_790_000_020.0),)
     transcripts = TRANSCRIPTS / "aider"
@@ -85,7 +90,7 @@ class TestAider(AdapterContract):
 def test_aider_opens_no_browser(tmp_path: Path) -> None:
     """Aider accepts every offer to open a page, so its browser does nothing; news is disabled."""
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
-    command = AiderAdapter(AiderOptions()).command(request)
+    command = _TYPE(_TYPE.Options()).command(request)
     browser = subprocess.run([command.env["BROWSER"], "http://model"], capture_output=True, check=True)
     assert (browser.stdout, browser.stderr) == (b"", b"")
     recordings = read_recordings(TRANSCRIPTS / "aider").values()

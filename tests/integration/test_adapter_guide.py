@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -19,8 +20,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "adapters.md"
 
 
 def section(title: str) -> str:
-    """Return the section of the page with this title."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## )", DOCS.read_text(), re.MULTILINE | re.DOTALL)
+    """Return the section or subsection of the page with this title."""
+    found = re.search(rf"^##+ {re.escape(title)}\n(.*?)(?=^##)", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     assert found is not None
     return found[1]
 
@@ -85,3 +86,32 @@ async def test_adapter_guide_example_works_in_a_run(repository: Repository, tmp_
     (version, *_) = repository.council("state", "history", key, "--json").result["versions"]
     assert [one["resumed"] for one in version["new"]["attempts"]] == [False, True]
     assert len({one["session"] for one in version["new"]["attempts"]}) == 1
+
+
+async def test_profile_guide_example_runs(repository: Repository, tmp_path: Path) -> None:
+    """Its task lands with its tokens; without a key the adapter is disabled with the remedy, despite exit code 0."""
+    guide = section("A profile in ten minutes")
+    program = tmp_path / "bin" / "odd"
+    program.parent.mkdir()
+    program.write_text(block(guide, "sh"))
+    program.chmod(0o755)
+    repository.environ["PATH"] = f"{program.parent}{os.pathsep}{repository.environ['PATH']}"
+    profile = Path(repository.environ["HOME"]) / ".config" / "council" / "profiles" / "odd.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text(block(guide, "yaml"))
+    bare = repository.council("adapters", "test", "odd", "--no-live", "--json")
+    assert bare.code == 0, bare
+    readable = [str(program.parent), sys.prefix]
+    tasks = [{"id": "t", "prompt": "write a.txt\nright", "adapter": "odd"}]
+    ended = repository.council("run", str(repository.configure(tasks, adapters={}, readable=readable)), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    (task,) = ended.result["tasks"]
+    assert (task["input_tokens"], task["output_tokens"], task["last_message"]) == (12, 3, "Written.")
+    assert (repository.top / "a.txt").read_text() == "right\n"
+    tasks = [{"id": "t", "prompt": "fail", "adapter": "odd"}]
+    failed = repository.council(
+        "run", str(repository.configure(tasks, adapters={}, readable=readable)), "--json"
+    ).result
+    (adapter,) = failed["adapters"]
+    assert adapter["name"] == "odd"
+    assert "there is no key: set ODD_KEY" in adapter["disabled_reason"]

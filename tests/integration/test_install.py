@@ -20,7 +20,9 @@ def test_wheel_runs(tmp_path: Path, environ: dict[str, str]) -> None:
         archive.extractall(tmp_path / "site")
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"orchestrator", "adapters"}
-    assert {"orchestrator/py.typed", "adapters/py.typed"} <= set(names)
+    profiles = {f"adapters/profiles/{file.name}" for file in (ROOT / "adapters/profiles").iterdir()}
+    assert profiles
+    assert {"orchestrator/py.typed", "adapters/py.typed", *profiles} <= set(names)
     # -I: nothing from the current folder; the wheel's folder comes before the installed packages.
     start = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from orchestrator.cli.main import main; main()"

@@ -180,7 +180,8 @@ def test_files_stdin_and_result_reach_the_program(repository: Repository, tmp_pa
             mode, prompt = sys.stdin.read().splitlines()
             assert mode == "mode edit", mode
             open("made.txt", "w").write(f"{config['model']}: {prompt}\\n")
-            json.dump({"usage": {"in": 12, "out": 3}, "messages": ["x" * 2_000_000]}, open(f"{home}/report.json", "w"))
+            messages = [{"text": "x" * 2_000_000, "n": 7}]
+            json.dump({"usage": {"in": 12, "out": 3}, "messages": messages}, open(f"{home}/report.json", "w"))
             """
         )
     )
@@ -194,11 +195,11 @@ home: own
 argv: [tool]
 stdin: "mode edit\\n{prompt_line}\\n"
 files: {.tool/config.json: {model: "{model}"}}
-result_file: {path: report.json, keys: [usage]}
+result_file: {path: report.json, keys: [usage, messages.*.n]}
 output: jsonl
 read:
   - when: {file.usage.in: 12}
-    input_tokens: file.usage.in
+    input_tokens: file.usage.in + file.messages.*.n
     output_tokens: file.usage.out
     done: true
 """.replace("argv: [tool]\n", ""),
@@ -213,4 +214,4 @@ read:
     assert ended.states == {"t": "landed"}, ended
     assert (repository.top / "made.txt").read_text() == "large: Make it.\n"
     (task,) = ended.result["tasks"]
-    assert (task["input_tokens"], task["output_tokens"]) == (12, 3)
+    assert (task["input_tokens"], task["output_tokens"]) == (19, 3)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from adapters.acp import AcpAdapter
-from adapters.aider import AiderAdapter
 from adapters.claude_code import ClaudeCodeAdapter
 from adapters.codex import CodexAdapter
 from adapters.command.adapter import CommandAdapter
 from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
 from adapters.opencode import OpencodeAdapter
+from orchestrator.plugins import load_plugins
 from orchestrator.protocols import Adapter, AdapterType
 from orchestrator.sessions.output.entries import OutputEntryBuilder, OutputEntryKind
 from orchestrator.testing.recordings import read_recordings
@@ -26,7 +26,7 @@ PROGRAMS: dict[str, tuple[AdapterType, dict[str, Any]]] = {
     "codex": (CodexAdapter, {}),
     "gemini": (GeminiAdapter, {}),
     "opencode": (OpencodeAdapter, {}),
-    "aider": (AiderAdapter, {}),
+    "aider": (load_plugins({"COUNCIL_PLUGINS": ""}).adapters["aider"], {}),
     "ollama": (OllamaAdapter, {"model": "x"}),
     "acp-claude": (AcpAdapter, {"argv": ["x"]}),
     "acp-gemini": (AcpAdapter, {"argv": ["x"]}),

@@ -16,7 +16,16 @@ from adapters.command.options import CommandOptions
 from adapters.command.output_rules import OutputRule
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
-from orchestrator.protocols import AgentMessage, ConversationStarted, FinalResult, SessionEnd, SessionEvent, UsageReport
+from orchestrator.protocols import (
+    AgentMessage,
+    CliWarning,
+    ConversationStarted,
+    FinalResult,
+    SessionEnd,
+    SessionEvent,
+    ToolCall,
+    UsageReport,
+)
 
 LINE = {
     "type": "result",
@@ -255,6 +264,36 @@ def test_limit_in_an_error_has_reset_time() -> None:
     assert verdict([line], 1, **options) == Failed(FailureClass.RATE_LIMITED, "slow down, wait: 90")
     reported = verdict([line], 1, failures={"rate_limited": r"wait: (?P<seconds>\d+)"}, **options)
     assert reported == Failed(FailureClass.RATE_LIMITED, "slow down, wait: 90", 1_000_090.0)
+
+
+def test_repeated_request_is_not_a_failure_if_the_end_is_reported() -> None:
+    """Messages before a line that marks completion matter only if the program failed."""
+    options: dict[str, Any] = {"read": [{"match": "^finished$", "done": True}], "failures": {"rate_limited": "slow"}}
+    lines = ["slow down, retrying", "finished"]
+    assert verdict(lines, 0, **options) is None
+    assert verdict(lines, 1, **options) == Failed(FailureClass.RATE_LIMITED, "slow down, retrying")
+
+
+def test_tools_and_warnings_are_events() -> None:
+    """Each tool has its file, or the first one has all of them."""
+    options = CommandOptions.model_validate(
+        {
+            "argv": ["x"],
+            "output": "jsonl",
+            "read": [
+                {"tool": "tools.*.name", "path": "tools.*.file"},
+                {"warning": "warn"},
+                {"cost": "cost", "estimate": True},
+            ],
+        }
+    )
+    adapter = CommandAdapter(options)
+    each = json.dumps({"tools": [{"name": "read", "file": "a"}, {"name": "edit", "file": "b c"}]})
+    assert adapter.parse(each) == (ToolCall("read", "a", ("a",)), ToolCall("edit", "b c", ("b c",)))
+    some = json.dumps({"tools": [{"name": "run"}, {"name": "edit", "file": "b"}]})
+    assert adapter.parse(some) == (ToolCall("run", "b", ("b",)), ToolCall("edit"))
+    assert adapter.parse('{"warn": "it is\\nslow"}') == (CliWarning("it is slow"),)
+    assert adapter.parse('{"cost": 0.5}') == (UsageReport(cost=0.5, is_estimate=True),)
 
 
 def test_quoted_error_in_json_is_not_a_failure() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from adapters.aider import AiderAdapter
+from orchestrator.plugins import load_plugins
 from tests.transcripts.programs.case import CASES, Case, Program
 
 
@@ -21,7 +21,7 @@ def _environ(url: str, home: Path) -> Mapping[str, str]:
 
 
 AIDER: Final = Program(
-    adapter=AiderAdapter,
+    adapter=load_plugins({"COUNCIL_PLUGINS": ""}).adapters["aider"],
     options={"model": "openai/gpt-4o"},
     environ=_environ,
     cases={
