@@ -297,7 +297,9 @@ def check_clock(machine: Machine, places: Sequence[StorageLocation]) -> Finding:
 
 
 def plugin_finding(left_out: str) -> Finding:
-    """Return an unusable plugin as a finding."""
+    """Return an unusable plugin, or profile of the user, as a finding."""
+    if left_out.startswith("the profile "):
+        return Finding("profile", Level.WARNING, left_out, "correct the file, or remove it")
     return Finding("plugin", Level.WARNING, left_out, "update it, remove it, or omit its name from COUNCIL_PLUGINS")
 
 
