@@ -61,6 +61,10 @@ _LONG: Final[Mapping[str, str]] = {
 }
 
 
+#: The failures after which a program repeats a request: a later end shows that this succeeded.
+_REPEATED: Final = frozenset({FailureClass.OVERLOADED, FailureClass.RATE_LIMITED, FailureClass.TRANSIENT})
+
+
 class CommandAdapter:
     """Runs the program in the options."""
 
@@ -117,10 +121,11 @@ class CommandAdapter:
         """
         failed, awaited = concluded_failure(end), self._reader.awaited
         has_ended = any(isinstance(event, FinalResult) for event in end.events)
-        if failed is None and awaited is not None and has_ended and end.exit == 0:
-            return None  # earlier messages are about requests that were repeated
         if failed is None or failed.failure is FailureClass.CRASHED:
-            failed = self._failure_in_text(end) or failed
+            found = self._failure_in_text(end)
+            is_complete = failed is None and awaited is not None and has_ended and end.exit == 0
+            if found is None or not (is_complete and found.failure in _REPEATED):
+                failed = found or failed
         elif failed.failure is FailureClass.RATE_LIMITED:
             failed = replace(failed, until=self._until(failed.reason, end.time))
         failed = with_reset_time(failed, end.time)

@@ -12,6 +12,14 @@ from orchestrator.testing.clock import ManualClock
 from tests.store_kinds import ALL_KINDS, open_kind
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave slow tests of what all profiles share with `command` to the extended ones."""
+    slow = "test_verdict_on_any_output_is_a_failure_class_or_none"
+    for item in items:
+        if item.path.name == "test_profiles.py" and item.name.startswith(slow):
+            item.add_marker(pytest.mark.extended)
+
+
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
