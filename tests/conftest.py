@@ -57,13 +57,18 @@ def hermetic_environ(folder: Path) -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all but the first parameters of some tests as extended only."""
+    """Mark all but the first parameters of some tests as extended only, and all but the first tests of some modules."""
     seen = set[str]()
+    first = dict[str, str]()
     for item in items:
-        name = item.nodeid.partition("[")[0]
-        if name in seen and item.get_closest_marker("extended_variants") is not None:
+        module, name = item.nodeid.partition("::")[0], item.nodeid.partition("[")[0]
+        is_variant = name in seen and item.get_closest_marker("extended_variants") is not None
+        is_other = item.get_closest_marker("extended_rest") is not None and first.get(module, name) != name
+        if is_variant or is_other:
             item.add_marker(pytest.mark.extended)
         seen.add(name)
+        if item.get_closest_marker("slow") is None and item.get_closest_marker("extended") is None:
+            first.setdefault(module, name)
 
 
 def pytest_collection_finish() -> None:

@@ -17,6 +17,8 @@ from tests.fake_cli import __file__ as fake_cli
 from tests.fakes.script import ROOT, install
 from tests.sandboxes import require_sandbox
 
+pytestmark = pytest.mark.extended_rest
+
 PROMPT = ("--prompt", "write hello.txt hello")
 
 

@@ -13,6 +13,8 @@ from orchestrator.engine.scheduler.active_attempts import ActiveAttempt
 from orchestrator.engine.scheduler.attempts import AttemptRunner
 from tests.conftest import Repository
 
+pytestmark = pytest.mark.extended_rest
+
 
 def repaired(path: str) -> list[dict[str, Any]]:
     """Return a task that is repaired once, and one that owns the same paths and lands while the first waits."""

@@ -17,6 +17,8 @@ from orchestrator.repo.worktrees.slots import list_slots, read_record
 from tests.conftest import CommandResult, Repository
 from tests.hub_fixture import HubFixture
 
+pytestmark = pytest.mark.extended_rest
+
 #: `setup` creates it: it passes if `code` is good, and its inputs are only `src` and `lock`.
 JEST = "#!/bin/sh\\ngrep -qx good code\\n"
 INSTALL = (

@@ -22,6 +22,8 @@ from orchestrator.testing.clock import ManualClock
 from tests.conftest import CommandResult, Repository
 from tests.recorded_run import recorded_project
 
+pytestmark = pytest.mark.extended_rest
+
 DAY = 86400.0
 LANDS: dict[str, Any] = {"id": "a", "prompt": "write a.txt a"}
 FAILS: dict[str, Any] = {"id": "f", "prompt": "write f.txt f\nexit 1", "attempts": 1}

@@ -22,6 +22,8 @@ from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
 from tests.hub_fixture import HubFixture
 
+pytestmark = pytest.mark.extended_rest
+
 VALUE = "the-value-of-a-variable"
 KEY = "gh" + "p_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0fXaB3d"
 

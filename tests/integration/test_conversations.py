@@ -13,6 +13,8 @@ import pytest
 from tests.conftest import CommandResult, Repository
 from tests.fakes.script import ROOT, install
 
+pytestmark = pytest.mark.extended_rest
+
 #: It passes if the file contains `right`.
 CHECK = "grep -q right a.txt"
 

@@ -17,6 +17,8 @@ from tests.conftest import Repository
 from tests.fingerprint import Fingerprint
 from tests.unit.test_inline_task import TYPES
 
+pytestmark = pytest.mark.extended_rest
+
 TASKS: list[dict[str, Any]] = [
     {"id": "models", "prompt": "write src/m.txt m", "owns": ["src/**"]},
     {"id": "views", "prompt": "write src/app.py v", "owns": ["src/app.py"]},

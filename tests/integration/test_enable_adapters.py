@@ -13,6 +13,8 @@ from tests.command_server import StartedCommand
 from tests.conftest import Repository
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 #: Fails with a missing login, as long as the file does not exist.
 LOGIN = 'test -e {login} || {{ echo "invalid api key" >&2; exit 1; }}; echo x > "$COUNCIL_TASK.txt"'
 

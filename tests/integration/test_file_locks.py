@@ -21,6 +21,8 @@ from orchestrator.locking.file_locks import FileLocks, list_file_locks
 from orchestrator.system.clock import SystemClock
 from tests.programs import run_python
 
+pytestmark = pytest.mark.extended_rest
+
 ADA, BOB, EVE = (SessionName("r", task, 1) for task in ("ada", "bob", "eve"))
 
 #: Locks a file for a session, prints that, and releases it when its standard input ends.

@@ -18,6 +18,8 @@ from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 
+pytestmark = pytest.mark.extended_rest
+
 SCOUT = json.dumps({"scout_findings": ["there is a README"], "requirements": ["a login"], "risks": ["a race"]})
 PLAN = json.dumps({"tasks": [{"id": "t1", "prompt": "b"}], "dependencies": [], "timeline": [], "resources": []})
 REJECT = json.dumps({"verdict": "reject", "findings": [{"path": "b.txt", "message": "say more"}]})

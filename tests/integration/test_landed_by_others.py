@@ -11,6 +11,8 @@ from tests.conftest import Repository
 from tests.faults import PYTHON_ADAPTER
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 
 @pytest.mark.parametrize("squashed", [True, pytest.param(False, marks=pytest.mark.slow)])
 async def test_work_merged_by_a_person_counts_as_landed(repository: Repository, squashed: bool) -> None:

@@ -25,6 +25,8 @@ from orchestrator.system.clock import SystemClock
 from tests.conftest import Repository
 from tests.sandboxes import needs_sandbox
 
+pytestmark = pytest.mark.extended_rest
+
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
 SECTION = GUIDE.partition("\n## State in earlier formats\n")[2].partition("\n## ")[0]
 RUN = "2024-06-17-001"

@@ -30,7 +30,7 @@ from tests.conftest import Repository
 from tests.sandboxes import require_sandbox
 from tests.waiting import wait_for
 
-pytestmark = [
+pytestmark = [pytest.mark.extended_rest, ]
     pytest.mark.sandbox,
     pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only"),
 ]

@@ -21,7 +21,7 @@ from orchestrator.system.clock import SystemClock
 from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
-pytestmark = pytest.mark.sandbox
+pytestmark = [pytest.mark.extended_rest, pytest.mark.sandbox]
 
 DEFAULTS = {"backoff": {"initial": "10ms", "max": "10ms", "jitter": False}, "timeout": "60s"}
 

@@ -33,6 +33,8 @@ from tests.conftest import Repository
 from tests.hub_fixture import HubFixture
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 WORKER = Path(__file__).with_name("pool_worker.py")
 STEPS = ("slot.partly_made", "slot.moved", "worktree.partly_made", "worktree.created", "worktree.removed",
          "slot.partly_clean", "slot.clean")  # fmt: skip

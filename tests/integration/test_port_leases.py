@@ -37,6 +37,8 @@ from orchestrator.system.clock import SystemClock
 from tests.store_kinds import ALL_KINDS, SERVERS, empty_state, open_kind
 from tests.stores import open_store
 
+pytestmark = pytest.mark.extended_rest
+
 WORKER = Path(__file__).with_name("lease_worker.py")
 SPAN = 1000  # as in the worker
 PATIENCE = 60  # seconds

@@ -26,6 +26,8 @@ from orchestrator.repo.worktrees.worktrees import Worktree
 from tests.conftest import Repository
 from tests.hub_fixture import HubFixture
 
+pytestmark = pytest.mark.extended_rest
+
 COPIED = (".env", "config/local.yaml", "vendor/a b*[c]")
 
 

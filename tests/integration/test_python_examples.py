@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import CommandResult, Repository
 from tests.sandboxes import needs_sandbox
 
+pytestmark = pytest.mark.extended_rest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

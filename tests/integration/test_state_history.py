@@ -25,6 +25,8 @@ from tests.conftest import Repository
 from tests.integration.test_log_reader import ForgetfulStore
 from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 
+pytestmark = pytest.mark.extended_rest
+
 GUIDE = (Path(__file__).parents[2] / "docs/state.md").read_text()
 MODELS, API, CLAIM = Key("task", f"{RUN}/models"), Key("task", f"{RUN}/api"), Key("claim", f"{RUN}/models")
 

@@ -35,6 +35,8 @@ from orchestrator.system.clock import SystemClock
 from orchestrator.testing.clock import ManualClock
 from orchestrator.testing.store_contract.suite import COMPACTED_LOG, make_dump, read_dump
 
+pytestmark = pytest.mark.extended_rest
+
 MUCH, GONE, BRIEF, LONG = (Key("task", name) for name in ("much", "gone", "brief", "long"))
 ALL = 1 << 40  # bytes
 SMALL = 1_500  # bytes of a segment

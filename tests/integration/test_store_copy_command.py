@@ -22,6 +22,8 @@ from tests.conftest import Repository
 from tests.recorded_run import RUN, recorded_project
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 
 @pytest.fixture
 async def project(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Repository:

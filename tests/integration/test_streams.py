@@ -13,6 +13,8 @@ import pytest
 from orchestrator.errors import RefusedError, to_permission_refusal
 from tests.conftest import CommandResult, Repository
 
+pytestmark = pytest.mark.extended_rest
+
 
 def through_shell(repository: Repository, arguments: str, **variables: str) -> CommandResult:
     """Run the command with the shell's redirections."""

@@ -18,6 +18,8 @@ from tests.conftest import Repository
 from tests.terminal import Terminal
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 Start = Callable[..., Terminal]
 
 

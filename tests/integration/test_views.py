@@ -29,6 +29,8 @@ from tests.conftest import Repository
 from tests.recorded_run import RUN, RUN_STARTED, record_run, recorded_project, run_document
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/state.md").read_text()
 MODELS = Key("task", f"{RUN}/models")
