@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave slow tests of what all profiles share with `command` to the extended ones."""
     slow = "test_verdict_on_any_output_is_a_failure_class_or_none"
     for item in items:
-        if item.path.name == "test_profiles.py" and item.name.startswith(slow):
+        if item.path.name in {"test_profiles.py", "test_aider_adapter.py"} and item.name.startswith(slow):
             item.add_marker(pytest.mark.extended)
 
 

@@ -149,6 +149,7 @@ async def test_run_killed_at_a_failpoint_lands_every_task_once(repository: Repos
     await resume_and_check(repository, 4)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("name", "again"),
     [

@@ -19,6 +19,8 @@ from orchestrator.sessions.output.transcript import Transcript
 from tests.conftest import Repository
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 
 @dataclass
 class Watcher:

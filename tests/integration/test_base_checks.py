@@ -16,6 +16,8 @@ from tests.conftest import CommandResult, Repository
 from tests.sandboxes import needs_sandbox
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 #: Passes if `code` is good.
 GOOD = "grep -qx good code"
 #: A failed check ends the task.

@@ -24,6 +24,8 @@ from tests.conftest import CommandResult, Repository
 from tests.merge_leases import join_merge_queue
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 
 def files(count: int) -> list[dict[str, Any]]:
     """Return tasks that each write a file of their own."""

@@ -26,6 +26,8 @@ from orchestrator.testing.clock import ManualClock
 from tests.conftest import FAKE_CLI, Repository
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 
 def flag(repository: Repository) -> Path:
     """Return a file that prompts can test for."""

@@ -910,6 +910,7 @@ def _two_failed(repository: Repository, command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.extended_variants
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
 async def test_irreversible_command_needs_confirmation(repository: Repository, command: tuple[str, ...]) -> None:
     """Without a terminal it is rejected with the option that allows it, and nothing has changed."""

@@ -144,6 +144,7 @@ def test_unusual_names_are_quoted(repository: Repository, fakes: FakePrograms, t
     assert load(tmp_path / 'outside: "x".yaml').repo == os.path.realpath(top)
 
 
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("name", ["on", "null", "1.0", "0x10"])
 def test_ambiguous_branches_are_quoted(name: str, repository: Repository, fakes: FakePrograms) -> None:
     """A branch's name is text, whatever YAML would parse it as."""

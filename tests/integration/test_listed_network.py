@@ -30,7 +30,8 @@ from tests.conftest import Repository
 from tests.sandboxes import require_sandbox
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.extended_rest, ]
+pytestmark = [
+    pytest.mark.extended_rest,
     pytest.mark.sandbox,
     pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only"),
 ]

@@ -20,6 +20,8 @@ from tests.command_server import StartedCommand
 from tests.conftest import Repository
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.extended_rest
+
 TASKS = [{"id": name, "prompt": f"write {name}.txt x\nhang"} for name in ("auth", "web")]
 
 

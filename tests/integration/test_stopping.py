@@ -21,6 +21,7 @@ from tests.processes import child_processes
 from tests.sandboxes import require_sandbox
 
 pytestmark = [
+    pytest.mark.extended_rest,
     pytest.mark.sandbox,
     pytest.mark.skipif(sys.platform != "linux", reason="there is a sandbox on Linux only"),
 ]

@@ -463,6 +463,7 @@ async def test_complete_lines_are_read_while_the_program_runs(agent: Agent, tmp_
     assert (tmp_path / "stdout").read_bytes() == b"whole\nhalf"
 
 
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("lead", range(0, 60, 6))
 async def test_half_a_secret_at_a_gap_is_removed(agent: Agent, tmp_path: Path, lead: int) -> None:
     """If the middle of the output is omitted, neither side keeps a part of a secret; all bytes are counted."""

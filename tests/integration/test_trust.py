@@ -16,7 +16,7 @@ from tests.sandboxes import needs_sandbox
 from tests.terminal import Terminal
 from tests.waiting import wait_for
 
-pytestmark = needs_sandbox
+pytestmark = [pytest.mark.extended_rest, needs_sandbox]
 
 COMMANDS = (("doctor",), ("adapters",), ("run",), ("run", "--dry-run"), ("adapters", "test", "evil", "--no-live"))
 

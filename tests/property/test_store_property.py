@@ -459,6 +459,7 @@ def test_store_behaves_like_a_dict_with_history_for_long() -> None:
     run(FileStoreMachine, 1500, 60, tuple(Phase))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("kind", "examples", "steps", "phases"),
     [
