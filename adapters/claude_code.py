@@ -159,7 +159,7 @@ class ClaudeCodeAdapter:
 
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command line; as root, `IS_SANDBOX` is needed to bypass permissions."""
-        options = self._options
+        options, hooks = self._options, _hooks(request)
         mode = options.permission_mode
         preset = {**_PRESET, "IS_SANDBOX": "1"} if mode == "bypassPermissions" else _PRESET
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
@@ -174,14 +174,14 @@ class ClaudeCodeAdapter:
                 *option_arguments("--max-turns", options.max_turns),
                 *option_arguments("--max-budget-usd", smallest_limit(options.max_cost, request.max_cost)),
                 *(("--mcp-config", str(request.home / _SERVERS)) if request.mcp_servers else ()),
-                *(("--settings", str(request.home / _SETTINGS)) if _hooks(request) else ()),
+                *(("--settings", str(request.home / _SETTINGS)) if hooks else ()),
                 *((_ALLOWED,) if any(server.name == MCP_SERVER_NAME for server in request.mcp_servers) else ()),
                 *options.args,
             ),
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
-            home=_home(request, is_own=options.has_own_home),
+            home=_home(request, hooks, is_own=options.has_own_home),
             interrupt=True,  # on SIGTERM it leaves its tools' processes behind and prints no result
         )
 
@@ -221,9 +221,9 @@ class ClaudeCodeAdapter:
         return with_reset_time(replace(failed, until=until), end.time)
 
 
-def _home(request: SessionRequest, *, is_own: bool) -> SessionHome | None:
+def _home(request: SessionRequest, hooks: JsonObject, *, is_own: bool) -> SessionHome | None:
     files = {_SERVERS: json.dumps({"mcpServers": _servers(request)})} if request.mcp_servers else {}
-    if hooks := _hooks(request):
+    if hooks:
         files[_SETTINGS] = json.dumps({"hooks": hooks})
     if is_own:
         return SessionHome(files, _LINKS, (_LOGIN,))

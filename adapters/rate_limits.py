@@ -94,7 +94,7 @@ def _on_clock(match: re.Match[str], now: float) -> float | None:
             then = then.replace(year=year, month=month, day=int(match["day"]))
             if match["year"] is None and then < today - timedelta(days=30):
                 then = then.replace(year=year + 1)
-        # Programs cut off the seconds: a session at the start of that minute would meet the limit again.
+        # Programs print no seconds: a session at the start of that minute would meet the limit again.
         return (then + timedelta(minutes=1) if match["minute"] else then).timestamp()
     except (ValueError, OverflowError, OSError, KeyError):  # no such zone or date
         return None

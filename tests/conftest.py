@@ -22,6 +22,7 @@ from orchestrator.project import Project, council_home
 from orchestrator.state.log.identity import ensure_log
 from tests import command_server
 from tests.command_server import StartedCommand
+from tests.fakes.script import install
 from tests.fingerprint import Fingerprint
 from tests.hypothesis_settings import DEFAULT_EXAMPLES, example_settings
 from tests.invariants import RunUnderTest, assert_invariants
@@ -228,3 +229,12 @@ def repository(tmp_path: Path, environ: dict[str, str], template: Path) -> Repos
     made.git("update-index", "--refresh")  # otherwise the next command that reads the files would write it
     made.remember()
     return made
+
+
+@pytest.fixture
+def claude(repository: Repository, tmp_path: Path) -> Repository:
+    """Put a fake `claude` on PATH, which calls hooks and continues conversations."""
+    install(tmp_path / "bin", "claude", "tests.fakes.claude")
+    repository.environ["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{repository.environ['PATH']}"
+    repository.environ["ANTHROPIC_API_KEY"] = "k"
+    return repository

@@ -59,8 +59,6 @@ _LONG: Final[Mapping[str, str]] = {
     "prompt": "use {prompt_file} in argv, or `prompt: stdin`",
     "instructions": "use {instructions_file} instead of {instructions}",
 }
-
-
 #: The failures after which a program repeats a request: a later end shows that this succeeded.
 _REPEATED: Final = frozenset({FailureClass.OVERLOADED, FailureClass.RATE_LIMITED, FailureClass.TRANSIENT})
 

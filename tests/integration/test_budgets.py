@@ -9,18 +9,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import FAKE_CLI, CommandResult, Repository
-from tests.fakes.script import ROOT, install
+from tests.fakes.script import ROOT
 
 #: Longer than any of these tests: a session that is not stopped fails its test.
 LONG = "90s"
-
-
-@pytest.fixture
-def claude(repository: Repository, tmp_path: Path) -> Repository:
-    """A repository with a fake Claude Code on PATH."""
-    install(tmp_path / "bin", "claude", "tests.fakes.claude")
-    repository.environ["PATH"] = f"{tmp_path / 'bin'}:{repository.environ['PATH']}"
-    return repository
 
 
 def configured(repository: Repository, *prompts: str, task: dict[str, Any] | None = None, **more: Any) -> Path:

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import CommandResult, Repository
-from tests.fakes.script import ROOT, install
-
-
-@pytest.fixture
-def claude(repository: Repository, tmp_path: Path) -> Repository:
-    """Install a fake `claude` that calls hooks."""
-    install(tmp_path / "bin", "claude", "tests.fakes.claude")
-    repository.environ["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{repository.environ['PATH']}"
-    repository.environ["ANTHROPIC_API_KEY"] = "k"
-    return repository
+from tests.fakes.script import ROOT
 
 
 def ran(claude: Repository, prompt: str, **task: Any) -> CommandResult:

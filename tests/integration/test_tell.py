@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -12,17 +11,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import CommandResult, Repository
-from tests.fakes.script import ROOT, install
+from tests.fakes.script import ROOT
 from tests.waiting import wait_for
-
-
-@pytest.fixture
-def claude(repository: Repository, tmp_path: Path) -> Repository:
-    """Install a fake `claude`, which calls hooks and continues conversations."""
-    install(tmp_path / "bin", "claude", "tests.fakes.claude")
-    repository.environ["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{repository.environ['PATH']}"
-    repository.environ["ANTHROPIC_API_KEY"] = "k"
-    return repository
 
 
 def configured(claude: Repository, prompt: str, **more: Any) -> Path:
