@@ -109,8 +109,13 @@ class SkippedPlugin:
     names: frozenset[str] = frozenset()
     """The names that it registered before it failed."""
 
+    @property
+    def is_profile(self) -> bool:
+        """Whether it is a profile of the user."""
+        return not self.plugin.version
+
     def __str__(self) -> str:
-        if not self.plugin.version:
+        if self.is_profile:
             return f"the profile {self.reason}"
         return f"the plugin {self.plugin.name!r} of {self.plugin.origin}: {self.reason}"
 

@@ -21,7 +21,7 @@ from orchestrator.engine.diagnostics.facts import (
 from orchestrator.engine.diagnostics.findings import Finding, Level, SpaceNeed
 from orchestrator.engine.diagnostics.programs import AdapterStatus, ProgramStatus
 from orchestrator.errors import ConfigError, RefusedError
-from orchestrator.plugins import load_plugins
+from orchestrator.plugins import PluginInfo, SkippedPlugin, load_plugins
 from orchestrator.sessions.sandbox.policy import SandboxKind
 from orchestrator.system.resources import remaining_processes
 
@@ -189,7 +189,12 @@ def test_clock_is_rated() -> None:
 
 def test_plugins_and_folder_are_rated() -> None:
     """Reports an omitted plugin, and a `.council` that git would track."""
-    assert_finding(findings.plugin_finding("the plugin 'x' of y 1: broken"), Level.WARNING, "broken", "COUNCIL_PLUGINS")
+    assert_finding(
+        findings.plugin_finding(SkippedPlugin(PluginInfo("x", "y", "1"), "broken")),
+        Level.WARNING,
+        "broken",
+        "COUNCIL_PLUGINS",
+    )
     assert_finding(findings.check_project_folder(exists=True, is_ignored=True), Level.OK)
     assert_finding(findings.check_project_folder(exists=False, is_ignored=False), Level.OK)
     assert_finding(findings.check_project_folder(exists=True, is_ignored=False), Level.WARNING)

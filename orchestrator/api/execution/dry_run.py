@@ -65,8 +65,8 @@ async def perform_dry_run(
         sandbox=cleared.sandbox,
     )
     file = config.path if await anyio.Path(config.path).is_file() else None
-    skipped = [str(plugin) for plugin in plugins.left_out]
-    findings = await run_doctor(DoctorInput(config.path.parent, file, config, plugins.adapters, skipped), environ)
+    subject = DoctorInput(config.path.parent, file, config, plugins.adapters, plugins.left_out)
+    findings = await run_doctor(subject, environ)
     deferred = {"target"} if allow_deferred else set()
     return replace(
         planned,

@@ -34,6 +34,7 @@ from orchestrator.engine.diagnostics.repository_findings import (
 )
 from orchestrator.engine.diagnostics.sandbox_probe import DEFAULT_SANDBOX, SandboxProbe
 from orchestrator.errors import ConfigError, RefusedError
+from orchestrator.plugins import SkippedPlugin
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import AdapterType
 from orchestrator.repo.git.command import read_version
@@ -51,7 +52,7 @@ class DoctorInput:
     file: Path | None = None
     config: RunConfig | ConfigError | None = None
     types: Mapping[str, AdapterType] = field(default_factory=dict)
-    left_out: Sequence[str] = ()
+    left_out: Sequence[SkippedPlugin] = ()
     """Unusable plugins, each with the reason."""
 
     @property

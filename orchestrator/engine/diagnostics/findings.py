@@ -15,6 +15,7 @@ from orchestrator.domain.scheduling.admission import MIB, AvailableResources, Se
 from orchestrator.engine.diagnostics.facts import Machine, RepositorySize, StorageLocation
 from orchestrator.engine.diagnostics.programs import AdapterStatus, ProgramStatus
 from orchestrator.errors import RESOURCE_MESSAGES, ConfigError, RefusedError
+from orchestrator.plugins import SkippedPlugin
 from orchestrator.repo.git.command import MINIMUM_VERSION, RECOMMENDED_VERSION, is_at_least
 from orchestrator.sessions.sandbox.policy import SandboxKind
 from orchestrator.state.log.mounts import NETWORK_FILE_SYSTEMS
@@ -296,11 +297,11 @@ def check_clock(machine: Machine, places: Sequence[StorageLocation]) -> Finding:
     return Finding("clock", Level.OK, found)
 
 
-def plugin_finding(left_out: str) -> Finding:
+def plugin_finding(skipped: SkippedPlugin) -> Finding:
     """Return an unusable plugin, or profile of the user, as a finding."""
-    if left_out.startswith("the profile "):
-        return Finding("profile", Level.WARNING, left_out, "correct the file, or remove it")
-    return Finding("plugin", Level.WARNING, left_out, "update it, remove it, or omit its name from COUNCIL_PLUGINS")
+    if skipped.is_profile:
+        return Finding("profile", Level.WARNING, str(skipped), "correct the file, or remove it")
+    return Finding("plugin", Level.WARNING, str(skipped), "update it, remove it, or omit its name from COUNCIL_PLUGINS")
 
 
 def check_project_folder(*, exists: bool, is_ignored: bool) -> Finding:

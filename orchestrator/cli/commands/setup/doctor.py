@@ -31,8 +31,7 @@ async def doctor(context: CommandContext, file: Path | None) -> int:
       council doctor night.yaml --json
     """
     scene = await discover_environment(file)
-    left_out = [str(one) for one in scene.plugins.left_out]
-    subject = DoctorInput(scene.folder, scene.file, scene.config, scene.plugins.adapters, left_out)
+    subject = DoctorInput(scene.folder, scene.file, scene.config, scene.plugins.adapters, scene.plugins.left_out)
     findings = [*await run_doctor(subject, os.environ), *(await read_adapter_state(context)).findings()]
     code = findings_exit_code(findings)
     show_findings(findings, code, context.output)
