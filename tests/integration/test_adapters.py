@@ -270,7 +270,7 @@ async def test_usage_is_recorded(bench: Bench) -> None:
     assert (used["total"]["sessions"], used["total"]["priced"], used["total"]["input_tokens"]) == (4, 3, 7476)
     shown = bench.repository.council("usage").stdout.splitlines()
     assert shown[0].split() == ["sessions", "time", "tokens", "in", "tokens", "out", "cost"]
-    assert shown[-1].endswith("$0.5225 (3 of 4 sessions)")
+    assert shown[-1].endswith("$0.5225 (3 of 4 sessions, estimated)")
     assert [line.split()[:3] for line in shown if line.startswith("task ollama")] == [["task", "ollama", "1"]]
 
 
