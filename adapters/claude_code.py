@@ -153,7 +153,9 @@ class ClaudeCodeAdapter:
         """Return Claude Code with its login status command."""
         return (
             self._options.program(
-                "`npm install -g @anthropic-ai/claude-code`", ">=2.1,<3", _KEYS, _LOG_IN, ready=("auth", "status")
+                *("`npm install -g @anthropic-ai/claude-code`", ">=2.1,<3", _KEYS, _LOG_IN),
+                ready=("auth", "status"),
+                verified=("2.1.197", "2.1.300", "2.1.330"),
             ),
         )
 

@@ -157,6 +157,7 @@ class CodexAdapter:
             self._options.program(
                 *("`npm install -g @openai/codex`", ">=0.169,<0.180", _KEYS if is_own else (), _LOG_IN),
                 ready=("login", "status") if is_own else (),
+                verified=("0.169.0",),
             ),
         )
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final
 
 import pytest
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from pydantic import BaseModel
 
 from orchestrator.domain.runs.retry import compute_cooldown_end
@@ -259,6 +260,7 @@ class AdapterContract(OptionsContract):
             assert not program.ready or program.log_in, "log_in is empty: describe how to log in"
             SpecifierSet(program.supported)
             assert not program.supported or program.version, "supported versions need arguments that print the version"
+            assert all(map(Version, program.verified or ()))
             assert [name for name in program.keys if not _ENV_NAME.fullmatch(name)] == []
 
     @pytest.mark.parametrize("line", [*_ODD_LINES, "x" * MAX_LINE_BYTES])

@@ -90,6 +90,13 @@ def test_file_is_rated(tmp_path: Path) -> None:
         (replace(TOOL, path=None, remedy="get it"), Level.PROBLEM, Level.WARNING, "get it"),
         (replace(TOOL, ready=False, remedy="log in"), Level.PROBLEM, Level.WARNING, "log in"),
         (replace(TOOL, ready=None), Level.OK, Level.OK, "tool 1.2, /bin/tool"),
+        (
+            replace(TOOL, verified=("1.0", "1.1"), compared="newer"),
+            Level.OK,
+            Level.OK,
+            "tool 1.2, ready, /bin/tool, newer than the verified versions 1.0 and 1.1",
+        ),
+        (replace(TOOL, verified=("1.3",), compared="older"), Level.OK, Level.OK, "older than the verified version 1.3"),
         (replace(TOOL, is_supported=False), Level.WARNING, Level.WARNING, "<2"),
         (replace(TOOL, version=None, is_supported=None, error="it hung"), Level.WARNING, Level.WARNING, "it hung"),
     ],

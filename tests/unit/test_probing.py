@@ -176,6 +176,32 @@ def test_invalid_range_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
+    ("verified", "compared"),
+    [
+        (("1.9", "2.0"), "newer"),
+        (("2.10", "2.2"), "older"),
+        (("2.1rc1",), None),
+        (("1.0", "3.0"), None),
+        ((), None),
+        (None, None),
+    ],
+)
+def test_version_is_compared_with_the_verified_ones(verified: Sequence[str] | None, compared: str | None) -> None:
+    """It is newer or older than all of them, or neither."""
+    answer = CompletedCommand(0, b"tool 2.1rc1", b"")
+    status = check_program(Program("tool", version=("-V",), verified=verified), "/bin/tool", answer)
+    assert (status.compared, status.error) == (compared, None)
+
+
+def test_invalid_verified_version_is_reported() -> None:
+    status = check_program(
+        Program("tool", version=("-V",), verified=("two",)), "/bin/tool", CompletedCommand(0, b"2.0", b"")
+    )
+    assert (status.version, status.compared) == ("2.0", None)
+    assert "'two'" in str(status.error)
+
+
+@pytest.mark.parametrize(
     ("answer", "has_key", "ready"),
     [
         (CompletedCommand(0, b"", b""), False, True),

@@ -134,12 +134,25 @@ def _check_program(title: str, program: ProgramStatus, bad: Level) -> Finding:
 
 
 def describe(program: ProgramStatus) -> str:
-    """Return a short description of a program: version, readiness, path, error."""
+    """Return a short description of a program: version, readiness, path, untested version, error."""
     if program.path is None:
         return f"{program.name}: not on PATH"
     readiness = {True: "ready", False: "not ready", None: None}[program.ready]
-    parts = (f"{Path(program.name).name} {program.version or ''}".strip(), readiness, program.path, program.error)
+    name = f"{Path(program.name).name} {program.version or ''}".strip()
+    parts = (name, readiness, program.path, _comparison(program), program.error)
     return ", ".join(part for part in parts if part)
+
+
+def _comparison(program: ProgramStatus) -> str | None:
+    """Return how its version differs from the verified ones."""
+    if program.compared is None or program.is_supported is False:
+        return None
+    *others, last = program.verified or ()
+    return (
+        f"{program.compared} than the verified version {last}"
+        if not others
+        else (f"{program.compared} than the verified versions {', '.join(others)} and {last}")
+    )
 
 
 def check_sandbox(kind: SandboxKind | RefusedError, weaker_for: RefusedError | None = None) -> Finding:

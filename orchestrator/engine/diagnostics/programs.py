@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -68,6 +68,8 @@ class ProgramStatus:
     """How to make it ready."""
     verified: Sequence[str] | None = None
     """The versions that its adapter was run with; empty: none, None: unknown."""
+    compared: Literal["newer", "older"] | None = None
+    """Whether its version is newer, or older, than all of these."""
     edits: bool = True
     """Whether it can change files."""
 
@@ -248,10 +250,12 @@ def check_program(
         )
     found = read_version(version) if isinstance(version, CompletedCommand) else None
     is_supported, odd = _is_supported(found, program.supported)
+    compared, invalid = _compare(found, program.verified or ())
     is_ready = True if has_key else _is_ready(ready)
     failures = [
         _describe_failure(version) if found is None else None,
         odd,
+        invalid,
         _describe_failure(ready) if is_ready is None else None,
     ]
     failure = next(filter(None, failures), None)
@@ -266,6 +270,7 @@ def check_program(
         error=None if failure is None else Redactor(hide).text(failure),
         remedy=log_in if is_ready is False else None,
         verified=program.verified,
+        compared=compared,
         edits=program.edits,
     )
 
@@ -298,6 +303,16 @@ def _is_supported(version: Version | None, supported: str) -> tuple[bool | None,
         return SpecifierSet(supported).contains(version, prereleases=True), None
     except InvalidSpecifier:
         return None, f"its adapter has an invalid range of supported versions: {supported!r}"
+
+
+def _compare(version: Version | None, verified: Sequence[str]) -> tuple[Literal["newer", "older"] | None, str | None]:
+    try:
+        known = sorted(map(Version, verified))
+    except InvalidVersion as error:
+        return None, f"its adapter has an invalid verified version: {error}"
+    if version is None or not known or known[0] <= version <= known[-1]:
+        return None, None
+    return "newer" if version > known[-1] else "older", None
 
 
 def _is_ready(answer: CompletedCommand | str | None) -> bool | None:
