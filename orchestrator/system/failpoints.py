@@ -54,6 +54,8 @@ FAILPOINTS: Final = frozenset(
         "landing.merged",  # the merge commit exists, but nothing refers to it
         "landing.checking",  # the store records that the merge is being checked
         "check.ended",  # a check's processes have exited, its worktree still exists
+        "check.recorded",  # a passed check is recorded, its worktree still exists
+        "landing.joined",  # the merges of a batch are one merge, no intent is recorded
         "landing.checked",  # the merge has passed its checks, not recorded in the store
         "base.checked",  # the checks of the base have ended, not recorded in the store
         "landing.rejected",  # the rejection is in the store

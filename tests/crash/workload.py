@@ -74,8 +74,15 @@ def make_workload(dice: random.Random, holds: str, *, most: int = 30) -> Workloa
         must_land = job.must_land and all(jobs[one].must_land for one in needs)
         entry = {"attempts": ATTEMPTS, "needs": needs, "priority": dice.randint(-2, 2), **job.entry}
         jobs[job.id] = WorkloadTask(entry, job.lines, must_land)
+    if dice.random() < 0.5:  # equal checks, so that tasks are checked in batches
+        jobs = {task: _with_common_check(job) for task, job in jobs.items()}
     settings = {
         "capacity": dice.randint(1, 5),
+        "merge": {
+            "batch": dice.choice([1, 3, 8]),
+            "window": dice.randint(1, 4),
+            "check_every_commit": dice.random() < 0.7,
+        },
         "sandbox": dice.choice(["auto", "auto", "landlock", "off"]),
         "workflows": WORKFLOWS,
         "coordination": {
@@ -87,6 +94,10 @@ def make_workload(dice: random.Random, holds: str, *, most: int = 30) -> Workloa
         },
     }
     return Workload(jobs, settings)
+
+
+def _with_common_check(job: WorkloadTask) -> WorkloadTask:
+    return WorkloadTask({"checks": ["sleep 0.1; ! ls bad/* 2>/dev/null"], **job.entry}, job.lines, job.must_land)
 
 
 def _steps(dice: random.Random, *steps: str) -> str:

@@ -210,6 +210,17 @@ class TaskChecking(TaskEvent):
     """The commit."""
 
 
+class TaskCheckFlaky(TaskEvent):
+    """A check failed, and passed when it was repeated on the same files."""
+
+    type = "task.check_flaky"
+    sentence = "check `{command}` is flaky: it passed when it was repeated"
+
+    command: str
+    log: str
+    """The log of the failure."""
+
+
 class TaskRequeued(TaskEvent):
     """The checks did not finish, or the landing is blocked for now."""
 

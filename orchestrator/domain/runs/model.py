@@ -282,8 +282,6 @@ class RunDocument(ResolvedSettings):
     """The cause of the halt."""
     allow_failing_base: bool = False
     """Whether sessions start even if checks fail on the base."""
-    proven_bases: tuple[str, ...] = ()
-    """The bases that passed their checks, by `engine.landing.base_checks`; newest last."""
     merges: str | None = None
     """The run whose branch it merges; `latest` never refers to such a run."""
     imported: ImportedRun | None = None

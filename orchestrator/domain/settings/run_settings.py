@@ -315,6 +315,21 @@ class CoordinationSettings(Settings):
     """How long a session waits for locked files by default."""
 
 
+class MergeSettings(Settings):
+    """The merge queue."""
+
+    batch: Annotated[int, Field(ge=1, le=64)] = 1
+    """The largest number of tasks with equal checks that are checked as one merge. If a check fails, the task that
+    causes it is searched, and only that task is sent back."""
+    wait: OptionalDuration = None
+    """How long to wait for a full batch while sessions are running; `off` lands what is ready."""
+    window: Annotated[int, Field(ge=1, le=64)] = 4
+    """How many merges are checked at the same time: each on the assumption that all before it land. Grows by one with
+    each merge that passes, up to `capacity`, and is halved by each that fails."""
+    check_every_commit: bool = True
+    """Whether a batch lands as one merge commit, which passed the checks, instead of one for each task."""
+
+
 class TaskSettings(Settings):
     """The settings that tasks share: each task can override them."""
 
@@ -467,6 +482,8 @@ class RunSettings(Settings):
     """The branch that tasks land on. Default: council/ and the run id."""
     capacity: Annotated[int, Field(ge=1, le=MAX_CAPACITY)] = 4
     """The largest number of concurrent sessions."""
+    checks_capacity: Annotated[int, Field(ge=1, le=MAX_CAPACITY)] | None = None
+    """The largest number of checks that run at the same time. Default: `capacity`."""
     session_memory: Size = 256 << 20
     """The expected memory of one session; only as many sessions start as fit in memory."""
     mcp_servers: dict[Name, McpServerSettings] = Field(default_factory=dict)
@@ -479,6 +496,8 @@ class RunSettings(Settings):
     """The pool of worktrees for sessions and checks."""
     coordination: CoordinationSettings = Field(default_factory=CoordinationSettings)
     """The coordination of the processes of one run."""
+    merge: MergeSettings = Field(default_factory=MergeSettings)
+    """How built tasks are checked before they land."""
 
 
 class ResolvedSettings(RunSettings):

@@ -5,8 +5,6 @@ A check that fails there would fail every task.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.base_selection import BaseSelector
+from orchestrator.engine.landing.check_runs import CheckRequest
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.reload import can_reload
@@ -82,9 +81,8 @@ class BaseChecks:
     async def failure(self) -> str | None:
         """Return the reason to start no session, or None.
 
-        The reason is a check of a pending task that fails on the base. Passed checks are recorded, and no process of
-        the run repeats them. Only one process per machine runs the checks at a time. If the base moves in the meantime,
-        it is checked again.
+        The reason is a check of a pending task that fails on the base. Passed checks are recorded and not repeated.
+        Only one process per machine runs the checks at a time. If the base moves in the meantime, it is checked again.
         """
         groups = await self._group_pending_tasks()
         if not groups:
@@ -130,7 +128,7 @@ class BaseChecks:
             known = {failed.command for one in found for failed in one.failed}
             if len(known) >= _MAX_UNRUNNABLE:
                 break
-            if not await self._is_proven(spec, base.commit):
+            if not await self.commands.runs.has_passed(self._request(tasks[0], spec, base)):
                 is_allowed = spec.allow_failing_base or self.ledger.run.allow_failing_base
                 failed = await self.commands.find_unrunnable(
                     tasks[0], spec, spec.checks, base.commit, may_be_added=is_allowed
@@ -212,26 +210,21 @@ class BaseChecks:
             command = f"git branch {target} {base}"
         return f" and merge that into {run.target} (`{command}`)"
 
-    async def _is_proven(self, spec: TaskSpec, commit: str) -> bool:
-        """Return True if the checks of a task have passed on a commit."""
-        key = await _hash_checks(self.context, spec, commit)
-        return self._has_landed(spec, commit) or key in await self.ledger.run_state.proven_bases()
-
     async def _find_failure(self, tasks: Sequence[str], base: CheckedBase) -> str | _Unrunnable | None:
         """Return the reason for failed shared checks of these tasks on a commit, or None."""
         task, spec, commit = tasks[0], await self.ledger.definitions.spec(tasks[0]), base.commit
-        if await self._is_proven(spec, commit):
+        request = self._request(task, spec, base)
+        if await self.commands.runs.has_passed(request):
             return None
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
             unrunnable = await self.commands.find_unrunnable(task, spec, spec.checks, commit, may_be_added=True)
             return _Unrunnable(unrunnable, tasks, base) if unrunnable else None
         await self.ledger.note(BaseChecking(commit=commit, branch=base.branch, checks=spec.checks))
-        result = await self.commands.run(task, spec, spec.checks, commit)
+        result = await self.commands.run(request)
         failpoint("base.checked")
         match result:
             case ChecksPassed():
-                passed = BasePassed(commit=commit, branch=base.branch, checks=spec.checks)
-                await self.ledger.run_state.record_passed_base(await _hash_checks(self.context, spec, commit), passed)
+                await self.ledger.note(BasePassed(commit=commit, branch=base.branch, checks=spec.checks))
                 return None
             case ChecksNotRun(reason):
                 headline = f"checks could not run on {base.branch} ({commit[:10]}): {reason}"
@@ -250,23 +243,8 @@ class BaseChecks:
             case _:
                 assert_never(result)
 
-    def _has_landed(self, spec: TaskSpec, commit: str) -> bool:
-        """Return True if a commit is a merge of this run that passed the same checks."""
-        return any(
-            document.landed == commit
-            and commit in document.intended_merges
-            and self.entries[task].checks == spec.checks
-            for task, document in self.ledger.tasks.documents().items()
-            if task in self.entries
-        )
-
-
-async def _hash_checks(context: RunContext, spec: TaskSpec, commit: str) -> str:
-    """Return a hash of a base, its checks, and the setup that they need."""
-    tree = await context.git.line("rev-parse", f"{commit}^{{tree}}")
-    setup = await context.tools.worktree_setup.keys(commit) if context.worktrees.setup else ()
-    facts = json.dumps([tree, spec.checks, spec.checks_env, setup])
-    return hashlib.sha256(facts.encode()).hexdigest()[:32]
+    def _request(self, task: str, spec: TaskSpec, base: CheckedBase) -> CheckRequest:
+        return self.commands.request(task, spec, spec.checks, base.commit, is_cached=True)
 
 
 def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:

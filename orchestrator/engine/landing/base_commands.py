@@ -6,6 +6,7 @@ import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -20,10 +21,10 @@ from orchestrator.domain.sessions.shell_commands import (
     may_create,
 )
 from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.engine.landing.check_runs import CheckRequest, CheckRuns
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import LockHeld
-from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.setup.checks import CheckResult, ChecksNotRun, ChecksPassed
 from orchestrator.sessions.setup.shell import CommandFailed, UnrunnableProgram, describe_unrunnable
 from orchestrator.system.clock import Clock
@@ -43,7 +44,7 @@ class BaseCommands:
 
     ledger: Ledger
     context: RunContext
-    pool: SlotPool
+    runs: CheckRuns
     _unrunnable: dict[tuple[str, tuple[str, ...]], str | None] = field(default_factory=dict, init=False)
     """The reason that one of the commands can't run on a base, by base and commands."""
 
@@ -77,23 +78,24 @@ class BaseCommands:
             probe = " && ".join(
                 self._probe_command(command, program, may_be_added=may_be_added) for program in find_programs(command)
             )
-            result = await self.run(task, spec, (probe,), commit) if probe else ChecksPassed()
+            result = await self.run(self.request(task, spec, (probe,), commit)) if probe else ChecksPassed()
             if isinstance(result, CommandFailed) and result.command == probe:
-                result = await self.run(task, spec, (command,), commit)
+                result = await self.run(self.request(task, spec, (command,), commit))
                 if isinstance(result, CommandFailed) and (missing := result.unrunnable) is not None:
                     failures += [] if may_be_added and self._may_add(command, missing) else [result]
         return failures
 
-    async def run(self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str) -> CheckResult:
-        """Run commands on a commit; retry a few times if they could not complete."""
+    def request(
+        self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str, *, is_cached: bool = False
+    ) -> CheckRequest:
+        """Return the request to run commands on a commit; a recorded result counts if `is_cached`."""
         # A separate folder per process avoids conflicts with leftovers of a killed or suspended process.
         checker = self.ledger.orchestrators.me.id.rpartition("-")[2]
-        check_args = (self.pool, self.ledger.run.id, task, _BASE_CHECK_ATTEMPT, spec, commands, checker)
+        return CheckRequest(task, _BASE_CHECK_ATTEMPT, spec, commands, commit, commit, checker, is_cached)
 
-        async def check() -> CheckResult:
-            return await self.context.checks(*check_args).run(commit, commit)
-
-        return await _repeat_unless_run(check, self.context.tools.clock)
+    async def run(self, request: CheckRequest) -> CheckResult:
+        """Run commands; retry a few times if they could not complete."""
+        return await _repeat_unless_run(partial(self.runs.run, request), self.context.tools.clock)
 
     async def explain_unrunnable(
         self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str, correction: str
@@ -113,7 +115,7 @@ class BaseCommands:
         key = (base, (*commands, failed.command))
         if key not in self._unrunnable:
             async with self.lock():
-                result = await self.run(task, spec, commands, base)
+                result = await self.run(self.request(task, spec, commands, base))
             if isinstance(result, ChecksNotRun):  # may run another time
                 return None
             missing_on_base = result.unrunnable if isinstance(result, CommandFailed) else None

@@ -1,9 +1,12 @@
 """Land the built tasks of one run through its merge queue.
 
 A landing first resolves interrupted landings, then merges, checks, records the intent and updates the target. A push
-costs more than the rest of a landing. Therefore tasks that are ready together land in one push: their merges follow
-each other on the first-parent line, and each is recorded as a separate landing. Only clean merges without checks are
-batched. All other merges are evaluated against the current target, not against merges that have yet to land.
+costs more than the rest of a landing, therefore tasks without checks that are ready together land in one push: their
+merges follow each other on the first-parent line. Tasks with equal checks are checked and landed together, up to the
+size of a batch: as one merge of their merges, so that each commit of that line has passed its checks.
+
+While checks run, the merges of later tasks are checked as well, each on the merge before it (`LookAhead`). These are
+only results in a cache: each landing merges again, and needs the results for exactly its own tree.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from contextlib import AsyncExitStack
 from typing import assert_never
 
 import anyio
+from anyio.abc import TaskGroup
 
 from orchestrator.domain.events.tasks import TaskLanding
 from orchestrator.domain.runs.model import PreparedMerge
@@ -21,6 +25,7 @@ from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.landing.base_commands import BaseCommands
+from orchestrator.engine.landing.look_ahead import LookAhead
 from orchestrator.engine.landing.merge_checks import MergeChecks
 from orchestrator.engine.landing.outcomes import LandingOutcomes, add_intended_merge
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
@@ -36,7 +41,6 @@ from orchestrator.repo.landing.target_branch import (
     StaleTarget,
     combine_merges,
 )
-from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.system import slow_waits
 from orchestrator.system.failpoints import failpoint
 
@@ -54,7 +58,7 @@ _LEASE_LOST = "this process was suspended until its merge lease expired: it requ
 #: Errors of the target or of one task's work; the task keeps its position.
 _LANDING_ERRORS = (GitError, RefusedError)
 
-#: The maximum number of tasks in one push.
+#: The maximum number of tasks without checks in one push.
 MAX_BATCH_SIZE = 16
 
 
@@ -65,7 +69,6 @@ class MergeQueue:
         self,
         ledger: Ledger,
         context: RunContext,
-        pool: SlotPool,
         base_commands: BaseCommands,
         give_up: Callable[[str], None],
     ) -> None:
@@ -78,7 +81,10 @@ class MergeQueue:
         self._target, self._git = context.target, context.git
         ownership = OwnershipCheck(ledger, context.git, context.registry)
         self.outcomes = LandingOutcomes(ledger, context.target, context.git, ownership)
-        self._checks = MergeChecks(ledger, context, pool, ownership, self.outcomes, base_commands, give_up)
+        self._checks = MergeChecks(ledger, context, ownership, self.outcomes, base_commands, give_up)
+        self._look_ahead = LookAhead(ledger, context.target, self._checks)
+        self._suspects: set[str] = set()
+        """Tasks whose merge failed its checks in a batch; each is checked alone."""
         self.is_moving = False
         """Whether the target is being moved; during the move its refs and checkouts may be inconsistent."""
         self.waiting: deque[str] = deque()
@@ -98,10 +104,15 @@ class MergeQueue:
         Tasks keep their positions. A move of the target still completes.
         """
         self._stopping = True
+        self._checks.runs.close()
         if self.is_moving:
             slow_waits.logger.warning("waiting for %s: press Ctrl-C again to exit now", OWN_PUSH_DESCRIPTION)
         self._lease_wait.cancel()
-        self._checks.stop()
+
+    def add(self, task: str) -> None:
+        """Add a built task to the end of the queue."""
+        self.waiting.append(task)
+        self._look_ahead.update()
 
     def cancel(self, task: str) -> None:
         """Stop landing a cancelled task.
@@ -109,7 +120,7 @@ class MergeQueue:
         A task whose target is, or may have been, moved still completes.
         """
         if task in self.landing:
-            self._checks.stop()
+            self._checks.runs.stop()
         elif task in self.waiting and self._status(task) is not TaskStatus.LANDING:
             self.waiting.remove(task)
             if not self.waiting:
@@ -121,8 +132,10 @@ class MergeQueue:
         if task in self.deferred:
             self.deferred.remove(task)
 
-    async def land(self) -> list[str]:
+    async def land(self, group: TaskGroup) -> list[str]:
         """Land the head of the queue; return the tasks that left the queue.
+
+        `group` runs checks of later merges, which may continue after this call.
 
         A returned task that is still `QUEUED` (or `LANDING`, if it is unknown whether the target moved) is cancelled,
         or can't land now for the recorded reason.
@@ -138,11 +151,11 @@ class MergeQueue:
             if lease is None or not self.waiting:
                 return []
             try:
-                return await self._land_head(lease)
+                return await self._land_head(lease, group)
             finally:
                 self.landing = ()
 
-    async def _land_head(self, lease: HeldMergeLease) -> list[str]:
+    async def _land_head(self, lease: HeldMergeLease, group: TaskGroup) -> list[str]:
         tasks = await self._take()
         self._target.must_exist |= self._ledger.tasks.has_moved_target(self._ledger.run.start)
         try:
@@ -150,7 +163,7 @@ class MergeQueue:
                 remaining = await self.outcomes.recover_interrupted(lease, tasks)
             else:
                 ready = [task for task in tasks if not await self.outcomes.continue_for_messages(task)]
-                remaining = await self._land_together(lease, ready) if ready else []
+                remaining = await self._land_together(lease, ready, group) if ready else []
         except ClaimLost as lost:
             tasks = [task for task in tasks if task != lost.task]
             remaining = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]
@@ -167,6 +180,8 @@ class MergeQueue:
                 await self.outcomes.postpone(task, str(error))
         later = [task for task in remaining if task not in self.cancelled]
         self.waiting.extendleft(reversed(later))
+        if not self.waiting:
+            self._checks.runs.stop()
         await self.outcomes.drop_branches(tasks)
         return [task for task in tasks if task not in later]
 
@@ -182,38 +197,38 @@ class MergeQueue:
             return interrupted
         head = self.waiting.popleft()
         self.landing = (head,)
-        if not await self._has_checks(head):
-            while self.waiting and len(self.landing) < MAX_BATCH_SIZE:
-                task = self.waiting[0]
-                if await self._has_checks(task):
-                    break
-                if self.waiting and self.waiting[0] == task:  # not cancelled in the meantime
-                    self.landing += (self.waiting.popleft(),)
+        wanted = await self._batch_key(head)
+        size = self._ledger.run.merge.batch if wanted[0] else MAX_BATCH_SIZE
+        while self.waiting and len(self.landing) < size:
+            task = self.waiting[0]
+            if await self._batch_key(task) != wanted:
+                break
+            if self.waiting and self.waiting[0] == task:  # not cancelled in the meantime
+                self.landing += (self.waiting.popleft(),)
         return list(self.landing)
 
-    async def _has_checks(self, task: str) -> bool:
-        return bool((await self._ledger.definitions.spec(task)).checks)
+    async def _batch_key(self, task: str) -> tuple[object, ...]:
+        """Return what tasks of a batch have in common: their checks. A suspect is its own batch."""
+        spec = await self._ledger.definitions.spec(task)
+        return spec.checks, spec.checks_env, spec.checks_timeout, task if task in self._suspects else None
 
     def _status(self, task: str) -> TaskStatus:
         return self._ledger.task(task).status
 
-    async def _land_together(self, lease: HeldMergeLease, tasks: Sequence[str]) -> list[str]:
+    async def _land_together(self, lease: HeldMergeLease, tasks: Sequence[str], group: TaskGroup) -> list[str]:
         """Land tasks with one move of the target; return the tasks to queue again."""
         later: list[str] = []
         for number in range(1, MAX_MERGE_ROUNDS + 1):
-            merges, postponed = await self._prepare(lease, tasks)
-            later = postponed + later
-            tasks = [task for task, merge in merges.items() if await self._may_move(task, merge)]
+            merges, postponed = await self._prepare_checked(lease, tasks, group)
+            tasks, later = list(merges), postponed + later
             if not tasks:
                 break
-            if len(tasks) < len(merges):  # later merges include one that will not land
-                continue
-            match await self._move(lease, merges):
+            match await self._move(lease, await self._joined(lease, merges)):
                 case Landed():
                     break
                 case DeferredLanding() if len(merges) > 1:  # one of them may be the cause
                     for task in tasks:
-                        await self._land_together(lease, [task])
+                        await self._land_together(lease, [task], group)
                     break
                 case DeferredLanding():
                     break
@@ -223,6 +238,22 @@ class MergeQueue:
             for task in tasks:
                 await self.outcomes.defer(task, _TARGET_BUSY)
         return later
+
+    async def _prepare_checked(
+        self, lease: HeldMergeLease, tasks: Sequence[str], group: TaskGroup
+    ) -> tuple[dict[str, PreparedMerge], list[str]]:
+        """Return the merges that may land now, and the tasks to queue again."""
+        later: list[str] = []
+        while True:
+            merges, postponed = await self._prepare(lease, tasks)
+            later = postponed + later
+            tasks = [task for task, merge in merges.items() if await self._is_allowed(task, merge)]
+            if len(tasks) == len(merges):  # otherwise later merges include one that will not land
+                break
+        passed = await self._count_passed(lease, merges, group) if merges else 0
+        if len(tasks) > 1:
+            later = [*tasks[passed:], *later]
+        return {task: merges[task] for task in tasks[:passed]}, later
 
     async def _pause(self, number: int) -> None:
         """Wait between two merge rounds, unless the queue is stopped."""
@@ -288,7 +319,7 @@ class MergeQueue:
         failpoint("landing.intended")
         self.is_moving = True
         try:
-            moved = await self._target.move(lease, list(merges.values()))
+            moved = await self._target.move(lease, list(dict.fromkeys(merges.values())))
         finally:
             self.is_moving = False
         match moved:
@@ -302,8 +333,48 @@ class MergeQueue:
                 assert_never(moved)
         return moved
 
-    async def _may_move(self, task: str, merge: PreparedMerge) -> bool:
-        """Return True if a merge may land; otherwise the reason is recorded."""
+    async def _is_allowed(self, task: str, merge: PreparedMerge) -> bool:
+        """Return True if a merge may land if its checks pass; otherwise the reason is recorded."""
         if self._stopping or task in self.cancelled:
             return False
-        return await self._checks.pass_merge(task, merge) and task not in self.cancelled
+        return await self._checks.is_allowed(task, merge)
+
+    async def _count_passed(self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge], group: TaskGroup) -> int:
+        """Return how many merges, from the first, passed their checks and may land.
+
+        Meanwhile, the merges of later tasks are checked in `group`.
+        """
+        async with anyio.create_task_group() as ahead:
+            ahead.start_soon(self._look_ahead.run, lease, merges, self._next_batches, group)
+            passed = await self._checks.count_passed(merges)
+            ahead.cancel_scope.cancel()
+        self._look_ahead.resize(has_passed=passed == len(merges))
+        tasks = list(merges)
+        self._suspects.difference_update(tasks)
+        self._suspects.update(tasks[passed : passed + 1] if len(tasks) > 1 else ())
+        cancelled = [number for number, task in enumerate(tasks) if task in self.cancelled]
+        return 0 if self._stopping else min([passed, *cancelled])
+
+    async def _next_batches(self) -> list[list[str]]:
+        """Return the waiting tasks as the batches in which they will land."""
+        batches: list[list[str]] = []
+        previous: tuple[object, ...] | None = None
+        for task in [task for task in self.waiting if task not in self.cancelled]:
+            key = await self._batch_key(task)
+            size = self._ledger.run.merge.batch if key[0] else MAX_BATCH_SIZE
+            if key != previous or len(batches[-1]) >= size:
+                batches.append([])
+            batches[-1].append(task)
+            previous = key
+        return batches
+
+    async def _joined(self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge]) -> Mapping[str, PreparedMerge]:
+        """Return the merges to move the target over; checked batches land as one merge."""
+        run = self._ledger.run
+        if len(merges) == 1 or not run.merge.check_every_commit:
+            return merges
+        if not (await self._ledger.definitions.spec(next(iter(merges)))).checks:
+            return merges
+        labels = [f"{run.id}/{task}" for task in merges]
+        joined = await self._target.join(lease, labels, list(merges.values()))
+        return dict.fromkeys(merges, joined)

@@ -197,7 +197,7 @@ class LandingOutcomes:
         await self._ledger.change(task, Trigger.CONTINUE_WORK, TaskContinued(), **changes)
         return True
 
-    async def bounce(self, task: str, spec: TaskSpec, merge: PreparedMerge, failed: CommandFailed) -> None:
+    async def bounce(self, task: str, spec: TaskSpec, merge: str, failed: CommandFailed) -> None:
         """Retry a task whose merge fails its checks, or end the task."""
         reason = failed.describe("on the merged tree")
         facts: JsonObject = {"log": str(failed.log)}
@@ -206,7 +206,7 @@ class LandingOutcomes:
         )
         if spec.on_checks_failed == "retry" and self._is_retried(task, spec, FailureClass.CHECKS_FAILED):
             ref = internal_ref_name(self._ledger.run.id, f"again/{task}")
-            start = await create_retry_base(self._git, merge.new, ref)
+            start = await create_retry_base(self._git, merge, ref)
             feedback = _render_check_failure(failed, secrets.token_hex(8))
             await self._bounce_with_merge(task, spec, rejection, start, feedback)
         else:

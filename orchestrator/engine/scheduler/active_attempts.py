@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import anyio
+
 from orchestrator.domain.runs.model import AdapterDocument
 from orchestrator.domain.runs.outcome import (
     Failed,
@@ -15,7 +17,6 @@ from orchestrator.engine.phases.start import NextPhase
 from orchestrator.engine.scheduler.budgets import BudgetReached
 from orchestrator.protocols import JsonObject
 from orchestrator.sessions.session import Session
-from orchestrator.sessions.setup.checks import CheckRunner
 
 
 class AttemptEnd(NamedTuple):
@@ -44,8 +45,8 @@ class ActiveAttempt:
     """The ids of the user's messages in its prompt."""
     began: float = field(default=0.0, init=False)
     """The start of its attempt in monotonic seconds."""
-    checks: CheckRunner | None = field(default=None, init=False)
-    """The `until` checks of its phase, while they run."""
+    checks: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
+    """Stops the `until` checks of its phase."""
     handed_over: JsonObject | None = field(default=None, init=False)
     """The handoff that its session submitted while it ran."""
     cancelled: bool = field(default=False, init=False)
@@ -66,8 +67,7 @@ class ActiveAttempt:
     def stop(self) -> None:
         """Stop the session, and the checks that follow it."""
         self.session.stop()
-        if self.checks is not None:
-            self.checks.stop()
+        self.checks.cancel()
 
     def cancel(self) -> None:
         """Stop the attempt without another one."""

@@ -36,15 +36,15 @@ from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.engine.landing.base_commands import BaseCommands
+from orchestrator.engine.landing.check_runs import CheckRequest
 from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, AttemptEnd
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import HandoffCorrupted, RefusedError
-from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.session import SessionResult
-from orchestrator.sessions.setup.checks import ChecksNotRun, ChecksPassed
+from orchestrator.sessions.setup.checks import CHECKS_STOPPED, CheckResult, ChecksNotRun, ChecksPassed
 from orchestrator.sessions.setup.handoff_file import read_handoff
 from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system.failpoints import failpoint
@@ -61,7 +61,6 @@ class AttemptRecorder:
 
     ledger: Ledger
     context: RunContext
-    pool: SlotPool
     base_commands: BaseCommands
     phase_handlers: PhaseHandlers
 
@@ -135,19 +134,12 @@ class AttemptRecorder:
     ) -> CommandFailed | ChecksNotRun | Misconfigured | None:
         """Return the failure of the `until` checks of a phase; None if they pass."""
         base, worktree = active.session.assignment.base, active.session.assignment.worktree
-        active.checks = self.context.checks(
-            self.pool,
-            worktree.run,
-            worktree.task,
-            worktree.attempt,
-            active.spec,
-            commands=active.next_phase.phase.until,
-        )
-        unrunnable = None
-        try:
-            result = await active.checks.run(commit, base)
+        commands, unrunnable = active.next_phase.phase.until, None
+        request = CheckRequest(worktree.task, worktree.attempt, active.spec, commands, commit, base)
+        result: CheckResult = CHECKS_STOPPED
+        with active.checks:
+            result = await self.base_commands.runs.run(request)
             if isinstance(result, CommandFailed):
-                commands = active.next_phase.phase.until
                 unrunnable = await self.base_commands.explain_unrunnable(
                     worktree.task,
                     active.spec,
@@ -156,8 +148,6 @@ class AttemptRecorder:
                     base,
                     "correct `until` in the file, then start a new run",
                 )
-        finally:
-            active.checks = None
         failpoint("phase.checked")
         if unrunnable is not None:
             return Misconfigured(unrunnable)

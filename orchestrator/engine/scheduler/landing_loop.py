@@ -33,6 +33,7 @@ class LandingLoop:
         self._deferred_until = 0.0
         self._final_tries_left = MAX_FINAL_LANDINGS
         self._batch_until = 0.0
+        self._merge = ledger.run.merge
 
     @property
     def is_full(self) -> bool:
@@ -59,7 +60,10 @@ class LandingLoop:
                 self._final_tries_left -= 1
             self._queue.waiting.extendleft(reversed(self._queue.deferred))
             self._queue.deferred.clear()
-        is_due = self.is_full or not self._local.active_attempts or now >= self._batch_until
+        if not self._queue.waiting:
+            self._batch_until = max(self._batch_until, now + (self._merge.wait or 0.0))
+        is_full = self.is_full or len(self._queue.waiting) >= self._merge.batch > 1
+        is_due = is_full or not self._local.active_attempts or now >= self._batch_until
         if self._queue.waiting and is_due and not self.is_landing:
             self.is_landing = True
             group.start_soon(self._land, group)
@@ -70,7 +74,7 @@ class LandingLoop:
             self._deferred_until = min(self._deferred_until, self._clock.monotonic() + FINAL_LANDING_DELAY)
 
     async def _land(self, group: TaskGroup) -> None:
-        for task in await self._queue.land():
+        for task in await self._queue.land(group):
             await self._apply(task)
             if self._ledger.task(task).status is TaskStatus.LANDED:
                 group.start_soon(self.remove_homes, [task])

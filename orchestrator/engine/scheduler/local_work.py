@@ -192,7 +192,7 @@ class LocalWork:
             return
         self.show(task)
         if self._ledger.task(task).status in {TaskStatus.QUEUED, TaskStatus.LANDING}:
-            self.merge_queue.waiting.append(task)
+            self.merge_queue.add(task)
 
     def drop(self, task: str) -> None:
         """Stop tracking a task that has ended or will end."""

@@ -15,6 +15,7 @@ from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.base_selection import BaseSelector
+from orchestrator.engine.landing.check_runs import CheckRuns
 from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.landing.repository_guard import RepositoryGuard
 from orchestrator.engine.phases.completion import PhaseHandlers
@@ -62,13 +63,14 @@ class Scheduler:
         """The cause and the reason of an early stop; None otherwise."""
         budgets = Budgets(ledger, clock, context.accounting, partial(self._halt, HaltCause.BUDGET))
         base_selector = BaseSelector(ledger, context)
-        base_commands = BaseCommands(ledger, context, pool)
+        checks = CheckRuns(ledger, context, pool, capacity=ledger.run.checks_capacity or ledger.run.capacity)
+        base_commands = BaseCommands(ledger, context, checks)
         self._base_checks = BaseChecks(ledger, context, base_commands, base_selector, board.entries)
-        self._merge_queue = MergeQueue(ledger, context, pool, base_commands, self._give_up)
+        self._merge_queue = MergeQueue(ledger, context, base_commands, self._give_up)
         self._repository_guard = RepositoryGuard(ledger, context, self._merge_queue)
         self._local = LocalWork(ledger, board, self._merge_queue, clock, unavailable_adapters)
         self._landings = LandingLoop(ledger, context, self._local, capacity)
-        recorder = AttemptRecorder(ledger, context, pool, base_commands, phase_handlers)
+        recorder = AttemptRecorder(ledger, context, base_commands, phase_handlers)
         self._attempts = AttemptRunner(ledger, context, pool, budgets, base_selector, phase_handlers, recorder)
         self._preparer = AttemptPreparer(self._local, self._attempts)
         self._peers = PeerSync(ledger, context, pool, self._local, budgets, self._halt, lambda: self._is_start_blocked)
@@ -274,7 +276,7 @@ class Scheduler:
         self._local.show(task, end.retry_in)
         match self._ledger.task(task).status:
             case TaskStatus.QUEUED:
-                self._merge_queue.waiting.append(task)
+                self._merge_queue.add(task)
             case TaskStatus.DONE:
                 await self._landings.remove_homes([task])
         await self._capacity.apply_shortage(end.shortage)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from orchestrator.domain.events.runs import RunCreated
+from orchestrator.domain.runs.check_results import CheckRecord
 from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.sessions.messages import UserMessage
@@ -18,6 +19,7 @@ from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.engine.state.merge_run import MERGE_TASK
 from orchestrator.errors import RefusedError, UnreadableDocument, describe_validation_error
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Write
+from orchestrator.state.documents.validation import find_document_error
 from orchestrator.system.failpoints import failpoint
 
 if TYPE_CHECKING:
@@ -74,6 +76,21 @@ def handoff_key(handoff: str) -> Key:
 def message_key(run: str, task: str, message: str) -> Key:
     """Return the key of a user's message to a task."""
     return Key("message", f"{run}/{task}/{message}")
+
+
+def check_key(digest: str) -> Key:
+    """Return the key of the recorded result of a check."""
+    return Key("check", digest)
+
+
+async def read_check(store: Store, digest: str) -> tuple[int, CheckRecord | None]:
+    """Return the recorded result of a check with its version; None if there is none, or an unreadable one."""
+    document = await store.get(check_key(digest))
+    if document is None:
+        return 0, None
+    if document.damaged or find_document_error(document) is not None:
+        return document.version, None
+    return document.version, CheckRecord.model_validate_json(document.encoded)
 
 
 async def read_messages(store: Store, run: str, task: str) -> dict[str, tuple[int, UserMessage]]:

@@ -13,7 +13,6 @@ from orchestrator.domain.events.runs import (
     AdapterEnabled,
     AdapterEvent,
     BaseFailureAllowed,
-    BasePassed,
     RunBudgetChanged,
     RunFinished,
     RunHalted,
@@ -28,8 +27,6 @@ from orchestrator.system.failpoints import failpoint
 
 #: The minimum change of a cooldown's end to record it again, in seconds: programs report whole seconds.
 _MIN_EXTENSION = 1.0
-#: The maximum number of passed bases to record.
-MAX_PROVEN_BASES = 32
 
 
 class AdapterUpdate(NamedTuple):
@@ -83,15 +80,6 @@ class RunState:
     async def halt(self, cause: HaltCause, reason: str) -> None:
         """Record the cause and the reason of an early stop; the run can be resumed."""
         await self.update(RunHalted(cause=cause, reason=reason), halted=reason, halt_cause=cause)
-
-    async def proven_bases(self) -> tuple[str, ...]:
-        """Return the bases whose checks passed in any process of the run."""
-        return (await self.read())[1].proven_bases
-
-    async def record_passed_base(self, key: str, event: BasePassed) -> None:
-        """Record that the checks of a base passed."""
-        bases = (*await self.proven_bases(), key)[-MAX_PROVEN_BASES:]
-        await self.update(event, proven_bases=bases)
 
     async def allow_failing_base(self) -> None:
         """Record that sessions may start although checks fail on the base."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.domain.runs.model import PreparedMerge
+from orchestrator.domain.wording import join_names
 from orchestrator.errors import GitError, LockHeld, RefusedError, TargetMissing
 from orchestrator.locking.merge_lease import HeldMergeLease
 from orchestrator.locking.ownership import ownership_scope
@@ -46,6 +47,9 @@ _REWRITTEN = (
     "the history of {branch!r} was rewritten and has no commit in common with this work: restore it (the run started "
     "at {start:.12}), or cancel the task and apply its work, which `council salvage list` names"
 )
+
+#: The largest number of tasks in the first line of a merge.
+_MAX_NAMED_TASKS = 4
 
 #: Up to this many landings, git finds a merge base faster than we can construct one.
 _MAX_WALKED_LANDINGS = 200
@@ -212,6 +216,23 @@ class Target:
         # recovery finds after an interrupted landing did not change before it.
         obstacle = await self.find_obstacle(merge)
         return merge if obstacle is None else DeferredLanding(obstacle)
+
+    async def join(
+        self, lease: HeldMergeLease, labels: Sequence[str], merges: Sequence[PreparedMerge]
+    ) -> PreparedMerge:
+        """Return one merge of consecutive merges, with the tree of the last one, which passed the checks.
+
+        The first-parent history of the target then has no commit that was not checked itself.
+        """
+        self._check(lease)
+        whole = combine_merges(merges)
+        tree = self._trees.get(whole.new) or await self._git.line("rev-parse", f"{whole.new}^{{tree}}")
+        names = join_names([label.rpartition("/")[2] for label in labels], _MAX_NAMED_TASKS)
+        trailers = "".join(f"{TASK_TRAILER}: {label}\n" for label in labels)
+        message = f"Land {len(merges)} tasks: {names}\n\n{trailers}"
+        new = await commit_merge(self._git, tree, whole.old or self._start, whole.new, message)
+        failpoint("landing.joined")
+        return PreparedMerge(old=whole.old, new=new)
 
     async def _merge_base_hint(self, base: str, onto: str, commit: str) -> str:
         """Return a commit with the tree of `onto` that gives git the merge base at once.

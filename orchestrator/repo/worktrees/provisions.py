@@ -60,6 +60,10 @@ class Provisions:
         """All paths, which `IntakeRules` withholds."""
         return self.copied + self.linked
 
+    def sources(self) -> list[Path]:
+        """Return the user's files and folders that are provided."""
+        return [self.checkout / path for path in self.paths]
+
     async def faults(self, commit: str, git: Git, named: str = "the commit") -> list[ProvisionFailure]:
         """Return the paths that can't be provided in a checkout of `commit`.
 

@@ -5,10 +5,10 @@ Only their exit status and output leave the sandbox.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import assert_never
+from typing import Final, assert_never
 
 import anyio
 
@@ -39,13 +39,22 @@ class ChecksPassed:
 
 
 @dataclass(frozen=True, slots=True)
+class PassedCheck:
+    """A command that succeeded, how long it took in seconds, and its log."""
+
+    command: str
+    seconds: float
+    log: Path
+
+
+@dataclass(frozen=True, slots=True)
 class ChecksNotRun:
     """The checks did not finish: they were stopped or could not be started."""
 
     reason: str
 
 
-_STOPPED = "the checks were stopped"
+CHECKS_STOPPED: Final = ChecksNotRun("the checks were stopped")
 
 CheckResult = ChecksPassed | CommandFailed | ChecksNotRun
 
@@ -70,10 +79,10 @@ class CheckRunner:
         """Stop the running command and its processes; `run` then returns ChecksNotRun."""
         self._running.cancel()
 
-    async def run(self, commit: str, base: str) -> CheckResult:
+    async def run(self, commit: str, base: str, passed: Callable[[PassedCheck], Awaitable[None]]) -> CheckResult:
         """Check out `commit`, run the commands in order until one fails, and clean up.
 
-        `base` is its parent commit on the target.
+        `base` is its parent commit on the target. Calls `passed` after each command that succeeds.
         """
         checkout = None
         try:
@@ -84,8 +93,7 @@ class CheckRunner:
                 prepared = await self.worktree_setup.prepare(checkout)
                 if not isinstance(prepared, PreparedWorktree):
                     return ChecksNotRun(f"the checks could not be set up: {prepared.reason}")
-                return await self._run_all(prepared)
-            return ChecksNotRun(_STOPPED)
+                return await self._run_all(prepared, passed)
         except SetupFailed as failed:
             # The merge may have broken a file that the setup depends on.
             return failed.result if isinstance(failed.result, CommandFailed) else ChecksNotRun(str(failed))
@@ -94,6 +102,7 @@ class CheckRunner:
         finally:
             with anyio.CancelScope(shield=True):
                 await self._release(checkout)
+        return CHECKS_STOPPED
 
     async def _release(self, checkout: HeldSlot | None) -> None:
         if checkout is not None:
@@ -101,22 +110,26 @@ class CheckRunner:
             await worktrees.remove_session_folder(self.worktree)
             self.pool.release(checkout, diff)
 
-    async def _run_all(self, prepared: PreparedWorktree) -> CheckResult:
+    async def _run_all(
+        self, prepared: PreparedWorktree, passed: Callable[[PassedCheck], Awaitable[None]]
+    ) -> CheckResult:
         shell = self._shell(prepared)
         suffix = f".{self.worktree.checker}" if self.worktree.checker else ""
         for number, text in enumerate(self.commands, start=1):
             log = log_path(self.logs, self.worktree.task, self.worktree.attempt, f"check{number}{suffix}")
+            began = anyio.current_time()
             result = await shell.run(ShellCommand(text, log, self.timeout, "checks_timeout"))
             failpoint("check.ended")
             match result:
                 case CommandFailed():
                     return result
                 case CommandStopped():
-                    return ChecksNotRun(_STOPPED)
+                    return CHECKS_STOPPED
                 case CommandNotRun(reason):
                     return ChecksNotRun(f"the check was not run: {reason}")
                 case CommandSucceeded():
-                    continue
+                    with anyio.CancelScope(shield=True):
+                        await passed(PassedCheck(text, anyio.current_time() - began, log))
                 case _:
                     assert_never(result)
         return ChecksPassed()

@@ -24,6 +24,7 @@ from orchestrator.domain.documents.stored import (
     SharedValue,
 )
 from orchestrator.domain.events.state import StateRepaired
+from orchestrator.domain.runs.check_results import CheckRecord
 from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.runs.statuses import UNSUCCESSFUL_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
@@ -118,6 +119,7 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     LOCK_KIND: _model(NamedLock),
     "note": _model(Note),
     "message": _model(UserMessage),
+    "check": _model(CheckRecord),
     "ports": _model(PortsRecord),
 }
 DOCUMENT_KINDS: Final = frozenset(_KINDS)

@@ -1,0 +1,228 @@
+"""Run checks once for each tree: results are cached, and equal checks in progress are joined.
+
+A passed check is recorded in the store, so that no task, run or machine repeats it. The key covers the tree, the
+command, the values of its variables, the setup, the sandbox, and the user's files in the worktree. Failures are kept in
+memory only, because their cause may be outside of the key: a missing program, for example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+from anyio.abc import TaskGroup
+
+from orchestrator.domain.events.tasks import TaskCheckFlaky
+from orchestrator.domain.runs.check_results import CheckRecord, check_digest
+from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.engine.run_context import RunContext
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.records import check_key, read_check
+from orchestrator.errors import VersionConflict
+from orchestrator.protocols import Commit, Write
+from orchestrator.repo.worktrees.pool import SlotPool
+from orchestrator.sessions.setup.checks import CHECKS_STOPPED, CheckResult, ChecksPassed, PassedCheck
+from orchestrator.sessions.setup.environment import build_base_environment
+from orchestrator.sessions.setup.shell import CommandFailed
+from orchestrator.system.failpoints import failpoint
+
+#: The environment of a check, without variables of its worktree.
+_NO_TREE = Path("/")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRequest:
+    """Commands to run on the tree of `commit`, whose parent on the target is `base`, for an attempt of a task."""
+
+    task: str
+    attempt: int
+    spec: TaskSpec
+    commands: tuple[str, ...]
+    commit: str
+    base: str
+    checker: str = ""
+    """Names the worktree and logs if other checks of the attempt may run concurrently."""
+    is_cached: bool = True
+    """Whether a recorded result may be used."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """Checks in progress."""
+
+    result: CheckResult = CHECKS_STOPPED
+    waiters: int = 0
+    """How many callers need the result."""
+    ended: anyio.Event = field(default_factory=anyio.Event)
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+
+
+#: What identifies checks: the tree, the commands, and the environment.
+_Key = tuple[str, tuple[str, ...], str]
+
+
+class CheckRuns:
+    """The checks of one run in this process."""
+
+    def __init__(self, ledger: Ledger, context: RunContext, pool: SlotPool, *, capacity: int) -> None:
+        """Create the checks; up to `capacity` run at the same time."""
+        self._ledger, self._context, self._pool = ledger, context, pool
+        self._limiter = anyio.CapacityLimiter(capacity)
+        self._running: dict[_Key, _Running] = {}
+        self._failed: dict[_Key, CommandFailed] = {}
+        self._closed = False
+
+    def stop(self) -> None:
+        """Stop all checks; `run` then returns ChecksNotRun."""
+        for running in self._running.values():
+            running.scope.cancel()
+
+    def close(self) -> None:
+        """Stop all checks, and start no others in advance."""
+        self._closed = True
+        self.stop()
+
+    async def run(self, request: CheckRequest, *, confirm: bool = False) -> CheckResult:
+        """Return the result of checks, from the cache if possible.
+
+        With `confirm`, a failure is repeated once on the same tree before it is believed.
+        """
+        key = await self._key(request)
+        result = (self._failed.get(key) if request.is_cached else None) or await self._join(key, request)
+        if not isinstance(result, CommandFailed) or result.unrunnable is not None:
+            return result
+        if not confirm:
+            self._failed[key] = result
+            return result
+        again = await self._join(key, request, earlier=result)
+        # Believed failures are not kept: their cause may be outside of the tree, and a user may correct it.
+        self._failed.pop(key, None)
+        return result if isinstance(again, CommandFailed) else again
+
+    async def has_passed(self, request: CheckRequest) -> bool:
+        """Return True if all commands are known to pass on the tree."""
+        return not await self._missing(request, await self._key(request))
+
+    async def prefetch(self, group: TaskGroup, requests: Sequence[CheckRequest]) -> None:
+        """Start checks whose results will be needed if all earlier merges land; stop all others that nobody awaits."""
+        keys = [await self._key(request) for request in requests]
+        for key, running in self._running.items():
+            if key not in keys and not running.waiters:
+                running.scope.cancel()
+        for key, request in zip(keys, requests, strict=True):
+            if key not in self._running and key not in self._failed and await self._missing(request, key):
+                group.start_soon(self._prefetch, key, request)
+
+    async def _prefetch(self, key: _Key, request: CheckRequest) -> None:
+        if key in self._running or self._closed:
+            return
+        running = self._running[key] = _Running()
+        result = await self._run(key, running, request)
+        if isinstance(result, CommandFailed) and result.unrunnable is None:
+            self._failed[key] = result
+
+    async def _join(self, key: _Key, request: CheckRequest, earlier: CommandFailed | None = None) -> CheckResult:
+        running = self._running.get(key)
+        if running is None:
+            running = self._running[key] = _Running(waiters=1)
+            return await self._run(key, running, request, earlier)
+        running.waiters += 1
+        try:
+            await running.ended.wait()
+        finally:
+            running.waiters -= 1
+        return running.result
+
+    async def _run(
+        self, key: _Key, running: _Running, request: CheckRequest, earlier: CommandFailed | None = None
+    ) -> CheckResult:
+        try:
+            with running.scope:
+                async with self._limiter:
+                    running.result = await self._run_missing(key, request, earlier)
+        finally:
+            del self._running[key]
+            running.ended.set()
+        return running.result
+
+    async def _run_missing(self, key: _Key, request: CheckRequest, earlier: CommandFailed | None) -> CheckResult:
+        missing = await self._missing(request, key)
+        if not missing:
+            return ChecksPassed()
+        run = self._ledger.run.id
+        # The repetition has its own log: both results are evidence.
+        checker = request.checker if earlier is None else key[0][-6:]
+        runner = self._context.checks(self._pool, run, request.task, request.attempt, request.spec, missing, checker)
+
+        async def record(passed: PassedCheck) -> None:
+            is_flaky = earlier is not None and earlier.command == passed.command
+            if is_flaky and earlier is not None:
+                flaky = TaskCheckFlaky(task=request.task, command=earlier.short, log=str(earlier.log))
+                await self._ledger.note(flaky)
+            if request.is_cached:
+                await self._record(key, request.task, passed, is_flaky=is_flaky)
+            failpoint("check.recorded")
+
+        return await runner.run(request.commit, request.base, record)
+
+    async def _missing(self, request: CheckRequest, key: _Key) -> tuple[str, ...]:
+        """Return the commands that are not known to pass."""
+        if not request.is_cached:
+            return request.commands
+        now, store = self._ledger.writer.clock.now(), self._ledger.writer.store
+        tree, _, environment = key
+        missing = []
+        for command in request.commands:
+            record = (await read_check(store, check_digest(tree, command, [environment])))[1]
+            if record is None or not record.is_valid(now):
+                missing.append(command)
+        return tuple(missing)
+
+    async def _record(self, key: _Key, task: str, passed: PassedCheck, *, is_flaky: bool) -> None:
+        writer, (tree, _, environment) = self._ledger.writer, key
+        record = CheckRecord(
+            command=passed.command,
+            tree=tree,
+            run=writer.run,
+            task=task,
+            passed=writer.clock.now(),
+            seconds=round(passed.seconds, 3),
+            log=str(passed.log),
+            host=socket.gethostname(),
+            is_flaky=is_flaky,
+        )
+        digest = check_digest(tree, passed.command, [environment])
+        version, _ = await read_check(writer.store, digest)
+        value = writer.sanitize(record.model_dump(mode="json"))
+        with suppress(VersionConflict):  # another process recorded the same result
+            await writer.store.commit(Commit([Write(check_key(digest), version, value)], durable=False))
+
+    async def _key(self, request: CheckRequest) -> _Key:
+        """Return what identifies checks; the order of its facts does not matter to their results."""
+        context, spec = self._context, request.spec
+        tree = await context.git.line("rev-parse", f"{request.commit}^{{tree}}")
+        setup = await context.tools.worktree_setup.keys(request.commit) if context.worktrees.setup else ()
+        variables = build_base_environment(spec.checks_env, context.tools.environ, _NO_TREE, {})
+        files = await anyio.to_thread.run_sync(_describe_files, context.tools.worktree_setup.provisions.sources())
+        facts = [variables, setup, files, self._ledger.run.sandbox.model_dump(mode="json"), spec.checks_timeout]
+        return tree, request.commands, check_digest("", "", facts)
+
+
+def _describe_files(paths: Iterable[Path]) -> str:
+    """Return a digest of the names, sizes and times of the user's files that worktrees get. Blocks."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for folder, folders, names in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
+            folders.sort()
+            for name in sorted(names):
+                with suppress(OSError):
+                    found = Path(folder, name).stat()
+                    digest.update(f"{folder}/{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="replace"))
+    return digest.hexdigest()
