@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from benchmarks import contexts, cycle, locks, resume, scheduler, session_commands, startup, state, worktrees
+from benchmarks import contexts, cycle, locks, merge_queue, resume, scheduler, session_commands, startup, state, worktrees
 from benchmarks.measure import argument_parser, format_table
 
 RESULTS: Final = Path("build", "bench.md")
@@ -30,6 +30,7 @@ def main() -> None:
         *locks.measure(quick=options.quick, folder=options.folder),
         *worktrees.measure(quick=options.quick, folder=options.folder),
         *cycle.measure(quick=options.quick, folder=options.folder),
+        *merge_queue.measure(quick=options.quick, folder=options.folder),
     ]
     git = subprocess.run(["git", "--version"], check=True, capture_output=True, text=True).stdout.strip()  # noqa: S607
     where = f"Python {platform.python_version()}, {git}, {platform.system()} {platform.machine()}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import contexts, cycle, locks, resume, scheduler, session_commands, startup, state, worktrees
+from benchmarks import contexts, cycle, locks, merge_queue, resume, scheduler, session_commands, startup, state, worktrees
 from benchmarks.measure import BenchmarkRow, Cost, format_table, measure_cost, measure_pairs, median
 
 
@@ -43,6 +43,12 @@ def test_resume_and_status_are_flat_to_ten_thousand_tasks() -> None:
     rows = resume.measure(quick=False, rounds=3)
     assert [row.verdict for row in rows] == ["yes", "yes"], format_table(rows)
     assert all(f"{resume.TASKS[0]:,} tasks" in row.what for row in rows)
+
+
+@pytest.mark.slow
+def test_merge_queue_is_measured() -> None:
+    """Runs, time and processor time, with batches and looking ahead."""
+    check(merge_queue.measure(quick=True), ["runs with batches", "batches: ", "looking ahead: "])
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import CommandResult, Repository
+from tests.waiting import wait_for
 
 #: Fails on a tree with a file `bad*`.
 GOOD = "! ls bad* 2>/dev/null"
@@ -96,6 +97,25 @@ async def test_only_the_culprit_of_a_batch_is_sent_back(repository: Repository, 
     assert "bad" in ended.result["tasks"][2]["reason"]
     assert_every_commit_passes(repository, GOOD, tmp_path / "verify")
     await repository.assert_invariants()
+
+
+async def test_queue_waits_for_a_full_batch(repository: Repository, log: CheckLog) -> None:
+    """The first of two tasks waits for the second one, which is built later."""
+    gate = log.folder / "gate"
+    slow = f"while ! test -e {gate}; do sleep 0.02; done"
+    adapters = {"sh": {"use": "command", "argv": ["sh", "{prompt_file}"]}}
+    tasks = [{"id": "t0", "prompt": "touch a"}, {"id": "t1", "prompt": f"{slow}; touch b"}]
+    defaults = {"checks": [log.command()], "allow_failing_base": True, "timeout": "60s"}
+    merge = {"batch": 2, "wait": "1h"}
+    config = repository.configure(
+        tasks, adapters=adapters, defaults=defaults, writable=[str(log.folder)], capacity=2, merge=merge
+    )
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: '"task.queued"' in "".join(path.read_text() for path in repository.log.glob("*.jsonl")))
+    gate.touch()
+    child.communicate(timeout=60)
+    assert child.returncode == 0
+    assert log.runs == [["a", "b"]]
 
 
 @pytest.mark.extended

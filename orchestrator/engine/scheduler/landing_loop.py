@@ -38,7 +38,7 @@ class LandingLoop:
     @property
     def is_full(self) -> bool:
         """Whether the queue is full, so that more built work would become outdated."""
-        return len(self._queue.waiting) >= self._capacity.sessions
+        return len(self._queue.waiting) >= self._capacity.sessions + 2 * (self._merge.batch - 1)
 
     @property
     def is_pending(self) -> bool:
@@ -62,8 +62,8 @@ class LandingLoop:
             self._queue.deferred.clear()
         if not self._queue.waiting:
             self._batch_until = max(self._batch_until, now + (self._merge.wait or 0.0))
-        is_full = self.is_full or len(self._queue.waiting) >= self._merge.batch > 1
-        is_due = is_full or not self._local.active_attempts or now >= self._batch_until
+        is_batch = len(self._queue.waiting) >= self._merge.batch > 1
+        is_due = self.is_full or is_batch or not self._local.active_attempts or now >= self._batch_until
         if self._queue.waiting and is_due and not self.is_landing:
             self.is_landing = True
             group.start_soon(self._land, group)
