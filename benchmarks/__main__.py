@@ -11,7 +11,18 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from benchmarks import contexts, cycle, locks, merge_queue, resume, scheduler, session_commands, startup, state, worktrees
+from benchmarks import (
+    contexts,
+    cycle,
+    locks,
+    merge_queue,
+    resume,
+    scheduler,
+    session_commands,
+    startup,
+    state,
+    worktrees,
+)
 from benchmarks.measure import argument_parser, format_table
 
 RESULTS: Final = Path("build", "bench.md")

@@ -7,7 +7,18 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import contexts, cycle, locks, merge_queue, resume, scheduler, session_commands, startup, state, worktrees
+from benchmarks import (
+    contexts,
+    cycle,
+    locks,
+    merge_queue,
+    resume,
+    scheduler,
+    session_commands,
+    startup,
+    state,
+    worktrees,
+)
 from benchmarks.measure import BenchmarkRow, Cost, format_table, measure_cost, measure_pairs, median
 
 
