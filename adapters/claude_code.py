@@ -26,8 +26,10 @@ from adapters.json_output import (
     as_text,
     concluded_failure,
     detect_interruption,
+    output_text,
     parse_object,
     parse_plain_line,
+    plan_event,
     tool_event,
 )
 from adapters.options import (
@@ -294,19 +296,15 @@ def _of_message(message: Any) -> Iterator[SessionEvent]:
         match block:
             case {"type": "text", "text": str(text)} if text.strip():
                 yield AgentMessage(text)
+            case {"type": "tool_use", "name": "TodoWrite", "input": {"todos": todos}} if plan := plan_event(todos):
+                yield plan
             case {"type": "tool_use", "name": str(name), "input": dict(option_arguments)}:
                 yield tool_event(name, option_arguments, _PATH_KEYS, _DETAIL_KEYS, block.get("id"))
             case {"type": "tool_result", "tool_use_id": str(call)}:
-                yield ToolResult(call, _result_of(block) if block.get("is_error") is True else None)
+                output = output_text(block.get("content"))
+                yield ToolResult(call, one_line(output) if block.get("is_error") is True else None, output)
             case _:
                 pass
-
-
-def _result_of(block: JsonObject) -> str:
-    """Return a tool's result, a string or a list of blocks, as one line."""
-    content = block.get("content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return one_line(" ".join(as_text(part.get("text")) for part in parts if isinstance(part, dict)))
 
 
 def _of_usage(message: Any) -> Iterator[SessionEvent]:

@@ -19,7 +19,15 @@ import pluggy
 from pydantic import AfterValidator, BaseModel
 
 from adapters.failures import failure_class_for_status, make_failure, match_failure_class, one_line
-from adapters.json_output import as_count, as_text, concluded_failure, parse_object, parse_plain_line
+from adapters.json_output import (
+    as_count,
+    as_text,
+    concluded_failure,
+    output_text,
+    parse_object,
+    parse_plain_line,
+    plan_event,
+)
 from adapters.options import CliOptions, ProgramName, option_arguments
 from adapters.rate_limits import with_reset_time
 from orchestrator.client.commands import MCP_SERVER_NAME
@@ -252,9 +260,11 @@ def _of_item(kind: str, item: Mapping[str, Any], *, is_finished: bool) -> Iterat
             yield ToolCall("shell", one_line(as_text(item.get("command"))), call=call)
         case "mcp_tool_call", False:
             name = ".".join(filter(None, (as_text(item.get(key)) for key in ("server", "tool")))) or "mcp"
-            yield ToolCall(name, call=call)
+            yield ToolCall(name, _arguments_of(item.get("arguments")), call=call)
         case "command_execution" | "mcp_tool_call", True if call is not None:
-            yield ToolResult(call, _failure_of_tool(item))
+            yield ToolResult(call, _failure_of_tool(item), _output_of(item))
+        case "todo_list", _ if plan := plan_event(item.get("items")):
+            yield plan
         case "web_search", True:
             yield ToolCall("web_search", one_line(as_text(item.get("query"))))
         case "file_change", True:
@@ -270,6 +280,17 @@ def _of_item(kind: str, item: Mapping[str, Any], *, is_finished: bool) -> Iterat
                 yield ToolResult(call, _failure_of_tool(item))
         case _:
             pass
+
+
+def _arguments_of(given: Any) -> str:
+    """Return the arguments of an MCP tool as one line."""
+    return one_line(json.dumps(given, ensure_ascii=False)) if isinstance(given, dict) and given else ""
+
+
+def _output_of(item: Mapping[str, Any]) -> str:
+    """Return what a command printed, or the result of an MCP tool."""
+    result = item.get("result")
+    return output_text(result.get("content") if isinstance(result, dict) else item.get("aggregated_output"))
 
 
 def _denied(kind: str, item: Mapping[str, Any], is_boxed: bool) -> Iterator[ToolDenied]:

@@ -18,7 +18,16 @@ import pluggy
 from pydantic import BaseModel, model_validator
 
 from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_failure, match_failure_class, one_line
-from adapters.json_output import as_count, as_text, concluded_failure, parse_object, parse_plain_line, tool_event
+from adapters.json_output import (
+    as_count,
+    as_text,
+    concluded_failure,
+    output_text,
+    parse_object,
+    parse_plain_line,
+    plan_event,
+    tool_event,
+)
 from adapters.options import STOP_GATE_TIMEOUT, CliOptions, ProgramName, TurnLimit, option_arguments
 from adapters.rate_limits import limit_reset_time
 from orchestrator.domain.runs.outcome import Failed
@@ -291,7 +300,9 @@ def _hooks(request: SessionRequest) -> JsonObject:
 
 
 def _of_tool(name: str, given: Any, call: Any) -> Iterator[SessionEvent]:
-    if name:
+    if name == "write_todos" and isinstance(given, dict) and (plan := plan_event(given.get("todos"))):
+        yield plan
+    elif name:
         yield tool_event(name, given if isinstance(given, dict) else {}, _PATH_KEYS, _DETAIL_KEYS, call)
 
 
@@ -307,7 +318,7 @@ def _of_tool_result(value: JsonObject, mode: str) -> Iterator[SessionEvent]:
         remedy = "" if has_no_remedy else _YOLO if mode == "auto_edit" else _POLICY
         yield ToolDenied(tool[1] if tool else "a tool", message, remedy, call or None)
     if call:
-        yield ToolResult(call, message if has_failed else None)
+        yield ToolResult(call, message if has_failed else None, output_text(value.get("output")))
     elif has_failed and message:
         yield CliWarning(f"a tool failed: {message}")
 

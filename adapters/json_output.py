@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from adapters import bridges
 from adapters.bridges.lines import LINE_FIELDS
+from adapters.bridges.tool_text import edit_diff, plan_text, shorten
 from adapters.failures import one_line
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
     AgentMessage,
+    AgentPlan,
     CliWarning,
     ConversationStarted,
     FinalResult,
@@ -30,6 +32,11 @@ from orchestrator.protocols import (
 #: An upper bound for plausible counts and amounts. JSON numbers are unbounded, and neither floats nor stores can
 # represent all of them.
 _TOO_MANY: Final = 1 << 53
+#: The usual names of the replaced and the new text in the arguments of tools that edit files.
+_BEFORE: Final = ("old_string", "oldString", "old_str", "old_text", "oldText")
+_AFTER: Final = ("new_string", "newString", "new_str", "new_text", "newText", "content", "file_text", "new_source")
+#: The usual names of the words of a step in a plan.
+_STEPS: Final = ("content", "description", "text", "step")
 _BRIDGES: Final = Path(bridges.__file__).absolute().parent
 
 
@@ -78,6 +85,8 @@ def _bridge_event(value: JsonObject) -> SessionEvent | None:
     match value:
         case {"type": "said", "text": text}:
             return AgentMessage(text)
+        case {"type": "planned", "text": text}:
+            return AgentPlan(text)
         case {"type": "tool" | "tool_ended"}:
             return _bridge_tool(value)
         case {"type": "spent", "input_tokens": sent, "output_tokens": received, "cost": cost}:
@@ -96,9 +105,10 @@ def _bridge_event(value: JsonObject) -> SessionEvent | None:
 
 def _bridge_tool(value: JsonObject) -> SessionEvent:
     if value["type"] == "tool_ended":
-        return ToolResult(value["call"], value["failed"])
+        return ToolResult(value["call"], value["failed"], as_text(value.get("output")))
     paths = tuple(path for path in value["paths"] if isinstance(path, str))
-    return ToolCall(value["name"], value["detail"], paths, as_text(value.get("call")) or None)
+    call = as_text(value.get("call")) or None
+    return ToolCall(value["name"], value["detail"], paths, call, as_text(value.get("diff")))
 
 
 def _bridge_failure(value: JsonObject) -> Failed | None:
@@ -111,10 +121,39 @@ def _bridge_failure(value: JsonObject) -> Failed | None:
 def tool_event(
     name: str, given: Mapping[str, Any], path_keys: Sequence[str], detail_keys: Sequence[str], call: Any = None
 ) -> ToolCall:
-    """Return a tool call with the file arguments and other arguments to show."""
+    """Return a tool call with the file arguments, other arguments to show, and the changes of an edit."""
     paths = tuple(given[key] for key in path_keys if isinstance(given.get(key), str))
     details = [given[key] for key in detail_keys if isinstance(given.get(key), str)]
-    return ToolCall(name, one_line((paths or details or ("",))[0]), paths, as_text(call) or None)
+    detail = one_line((paths or details or ("",))[0])
+    return ToolCall(name, detail, paths, as_text(call) or None, "\n".join(_changes(given)) if paths else "")
+
+
+def _changes(given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the changed lines of each edit in the arguments of a tool, by any of the usual names."""
+    edits = given.get("edits")
+    for edit in (given, *(edits if isinstance(edits, list) else ())):
+        if not isinstance(edit, dict):
+            continue
+        before, after = (as_text(next((edit[key] for key in keys if key in edit), "")) for keys in (_BEFORE, _AFTER))
+        if (before or after) and (changed := edit_diff(before, after)):
+            yield changed
+
+
+def plan_event(steps: Any) -> AgentPlan | None:
+    """Return a list of steps with their status as a plan; None if it is anything else."""
+    found = [
+        (words, "completed" if step.get("completed") is True else as_text(step.get("status")))
+        for step in (steps if isinstance(steps, list) else ())
+        if isinstance(step, dict)
+        and (words := next((step[key] for key in _STEPS if as_text(step.get(key)).strip()), None))
+    ]
+    return AgentPlan(plan_text(found)) if found else None
+
+
+def output_text(value: Any) -> str:
+    """Return what a tool returned, a string or a list of blocks with text, shortened."""
+    parts = value if isinstance(value, list) else [{"text": value}]
+    return shorten("\n".join(filter(None, (as_text(part.get("text")) for part in parts if isinstance(part, dict)))))
 
 
 def concluded_failure(end: SessionEnd) -> Failed | None:

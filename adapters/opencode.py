@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import reduce
@@ -21,6 +22,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field, JsonValue, model_validator
 
+from adapters.bridges.tool_text import shorten
 from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import (
     as_cost,
@@ -28,8 +30,11 @@ from adapters.json_output import (
     as_text,
     concluded_failure,
     detect_interruption,
+    output_text,
     parse_object,
     parse_plain_line,
+    plan_event,
+    tool_event,
 )
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, CliOptions, OptionValue, ProgramName, option_arguments
 from adapters.rate_limits import with_reset_time
@@ -49,7 +54,6 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionHome,
     SessionRequest,
-    ToolCall,
     ToolDenied,
     ToolResult,
     UsageReport,
@@ -392,14 +396,18 @@ def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
         return
     given = state.get("input")
     given = given if isinstance(given, dict) else {}
-    paths = tuple(_paths(given))
-    details = [given[key] for key in _DETAIL_KEYS if isinstance(given.get(key), str)]
     call = as_text(part.get("callID")) or None
-    yield ToolCall(name, one_line(" ".join(paths or details[:1])), paths, call)
+    if name == "todowrite" and (plan := plan_event(given.get("todos"))):
+        yield plan
+        return
+    paths, patch = tuple(_paths(given)), as_text(given.get("patchText"))
+    used = tool_event(name, given, ("filePath", "path"), _DETAIL_KEYS, call)
+    detail = one_line(" ".join(paths)) or used.detail
+    yield replace(used, detail=detail, paths=paths, diff=used.diff or shorten(patch))
     if as_text(state.get("error")).startswith(_DENIED):
-        yield ToolDenied(name, one_line(" ".join(paths or details[:1])), _ALLOW, call)
+        yield ToolDenied(name, detail, _ALLOW, call)
     if call is not None:
-        yield ToolResult(call, _failure_of_tool(state))
+        yield ToolResult(call, _failure_of_tool(state), output_text(state.get("output")))
 
 
 def _failure_of_tool(state: JsonObject) -> str | None:

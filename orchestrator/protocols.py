@@ -37,6 +37,7 @@ __all__ = [
     "Adapter",
     "AdapterType",
     "AgentMessage",
+    "AgentPlan",
     "Capability",
     "CliWarning",
     "Commit",
@@ -666,28 +667,42 @@ class AgentMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentPlan:
+    """The agent's list of steps, which replaces its earlier ones.
+
+    The text has a step per line: `[x]` if it is done, `[>]` if it is in progress, otherwise `[ ]`, and its words.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """A tool call by the agent.
 
     `detail` is one line for users, `paths` are files as the agent spelled them. `call` is the program's id of this
-    call, which `ToolResult` refers to; None if it has no ids.
+    call, which `ToolResult` refers to; None if it has no ids. Later reports of the same call add to it.
     """
 
     name: str
     detail: str = ""
     paths: Sequence[str] = ()
     call: str | None = None
+    diff: str = ""
+    """The lines that an edit changes, each after `+`, `-` or a space; a few thousand characters at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """The end of a tool call.
 
-    `failed` is None on success, otherwise a one-line reason (may be empty).
+    `failed` is None on success, otherwise a one-line reason (may be empty). `output` is what the tool returned, a few
+    thousand characters at most.
     """
 
     call: str
     failed: str | None = None
+    output: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -763,7 +778,15 @@ class FinalResult:
 
 
 SessionEvent = (
-    AgentMessage | ToolCall | ToolResult | UsageReport | ConversationStarted | CliWarning | ToolDenied | FinalResult
+    AgentMessage
+    | AgentPlan
+    | ToolCall
+    | ToolResult
+    | UsageReport
+    | ConversationStarted
+    | CliWarning
+    | ToolDenied
+    | FinalResult
 )
 
 

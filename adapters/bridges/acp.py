@@ -20,7 +20,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -31,12 +31,14 @@ import anyio.to_thread
 
 from adapters.bridges.http_status import failure_name_for_status
 from adapters.bridges.lines import BridgeExit, MessageBuffer, write_line
+from adapters.bridges.tool_text import plan_text
 from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
 try:
     import acp
     from acp import schema
 
+    from adapters.bridges.agent_tools import ToolCalls
     from adapters.bridges.conversations import ConversationRequest, check_can_resume, choose_model, mcp_servers_for
 except ImportError:
     _MISSING = BridgeExit("the SDK of the Agent Client Protocol is missing: pip install 'cli-council[acp]'", "invalid")
@@ -46,8 +48,6 @@ _AUTH_REQUIRED: Final = -32000  # agentclientprotocol.com/protocol/v1/schema, Er
 _LONGEST_MESSAGE: Final = 50 << 20  # bytes of one message
 _PATIENCE: Final = 5.0  # seconds for an agent to exit after it closes its output, or to replay a conversation
 _QUIET: Final = 0.3  # seconds without updates after which a replay is considered complete
-#: Keys of paths in a tool's raw input.
-_PATH_KEYS: Final = ("file_path", "filePath", "path", "abs_path", "absolute_path", "notebook_path")
 #: Messages that are unambiguous for any error code: Gemini CLI uses 500 for all connection errors.
 _CERTAIN_PATTERNS: Final[Mapping[str, re.Pattern[str]]] = {
     "transient": re.compile(
@@ -95,9 +95,7 @@ class _Client:
         """The last denied permission request, until the agent continues."""
         self._cost: float | None = None
         self._cost_before = 0.0
-        self._named: dict[str, set[str]] = {}
-        self._kinds: dict[str, str] = {}
-        self._commands: dict[str, str] = {}
+        self._tools = ToolCalls()
         self._is_listening = False
         self._last_replayed = 0.0
 
@@ -129,7 +127,12 @@ class _Client:
                 self.refused = ""
             case schema.ToolCallStart() | schema.ToolCallProgress():
                 self.refused = "" if isinstance(update, schema.ToolCallStart) else self.refused
-                self._used(update, is_new=isinstance(update, schema.ToolCallStart))
+                self.words.flush()
+                if not self._tools.report(update, is_new=isinstance(update, schema.ToolCallStart)):
+                    self.words.write_keepalive()
+            case schema.AgentPlanUpdate(entries=steps):
+                self.words.flush()
+                write_line("planned", text=plan_text((step.content, step.status) for step in steps))
             case schema.UsageUpdate(cost=schema.Cost(amount=amount, currency=currency)) if currency.upper() == "USD":
                 self._cost = amount
             case _:
@@ -150,10 +153,10 @@ class _Client:
         **_: Any,
     ) -> schema.RequestPermissionResponse:
         """Allow a request once unless it contains a path outside the worktree."""
-        reason = self._denial_reason(tool_call)
+        _, title, paths = self._tools.describe(tool_call)
+        reason = self._denial_reason(paths)
         wanted = ("allow_once", "allow_always") if reason is None else ("reject_once", "reject_always")
         if reason is not None:
-            title = " ".join((tool_call.title or tool_call.tool_call_id).split())
             self.refused = f"not allowed: {title}: {reason}"
             write_line("denied", tool=title, detail=reason, call=tool_call.tool_call_id)
         chosen = next((option for kind in wanted for option in options if option.kind == kind), None)
@@ -162,10 +165,10 @@ class _Client:
         outcome = schema.AllowedOutcome(outcome="selected", option_id=chosen.option_id)
         return schema.RequestPermissionResponse(outcome=outcome)
 
-    def _denial_reason(self, call: schema.ToolCallUpdate) -> str | None:
+    def _denial_reason(self, paths: Iterable[str]) -> str | None:
         try:
-            for name in sorted(self._named.get(call.tool_call_id, set()) | set(_paths_of(call))):
-                self._worktree.resolve(name)
+            for path in paths:
+                self._worktree.resolve(path)
         except OutsideWorktreeError as error:
             return str(error)
         return None
@@ -214,61 +217,10 @@ class _Client:
             write_line("denied", tool="file", detail=str(error), call="")
             raise acp.RequestError.invalid_params({"details": str(error)}) from None
 
-    def _used(self, call: schema.ToolCallStart | schema.ToolCallProgress, *, is_new: bool) -> None:
-        self.words.flush()
-        reported = self._named.setdefault(call.tool_call_id, set())
-        paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in reported]
-        reported.update(paths)
-        # Updates contain only changed fields.
-        kind = self._kinds[call.tool_call_id] = call.kind or self._kinds.get(call.tool_call_id, "other")
-        before = self._commands.get(call.tool_call_id, "")
-        command = self._commands[call.tool_call_id] = _command_of(call) or before
-        if is_new or paths or command != before:
-            detail = _detail(call.title or "", command, paths)
-            write_line("tool", name=kind, detail=detail, paths=paths, call=call.tool_call_id)
-        else:
-            self.words.write_keepalive()
-        if call.status in {"completed", "failed"}:
-            write_line("tool_ended", call=call.tool_call_id, failed=_failure_of_tool(call))
-
-
-def _command_of(call: schema.ToolCallStart | schema.ToolCallProgress) -> str:
-    given = call.raw_input.get("command") if isinstance(call.raw_input, dict) else None
-    return given if isinstance(given, str) else ""
-
-
-def _detail(title: str, command: str, paths: Sequence[str]) -> str:
-    """Return a tool call as one line: title and, if not contained, main argument."""
-    argument = command or next(iter(paths), "")
-    named = argument in title or (not command and Path(argument).name in title)
-    return " ".join(f"{title} {'' if named else argument}".split())
-
-
-def _failure_of_tool(call: schema.ToolCallStart | schema.ToolCallProgress) -> str | None:
-    """Return the reason for a failed tool call, as one line, or None."""
-    if call.status != "failed":
-        return None
-    texts = [
-        block.content.text
-        for block in call.content or ()
-        if isinstance(block, schema.ContentToolCallContent) and isinstance(block.content, schema.TextContentBlock)
-    ]
-    return " ".join(" ".join(texts).split())[:300]
-
 
 def _write(file: Path, content: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(content, encoding="utf-8")
-
-
-def _paths_of(call: schema.ToolCallUpdate | schema.ToolCallStart | schema.ToolCallProgress) -> Iterator[str]:
-    for location in call.locations or ():
-        yield location.path
-    for content in call.content or ():
-        if isinstance(content, schema.FileEditToolCallContent):
-            yield content.path
-    if isinstance(call.raw_input, dict):
-        yield from (call.raw_input[key] for key in _PATH_KEYS if isinstance(call.raw_input.get(key), str))
 
 
 async def _run_conversation(

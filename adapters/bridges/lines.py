@@ -12,8 +12,11 @@ from typing import Any, Final
 #: The fields of each line type with their types. `adapters.json_output` parses lines with the same table.
 LINE_FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
     "said": {"text": str},  # the agent's message, in complete lines
-    "tool": {"name": str, "detail": str, "paths": list, "call": str | None},
-    "tool_ended": {"call": str, "failed": str | None},  # the reason for a failure on one line, or None on success
+    "planned": {"text": str},  # the agent's steps, in the format of `AgentPlan`
+    # `diff`: the changed lines of an edit.
+    "tool": {"name": str, "detail": str, "paths": list, "call": str | None, "diff": str | None},
+    # The reason for a failure on one line, or None on success, and what the tool returned.
+    "tool_ended": {"call": str, "failed": str | None, "output": str | None},
     "spent": {"input_tokens": int, "output_tokens": int, "cost": float | int | None},  # in total, US dollars
     "session": {"id": str},  # the agent's id of the conversation
     "warned": {"text": str},

@@ -133,7 +133,7 @@ def _perform(options: argparse.Namespace) -> BridgeExit:
     except UnusableResponseError as error:
         return BridgeExit(f"nothing of the response was applied: {error}", "crashed")
     for path in changed:
-        write_line("tool", name="edit", detail=path, paths=[path], call=None)
+        write_line("tool", name="edit", detail=path, paths=[path], call=None, diff=None)
     return BridgeExit("")
 
 

@@ -19,9 +19,10 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 
+from adapters.bridges.tool_text import edit_diff
 from adapters.command.json_paths import JsonPath, values_at
 from adapters.failures import failure_class_for_status, one_line
-from adapters.json_output import as_cost, as_count, as_text, parse_object, parse_plain_line
+from adapters.json_output import as_cost, as_count, as_text, output_text, parse_object, parse_plain_line
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
@@ -31,6 +32,7 @@ from orchestrator.protocols import (
     FinalResult,
     SessionEvent,
     ToolCall,
+    ToolResult,
     UsageReport,
 )
 
@@ -38,8 +40,14 @@ from orchestrator.protocols import (
 MAX_LINE_CHARS: Final = 4096
 
 _SPENT: Final = ("input_tokens", "output_tokens", "cached_tokens", "cost")
-_FIELDS: Final = ("text", "session", *_SPENT, "model", "tool", "path", "warning", "error", "status")
+_TOOL: Final = ("tool", "path", "detail", "removed", "added", "call", "result", "tool_error")
+_FIELDS: Final = ("text", "session", *_SPENT, "model", *_TOOL, "warning", "error", "status")
 _AMOUNT: Final = re.compile(r"\$?([0-9][0-9,]{0,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,15})([kKmM]?)")
+#: Parts of a regular expression that match several texts, and escaped characters. A gap replaces the former.
+_GAP: Final = "\0"
+_GROUP: Final = re.compile(r"(?<!\\)\((?:\\.|\[(?:\\.|[^\]\\])*\]|[^()\[\\])*\)[*+?]*(?:\{[^}]*\})?")
+_VARIABLE: Final = re.compile(r"(?:\\[A-Za-z0-9]|\[(?:\\.|[^\]\\])*\]|(?<!\\)\.)(?:[*+?]+|\{[^}]*\})?|[^\\](?:[*?]|\{[0-9,]+\})")
+_LITERAL: Final = re.compile(r"\\(.)")
 _TIMES: Final = {"": 1, "k": 1_000, "m": 1_000_000}
 
 
@@ -104,6 +112,18 @@ class OutputRule(BaseModel):
     """The path to the name of a tool that the agent uses."""
     path: JsonPath | None = None
     """The path to the file that the tool uses."""
+    detail: JsonPath | None = None
+    """The path to the tool's main argument, such as a command, which is shown instead of the file."""
+    removed: JsonPath | None = None
+    """The path to the text that an edit replaces."""
+    added: JsonPath | None = None
+    """The path to the text that an edit adds."""
+    call: JsonPath | None = None
+    """The path to the id of a tool call, which connects the call and its result."""
+    result: JsonPath | None = None
+    """The path to what a tool returned: text, or a list of objects with `text`."""
+    tool_error: JsonPath | None = None
+    """The path to the reason why a tool failed, or to `true`."""
     warning: JsonPath | None = None
     """The path to a message that matters but is not a failure."""
     error: JsonPath | None = None
@@ -135,6 +155,8 @@ class OutputRule(BaseModel):
             raise ValueError(f"`{twice[0]}` is a path and a group of `match`: keep one of them")
         if self.done and self.match is None and not self.when:
             raise ValueError("every line would mean success: add `when` or `match` to this rule")
+        if (results := self.fields_read & {"result", "tool_error"}) and "call" not in self.fields_read:
+            raise ValueError(f"`{min(results)}` needs the id of the tool call: add `call`")
         if self.usage != "line" and not self.fields_read.intersection(_SPENT):
             raise ValueError("`usage` needs tokens or a cost, and the rule reads none: add one, such as `cost`")
         return self
@@ -153,7 +175,20 @@ class OutputRule(BaseModel):
     def describe(self) -> str:
         """Return a description of the rule's lines."""
         wanted = [f"{path}: {json.dumps(value, ensure_ascii=False)}" for path, value in self.when.items()]
-        return f"a line with {' and '.join([*([self.match] if self.match else []), *wanted])}"
+        like = "" if self.match is None else describe_pattern(self.match)
+        return f"a line {' '.join(filter(None, (like, 'with' if wanted else '', ' and '.join(wanted))))}"
+
+
+def describe_pattern(pattern: str) -> str:
+    """Return a regular expression for users, by the literal text of its first alternative."""
+    # Groups inside of groups first, so that none is left.
+    before, text = "", pattern
+    while text != before:
+        before, text = text, _GROUP.sub(_GAP, text)
+    text = _VARIABLE.sub(_GAP, text.partition("|")[0])
+    words = _LITERAL.sub(r"\1", text.strip("^$ "))
+    words = re.sub(rf"\s*(?:{_GAP}\s*)+", " … ", words).strip(" …")
+    return f"like `{words}`" if any(map(str.isalnum, words)) else f"that matches `{pattern}`"
 
 
 _Values = Mapping[str, Sequence[Any]]
@@ -194,6 +229,7 @@ class OutputReader:
             yield AgentMessage("\n".join(texts))
         for rule, values in found:
             yield from _tools(values)
+            yield from _results(values)
             yield from map(CliWarning, map(one_line, _texts(values, "warning")))
             yield from self._spent(rule, values)
         if is_finished:
@@ -247,11 +283,34 @@ def _values(rule: OutputRule, line: str, value: Any) -> _Values | None:
 
 
 def _tools(values: _Values) -> Iterator[ToolCall]:
-    """Yield the calls in a line, each with its file, or the first one with all files."""
+    """Yield the calls in a line, each with its values, or the first one with all files."""
     names, paths = _texts(values, "tool"), _texts(values, "path")
+    details, removed, added, calls = (
+        _per_call(values[key], len(names)) for key in ("detail", "removed", "added", "call")
+    )
     for number, name in enumerate(names):
         own = paths[number : number + 1] if len(paths) == len(names) else () if number else paths
-        yield ToolCall(name, one_line(own[0]) if own else "", tuple(own))
+        diff = edit_diff(as_text(removed[number]), as_text(added[number]))
+        detail = one_line(as_text(details[number]) or (own[0] if own else ""))
+        yield ToolCall(name, detail, tuple(own), as_text(calls[number]) or None, diff)
+
+
+def _results(values: _Values) -> Iterator[ToolResult]:
+    """Yield the results of tools in a line."""
+    if not (values["result"] or values["tool_error"]):
+        return
+    calls = _texts(values, "call")
+    for call, result, error in zip(
+        calls, *(_per_call(values[key], len(calls)) for key in ("result", "tool_error")), strict=True
+    ):
+        output = output_text(result)
+        failed = one_line(as_text(error) or output) if error else None
+        yield ToolResult(call, failed, output)
+
+
+def _per_call(found: Sequence[Any], count: int) -> Sequence[Any]:
+    """Return a value for each call in a line; None if they can't be assigned."""
+    return found if len(found) == count else found[:1] if count == 1 and found else [None] * count
 
 
 def _is(value: Any, wanted: Any) -> bool:

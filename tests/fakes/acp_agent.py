@@ -2,6 +2,7 @@
 
 Steps: `write PATH TEXT` (by a request to the client), `edit PATH TEXT` (itself, after asking for permission), `read
 PATH`, `say TEXT`, `run COMMAND` (reported only), `work` (in the worktree itself, after asking for permission),
+`plan STEP…` (reports steps, the first one done), `change PATH TEXT` (itself, reported as a diff),
 `servers` (print those it received), `ask KIND` (for permission for a tool of that kind), `fail
 auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is `edit`, and ends if it is rejected. It prints the responses
 it gets. With ACP_BESIDE it reports its tokens like Gemini CLI.
@@ -149,6 +150,10 @@ class FakeAgent:
                 await self.say(session, f"{first} {rest}".replace("MODEL", self.model).replace("MODE", self.mode))
             case "ask", _:
                 await self.say(session, f"chosen: {await self.ask_permission(session, f'{first}-1', first)}")
+            case "plan", _:
+                await self.plan(session, f"{first} {rest}".split())
+            case "change", _:
+                await self.change(session, self.at(first), rest)
             case "servers", _:
                 for one in self.servers:
                     await self.say(session, f"server: {one.model_dump_json(exclude_none=True)}")
@@ -196,6 +201,25 @@ class FakeAgent:
             acp.update_tool_call("r-1", status="completed", raw_output="done"),
         ):
             await self.client.session_update(session, update)
+
+    async def plan(self, session: str, steps: list[str]) -> None:
+        """Report a plan whose first step is done."""
+        status: Any = "completed"
+        entries = []
+        for step in steps:
+            entries.append(schema.PlanEntry(content=step, priority="medium", status=status))
+            status = "pending"
+        await self.client.session_update(session, acp.update_plan(entries))
+
+    async def change(self, session: str, path: str, text: str) -> None:
+        """Change a file itself, and report the change later than the call, as Gemini CLI does."""
+        before = Path(path).read_text() if Path(path).exists() else None
+        write(path, text)
+        start = acp.start_tool_call("c-1", f"Writing to {Path(path).name}", kind="edit", status="pending")
+        await self.client.session_update(session, start)
+        diff = schema.FileEditToolCallContent(type="diff", path=path, old_text=before, new_text=f"{text}\n")
+        await self.client.session_update(session, acp.update_tool_call("c-1", content=[diff]))
+        await self.client.session_update(session, acp.update_tool_call("c-1", status="completed"))
 
     async def edit(self, session: str, path: str, text: str) -> None:
         chosen = await self.ask_permission(session, path)

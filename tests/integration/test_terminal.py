@@ -125,7 +125,7 @@ def test_terminal_can_show_lines(variables: dict[str, str], repository: Reposito
 
 @pytest.mark.extended
 def test_no_color_affects_colours_only(repository: Repository, start: Start) -> None:
-    """With NO_COLOR the table is the same in the terminal's default colours; so is a diff."""
+    """With NO_COLOR the table is the same in the terminal's default colours; so are a diff and a log."""
     config, gate = shell(repository, {"id": "one", "prompt": "echo 1 > one.txt; echo ready; gate"})
     terminal = start("run", str(config), environ={"NO_COLOR": "1"})
     wait_for(lambda: terminal.row("one").endswith("ready"))
@@ -133,12 +133,16 @@ def test_no_color_affects_colours_only(repository: Repository, start: Start) -> 
     assert terminal.wait() == 0, terminal.text
     colour = re.compile(rb"\x1b\[(?:[0-9]+;)*(?:3[0-9]|4[0-9]|9[0-7])[;m]")
     assert not colour.search(terminal.raw)
-    shown = start("diff", "one", environ={"NO_COLOR": "1"})
-    assert shown.wait() == 0
-    assert b"\x1b[" not in shown.raw
+    for command in ("diff", "logs"):
+        shown = start(command, "one", environ={"NO_COLOR": "1"})
+        assert shown.wait() == 0
+        assert b"\x1b[" not in shown.raw
     wanted = start("diff", "one", "--color", environ={"NO_COLOR": "1"})
     assert wanted.wait() == 0
     assert colour.search(wanted.raw)
+    coloured = start("logs", "one")
+    assert coloured.wait() == 0
+    assert b"\x1b[1msession 1, sh, started " in coloured.raw
 
 
 def test_pipe_gets_lines(repository: Repository) -> None:

@@ -35,6 +35,7 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
     Adapter,
     AgentMessage,
+    AgentPlan,
     CliWarning,
     ConversationStarted,
     McpServer,
@@ -210,6 +211,7 @@ def test_long_line_is_truncated(capsys: pytest.CaptureFixture[str]) -> None:
         detail="d" * MAX_FIELD_CHARS * 2,
         paths=["🙂" * MAX_FIELD_CHARS] * 10_000,
         call=None,
+        diff=None,
     )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
@@ -302,8 +304,22 @@ def test_tool_update_is_merged_with_its_call(bridge: BridgeFixture) -> None:
     assert [event for event in events if isinstance(event, ToolCall | ToolResult)] == [
         ToolCall("execute", "bash", call="r-1"),
         ToolCall("execute", "make test", call="r-1"),
-        ToolResult("r-1"),
+        ToolResult("r-1", output="done"),
     ]
+
+
+def test_plan_and_changed_lines_are_events(bridge: BridgeFixture) -> None:
+    """The change is reported once, although its call has several updates."""
+    (bridge.worktree / "a.txt").write_text("one\n")
+    events = bridge.converse("plan look fix\nchange a.txt two\nsay Done.")
+    file = str(bridge.worktree / "a.txt")
+    assert [event for event in events if isinstance(event, AgentPlan | ToolCall | ToolResult)] == [
+        AgentPlan("[x] look\n[ ] fix"),
+        ToolCall("edit", "Writing to a.txt", call="c-1"),
+        ToolCall("edit", file, (file,), "c-1", "-one\n+two"),
+        ToolResult("c-1"),
+    ]
+    assert (bridge.worktree / "a.txt").read_text() == "two\n"
 
 
 @pytest.mark.extended

@@ -16,17 +16,18 @@ from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
 from adapters.opencode import OpencodeAdapter
 from orchestrator.plugins import load_plugins
-from orchestrator.protocols import Adapter, AdapterType
+from orchestrator.protocols import Adapter, AdapterType, ToolCall, ToolResult
 from orchestrator.sessions.output.entries import OutputEntryBuilder, OutputEntryKind
 from orchestrator.testing.recordings import read_recordings
 
 TRANSCRIPTS = Path(__file__).parents[1] / "transcripts"
+PROFILES = load_plugins({"COUNCIL_PLUGINS": ""}).adapters
 PROGRAMS: dict[str, tuple[AdapterType, dict[str, Any]]] = {
     "claude-code": (ClaudeCodeAdapter, {}),
     "codex": (CodexAdapter, {}),
     "gemini": (GeminiAdapter, {}),
     "opencode": (OpencodeAdapter, {}),
-    "aider": (load_plugins({"COUNCIL_PLUGINS": ""}).adapters["aider"], {}),
+    **{name: (PROFILES[name], {}) for name in ("aider", "continue", "copilot", "llm", "qwen-code")},
     "ollama": (OllamaAdapter, {"model": "x"}),
     "acp-claude": (AcpAdapter, {"argv": ["x"]}),
     "acp-gemini": (AcpAdapter, {"argv": ["x"]}),
@@ -66,6 +67,7 @@ def recorded(program: str, name: str) -> list[str]:
         ),
         ("gemini", ["> run_shell_command echo from-the-shell: ok", "> write_file out/b.txt: ok", "Both done."]),
         ("opencode", ["> bash echo from-the-shell: ok", "> write /work/out/b.txt: ok", "Both done."]),
+        ("qwen-code", ["> run_shell_command echo from-the-shell: ok", "> write_file /work/out/b.txt: ok", "Both done."]),
         ("acp-claude", ["> execute echo from-the-shell: ok", "> edit Write out/b.txt: ok", "Both done."]),
         ("acp-opencode", ["> execute echo from-the-shell: ok", "> edit write /work/out/b.txt: ok", "Both done."]),
         ("acp-gemini", ["> execute echo from-the-shell: ok", "> edit Writing to out/b.txt: ok", "Both done."]),
@@ -77,7 +79,7 @@ def test_tool_call_is_a_line_with_argument_and_outcome(program: str, lines: list
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("name", ["limited", "no-login"])
+@pytest.mark.parametrize("name", ["server-error", "no-login"])
 def test_failure_is_shown(program: str, name: str) -> None:
     """Once, in the program's words, with its class and without its raw JSON."""
     lines = recorded(program, name)
@@ -95,6 +97,39 @@ def test_all_recordings_can_be_shown(program: str) -> None:
         words = "\n".join(lines)
         assert [line for line in recording.stdout if not line.startswith("{") and line not in words] == [], name
         assert len(words) <= sum(len(line) + 1 for line in recording.stdout), name
+
+
+@pytest.mark.parametrize("program", ["claude-code", "codex", "gemini", "opencode", "qwen-code", "copilot"])
+def test_call_has_the_output_of_its_tool_and_changed_lines(program: str) -> None:
+    """Codex reports no changes, and Copilot's model edited by a command."""
+    entries = OutputEntryBuilder()
+    lines = read_recordings(TRANSCRIPTS / program)["tool"].stdout
+    found = [entry for line in lines for entry in entries.read(adapter_of(program), line)]
+    ran, edited = [entry for entry in found if entry.kind is OutputEntryKind.TOOL]
+    assert ran.output.splitlines()[0] == "from-the-shell"
+    assert edited.diff == ("" if program in {"codex", "copilot"} else "+two")
+
+
+def test_plan_is_shown_and_its_tool_is_not() -> None:
+    todos = [{"content": "Look", "status": "completed"}, {"content": "Fix", "status": "in_progress"}, {"content": "Go"}]
+    blocks = [{"type": "tool_use", "id": "t", "name": "TodoWrite", "input": {"todos": todos}}]
+    done = [{"type": "tool_result", "tool_use_id": "t", "content": "Todos have been modified"}]
+    lines = [json.dumps({"type": "assistant", "message": {"content": content}}) for content in (blocks, done)]
+    assert displayed(CLAUDE, *lines) == ["[x] Look\n[>] Fix\n[ ] Go"]
+
+
+def test_result_is_shown_unless_it_repeats_the_reason() -> None:
+    """A late result has the call's line again, but not its changes."""
+    entries = OutputEntryBuilder()
+    call = ToolCall("Edit", "a.py", ("a.py",), "c", "+x")
+    (first,) = [*entries.add([call]), *entries.flush()]
+    assert (first.line, first.diff, first.output) == ("> Edit a.py", "+x", "")
+    assert [*entries.add([ToolResult("c", output="The file a.py was changed.")])] == []
+    [*entries.add([ToolCall("Bash", "make", call="m")]), *entries.flush()]
+    (late,) = entries.add([ToolResult("m", output="one\ntwo")])
+    assert (late.line, late.output) == ("> Bash make: ok", "one\ntwo")
+    (failed,) = entries.add([ToolCall("Bash", "make", call="n"), ToolResult("n", "exit code 2: no", "exit code 2:\nno")])
+    assert (failed.line, failed.output) == ("> Bash make: failed: exit code 2: no", "")
 
 
 def test_failed_tool_has_its_reason() -> None:
@@ -118,6 +153,7 @@ def test_failed_tool_has_its_reason() -> None:
         "> Bash make b",
         "Meanwhile.",
         "> Bash make b: failed: Exit code 2 no rule",
+        "> Bash make a: ok",
     ]
 
 

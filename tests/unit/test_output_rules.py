@@ -24,6 +24,7 @@ from orchestrator.protocols import (
     SessionEnd,
     SessionEvent,
     ToolCall,
+    ToolResult,
     UsageReport,
 )
 
@@ -236,6 +237,70 @@ def test_error_overrides_done_on_one_line() -> None:
         assert read({"type": "result", "text": "a"}, *order) == [FinalResult("a")]
 
 
+CLAUDE_LIKE: tuple[dict[str, Any], ...] = (
+    {
+        "when": {"type": "assistant"},
+        **{"tool": "content.*.name", "call": "content.*.id", "path": "content.*.input.path"},
+        **{"detail": "content.*.input.cmd", "removed": "content.*.input.old", "added": "content.*.input.new"},
+    },
+    {
+        "when": {"type": "user"},
+        **{"call": "content.*.id", "result": "content.*.output", "tool_error": "content.*.is_error"},
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("type_", "content", "events"),
+    [
+        (
+            "assistant",
+            [{"name": "edit", "id": "a", "input": {"path": "a.py", "old": "x\ny", "new": "x\nz"}}],
+            [ToolCall("edit", "a.py", ("a.py",), "a", " x\n-y\n+z")],
+        ),
+        (
+            "assistant",
+            [{"name": "bash", "id": "b", "input": {"cmd": "make\n test", "path": "x"}}],
+            [ToolCall("bash", "make test", ("x",), "b")],
+        ),
+        # Values that some of several calls have can't be assigned.
+        (
+            "assistant",
+            [{"name": "bash", "id": "b", "input": {"cmd": "make"}}, {"name": "ls", "id": "c"}],
+            [ToolCall("bash", "", (), "b"), ToolCall("ls", "", (), "c")],
+        ),
+        ("user", [{"id": "a", "output": "done", "is_error": False}], [ToolResult("a", output="done")]),
+        ("user", [{"id": "a", "output": [{"text": "x"}, {"text": "y"}]}], [ToolResult("a", output="x\ny")]),
+        ("user", [{"id": "a", "output": "no\nrule", "is_error": True}], [ToolResult("a", "no rule", "no\nrule")]),
+        ("user", [{"id": "a", "is_error": "denied"}], [ToolResult("a", "denied")]),
+        ("user", [{"output": "x"}], []),
+    ],
+)
+def test_tool_call_has_changes_and_result(type_: str, content: list[Any], events: list[SessionEvent]) -> None:
+    assert read({"type": type_, "content": content}, *CLAUDE_LIKE) == events
+
+
+def test_result_needs_its_call() -> None:
+    with pytest.raises(ValidationError, match="`result` needs the id of the tool call: add `call`"):
+        OutputRule.model_validate({"when": {"type": "x"}, "result": "output"})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("^done", "like `done`"),
+        (r"^\s*Cost: \$(?P<cost>[0-9.]+) message$", "like `Cost: $ … message`"),
+        (r"Tokens: (?P<input_tokens>[0-9][0-9.,]*k?) sent,(?: .*,)? (?P<output_tokens>\S+) received\.(?: (a|b))?",
+         "like `Tokens: … sent, … received.`"),
+        (r'^\{"file"', 'like `{"file"`'),
+        ("finished|ended", "like `finished`"),
+        (r"(?P<text>\d+)", r"that matches `(?P<text>\d+)`"),
+    ],
+)  # fmt: skip
+def test_pattern_is_described_by_its_words(pattern: str, words: str) -> None:
+    assert OutputRule(match=pattern, done=True).describe() == f"a line {words}"
+
+
 def verdict(lines: list[str], code: int | None = 0, **options: Any) -> Failed | None:
     adapter = CommandAdapter(CommandOptions.model_validate({"argv": ["x"], **options}))
     events = [event for line in lines for event in adapter.parse(line)]
@@ -245,7 +310,7 @@ def verdict(lines: list[str], code: int | None = 0, **options: Any) -> Failed | 
 def test_missing_result_is_a_failure() -> None:
     """A zero exit without it is a failure; with it, or with another failure, that counts."""
     options: dict[str, Any] = {"read": [{"match": "^done", "done": True}], "failures": {"auth": "log in"}}
-    missing = Failed(FailureClass.CRASHED, "it ended without a line with ^done", unfinished=True)
+    missing = Failed(FailureClass.CRASHED, "it ended without a line like `done`", unfinished=True)
     assert verdict([], **options) == missing
     assert verdict(["hello"], **options) == missing
     assert verdict(["please log in"], **options) == Failed(FailureClass.AUTH, "please log in", unfinished=True)

@@ -302,8 +302,9 @@ class _SessionLog:
 
     def _made(self, entries: Sequence[OutputEntry]) -> Iterator[LogEntry]:
         for one in entries:
-            text, outcome = self._shown(one.text), None if one.outcome is None else self._shown(one.outcome)
-            yield LogEntry(one.kind, text, one.tool, outcome, self._attempt.number)
+            outcome = None if one.outcome is None else self._shown(one.outcome)
+            text, diff, output = map(self._shown, (one.text, one.diff, one.output))
+            yield LogEntry(one.kind, text, one.tool, outcome, diff, output, self._attempt.number)
 
     def _shown(self, text: str) -> str:
         """Return decoded text without secrets and without the path of the worktree."""

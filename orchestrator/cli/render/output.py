@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from orchestrator.repo.git.change_counts import Changes
 
 
-#: The variable that disables tables on a terminal. NO_COLOR (https://no-color.org) is only about colour.
+#: The variable that disables tables on a terminal. NO_COLOR is only about colour.
 _NO_TABLES_VARIABLE = "CI"
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -49,6 +49,11 @@ class Output:
         if self.as_json or os.environ.get(_NO_TABLES_VARIABLE):
             return False
         return os.environ.get("TERM", "dumb") not in {"", "dumb", "unknown"} and sys.stdout.isatty()
+
+    @property
+    def has_colors(self) -> bool:
+        """Whether text may have colours: on a terminal without NO_COLOR (https://no-color.org)."""
+        return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def _say(self, text: str | bytes, *, err: bool = False, newline: bool = True) -> None:
         """Print text without passwords in URLs; all output passes through here.
@@ -126,12 +131,20 @@ class Output:
         stream = sys.stderr if err else sys.stdout
         self._say(printable(text, keep="\n\t") if stream.isatty() else text, err=err, newline=False)
 
-    def difference(self, difference: bytes, *, color: bool) -> None:
+    def styled(self, line: str, style: str = "") -> None:
+        """Print a line of program output, on a terminal in a style (ECMA-48 SGR parameters)."""
+        if style and self.has_colors:
+            self._say(f"\x1b[{style}m{printable(line, keep="\t")}\x1b[m")
+        else:
+            self.text(f"{line}\n")
+
+    def difference(self, difference: bytes, *, color: bool | None = None) -> None:
         """Print an uncoloured diff.
 
-        With `color`, or on a terminal, control and invisible characters are escaped; `color` adds colours. Otherwise
-        the bytes are printed unchanged, so that the output can be applied as a patch.
+        With `color` (default: `has_colors`), or on a terminal, control and invisible characters are escaped; `color`
+        adds colours. Otherwise the bytes are printed unchanged, so that the output can be applied as a patch.
         """
+        color = self.has_colors if color is None else color
         if not color and not sys.stdout.isatty():
             self.bytes(difference)
             return

@@ -16,7 +16,7 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.records import read_run, read_spec, read_task
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Adapter, AgentMessage, SessionEvent, Store, ToolCall
+from orchestrator.protocols import Adapter, AgentMessage, AgentPlan, SessionEvent, Store, ToolCall
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake.diffs import count_session_changes, count_session_commits, diff_session
 from orchestrator.repo.intake.inspection import IntakeRules
@@ -126,10 +126,12 @@ async def read_session_details(git: Git, workspace: SessionWorkspace, redactor: 
 
 
 def find_plan(events: Iterable[SessionEvent]) -> str | None:
-    """Return the last list of steps in a message or in a call of a planning tool."""
+    """Return the last plan: one that the CLI reports, a list in a message, or a call of a planning tool."""
     plan = None
     for event in events:
         match event:
+            case AgentPlan(text) if text.strip():
+                plan = text.strip()
             case ToolCall(name, detail) if detail and re.search(r"plan|todo", name, re.IGNORECASE):
                 plan = detail
             case AgentMessage(text, part=False) if (

@@ -13,6 +13,7 @@ from orchestrator.errors import PluginFailed, plugin_code
 from orchestrator.protocols import (
     Adapter,
     AgentMessage,
+    AgentPlan,
     CliWarning,
     FinalResult,
     SessionEvent,
@@ -32,6 +33,7 @@ class OutputEntryKind(StrEnum):
 
     LINE = "line"  #: an output line, unchanged
     TEXT = "text"  #: a message of the agent
+    PLAN = "plan"  #: the agent's steps, one per line
     TOOL = "tool"  #: a tool call
     WARNING = "warning"
     ERROR = "error"
@@ -47,6 +49,10 @@ class OutputEntry:
     """The name of the tool."""
     outcome: str | None = None
     """The outcome of the tool call: `ok`, `denied` or `failed: REASON`; None while unknown."""
+    diff: str = ""
+    """The lines that the tool call changes, unless an earlier entry of the call has them."""
+    output: str = ""
+    """What the tool returned, unless the outcome contains it or the call is an edit that succeeded."""
 
     @property
     def line(self) -> str:
@@ -84,6 +90,8 @@ class OutputEntryBuilder:
         """The denied tool calls: some programs report a denial twice."""
         self._shown: dict[str, OutputEntry] = {}
         """The unfinished tool calls that were already returned."""
+        self._edits: set[str] = set()
+        """The unfinished tool calls that change lines."""
 
     def read(self, adapter: Adapter, line: str) -> list[OutputEntry]:
         """Return the entries of a line of standard output.
@@ -113,7 +121,7 @@ class OutputEntryBuilder:
     def flush(self) -> list[OutputEntry]:
         """Return the entries that were held back; call when the output pauses."""
         held = [*self._words(), *self._calls.values()]
-        self._shown |= self._calls
+        self._shown |= {call: replace(entry, diff="") for call, entry in self._calls.items()}
         self._calls = {}
         return held
 
@@ -139,8 +147,11 @@ class OutputEntryBuilder:
             case ToolCall():
                 yield from self._words()
                 yield from self._began(event)
-            case ToolResult(call, failed):
-                yield from self._ended(call, failed)
+            case AgentPlan(text):
+                yield from self.flush()
+                yield OutputEntry(OutputEntryKind.PLAN, text.strip("\n"))
+            case ToolResult():
+                yield from self._ended(event)
             case ToolDenied() | CliWarning():
                 yield from self._warning(event)
             case FinalResult(text, failed):
@@ -151,12 +162,14 @@ class OutputEntryBuilder:
                 pass
 
     def _began(self, used: ToolCall) -> Iterator[OutputEntry]:
-        entry = OutputEntry(OutputEntryKind.TOOL, used.detail, used.name)
+        entry = OutputEntry(OutputEntryKind.TOOL, used.detail, used.name, diff=used.diff)
         if used.call is None:
             yield entry
-        elif used.call not in self._shown:
-            known = self._calls.get(used.call, entry)
-            self._calls[used.call] = replace(known, text=used.detail or known.text)
+            return
+        calls = self._shown if used.call in self._shown else self._calls
+        known = calls.get(used.call, entry)
+        self._edits |= {used.call} if used.diff else set()
+        calls[used.call] = replace(known, text=used.detail or known.text, diff=used.diff or known.diff)
 
     def _warning(self, event: ToolDenied | CliWarning) -> Iterator[OutputEntry]:
         if isinstance(event, CliWarning):
@@ -175,11 +188,19 @@ class OutputEntryBuilder:
             yield OutputEntry(OutputEntryKind.ERROR, f"{failed.failure}: {failed.reason}")
         self._failed = failed
 
-    def _ended(self, call: str, failed: str | None) -> Iterator[OutputEntry]:
-        held = self._calls.pop(call, None)
-        entry = held or self._shown.pop(call, None)
-        if entry is not None and (held is not None or failed is not None):
-            yield replace(entry, outcome="ok" if failed is None else f"failed: {failed}".removesuffix(": "))
+    def _ended(self, result: ToolResult) -> Iterator[OutputEntry]:
+        held = self._calls.pop(result.call, None)
+        entry = held or self._shown.pop(result.call, None)
+        if entry is None:
+            return
+        failed, words = result.failed, " ".join(result.output.split())
+        is_edit = result.call in self._edits
+        self._edits.discard(result.call)
+        # The output of an edit only repeats the change.
+        output = "" if (is_edit if failed is None else words in failed) else result.output
+        if held is not None or failed is not None or output or entry.diff:
+            outcome = "ok" if failed is None else f"failed: {failed}".removesuffix(": ")
+            yield replace(entry, outcome=outcome, output=output)
 
     def _words(self) -> Iterator[OutputEntry]:
         part, self._part = self._part, ""

@@ -10,7 +10,7 @@ from itertools import groupby
 import click
 
 from orchestrator.api.topics.changes import PreservedWork
-from orchestrator.cli.commands.runs.tasks import should_use_color, stat_option
+from orchestrator.cli.commands.runs.tasks import stat_option
 from orchestrator.cli.core.command import CouncilContext, council_command, run_option
 from orchestrator.cli.core.completion import complete_preserved_work
 from orchestrator.cli.core.confirm import confirm_action, yes_option
@@ -108,7 +108,7 @@ async def show(context: CouncilContext, name: str, stat: bool, run: str | None) 
       council salvage show models/conflict --stat
     """
     difference = await context.council.changes.diff_preserved(name, run, stat=stat)
-    context.output.difference(difference, color=should_use_color(None))
+    context.output.difference(difference)
 
 
 @salvage.command()

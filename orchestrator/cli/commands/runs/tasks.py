@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
 import click
@@ -248,9 +246,4 @@ async def diff(context: CouncilContext, task: str, stat: bool, color: bool | Non
       council diff models --stat
     """
     difference = await context.council.changes.diff(task, run, stat=stat)
-    context.output.difference(difference, color=should_use_color(color))
-
-
-def should_use_color(color: bool | None) -> bool:
-    """Return True if a diff should be coloured."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") if color is None else color
+    context.output.difference(difference, color=color)
