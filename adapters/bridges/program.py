@@ -2,8 +2,9 @@
 
     program.py [--stdin FILE] [--result FILE] [--keys PATH,…] -- PROGRAM [ARGUMENT…]
 
-Its output and exit are those of the program. After the end of the program, the JSON in the result file is printed as
-one line, `{"file": …}`, with these parts only: names separated by dots, where `*` matches all.
+Its output and exit are those of the program; it exits with 127 if the program does not exist. After the end of the
+program, the JSON in the result file is printed as one line, `{"file": …}`, with these parts only: names separated by
+dots, where `*` matches all.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, Final
 
 #: The maximum size of a result file in bytes.
 _MAX_BYTES: Final = 64 << 20
+#: The exit code if the program does not exist, as in a shell.
+NOT_FOUND_EXIT: Final = 127
 _Tree = dict[str, Any]
 _FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -39,9 +42,12 @@ def main(arguments: list[str]) -> int:
         given.result.unlink(missing_ok=True)  # of an earlier session
     try:
         code = _run(arguments[split + 1 :], given.stdin)
+    except FileNotFoundError:
+        sys.stderr.write(f"council: {arguments[split + 1]} was not found\n")
+        return NOT_FOUND_EXIT
     except OSError as error:
         sys.stderr.write(f"{arguments[split + 1]}: {error.strerror}\n")
-        return 127
+        return 126
     if given.result is not None:
         _print_result(given.result, given.keys)
     if code < 0:

@@ -24,6 +24,7 @@ from typing import ClassVar, Final
 import pluggy
 from pydantic import BaseModel
 
+from adapters.bridges.program import NOT_FOUND_EXIT
 from adapters.command.home_files import file_text, fill_json
 from adapters.command.options import OPTIONS, REQUESTED, SERVERS_FILE, STDIN_FILE, CommandOptions, SaidClass
 from adapters.command.output_rules import MAX_LINE_CHARS, OutputReader
@@ -59,6 +60,8 @@ _LONG: Final[Mapping[str, str]] = {
     "prompt": "use {prompt_file} in argv, or `prompt: stdin`",
     "instructions": "use {instructions_file} instead of {instructions}",
 }
+#: The last line of the bridge if the program is missing.
+_NOT_FOUND: Final = re.compile(r"^council: (.+) was not found$", re.MULTILINE)
 #: The failures after which a program repeats a request: a later end shows that this succeeded.
 _REPEATED: Final = frozenset({FailureClass.OVERLOADED, FailureClass.RATE_LIMITED, FailureClass.TRANSIENT})
 
@@ -117,6 +120,8 @@ class CommandAdapter:
         A group named `seconds`, or `until` (an ISO 8601 time, or seconds since the epoch), is the reset time of a
         limit.
         """
+        if (missing := self._missing_program(end)) is not None:
+            return missing
         failed, awaited = concluded_failure(end), self._reader.awaited
         has_ended = any(isinstance(event, FinalResult) for event in end.events)
         if failed is None or failed.failure is FailureClass.CRASHED:
@@ -131,6 +136,12 @@ class CommandAdapter:
             return failed
         failed = failed or Failed(FailureClass.CRASHED, f"it ended without {awaited}"[:_LONGEST_REASON])
         return replace(failed, unfinished=True)
+
+    def _missing_program(self, end: SessionEnd) -> Failed | None:
+        """Return a failure if the bridge, which exists, could not find the program."""
+        has_bridge = self._options.stdin is not None or self._options.result_file is not None
+        found = _NOT_FOUND.search(end.stderr) if has_bridge and end.exit == NOT_FOUND_EXIT else None
+        return None if found is None else Failed(FailureClass.MISSING, f"the program was not found: {found[1]}")
 
     def capabilities(self) -> frozenset[Capability]:
         """Return the capabilities that have options."""

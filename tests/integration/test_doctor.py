@@ -511,17 +511,18 @@ def test_ignored_files_are_not_to_be_committed(repository: Repository) -> None:
 
 
 @needs_sandbox
-def test_run_with_a_hidden_program_is_rejected(repository: Repository) -> None:
-    """No session starts; run, dry run and doctor report the same, and the fix works."""
+@pytest.mark.parametrize("more", [{}, pytest.param({"stdin": "{prompt}\n"}, marks=pytest.mark.extended)])
+def test_run_with_a_hidden_program_is_rejected(repository: Repository, more: dict[str, str]) -> None:
+    """No session starts; run, dry run and doctor report the same, and the fix works; also if a bridge starts it."""
     hidden = repository.top / "tools"
     hidden.mkdir()
     (hidden / "my-cli").write_text("#!/bin/sh\necho x >a.txt\n")
     (hidden / "my-cli").chmod(0o755)
     (repository.top / ".git/info/exclude").write_text("tools/\n")
     repository.environ["PATH"] += f"{os.pathsep}{hidden}"
-    adapter: dict[str, Any] = {"use": "command", "argv": ["my-cli", "{prompt}"]}
+    adapter: dict[str, Any] = {"use": "command", "argv": ["my-cli", "{prompt}"], **more}
     file = repository.configure([{"id": "a", "prompt": "x"}], adapters={"my": adapter})
-    ran, planned = (repository.council("run", str(file), *more, "--json") for more in ([], ["--dry-run"]))
+    ran, planned = (repository.council("run", str(file), *flags, "--json") for flags in ([], ["--dry-run"]))
     assert (ran.code, ran.result["status"], planned.result) == (2, "refused", ran.result)
     [(level, what, remedy)] = doctor(repository, str(file))["adapter my"]
     assert (level, what, remedy) == ("problem", ran.result["error"], ran.result["remedy"])

@@ -1,6 +1,7 @@
 """`use: command`: any program as an adapter, by YAML alone."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,8 +12,10 @@ from pydantic import ValidationError
 
 import adapters.command.adapter
 from adapters.command.adapter import CommandAdapter
-from adapters.command.options import CommandOptions
+from adapters.command.options import STDIN_FILE, CommandOptions
 from orchestrator import hookspecs
+from orchestrator.domain.runs.outcome import Failed
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Capability, McpServer, SessionCommand, SessionEnd, SessionHome, SessionRequest
 from orchestrator.testing.adapter_contract import AdapterContract
@@ -302,3 +305,20 @@ def test_conversations_are_kept_in_the_configured_home() -> None:
     for home in ("own", "shared"):
         options = CommandOptions.model_validate({**ALL, "home": home})
         assert Capability.RESUME in CommandAdapter(options).capabilities()
+
+
+def test_missing_program_behind_a_bridge_is_reported(tmp_path: Path) -> None:
+    """As that of any adapter; a program that exists may exit with the same code."""
+
+    def verdict(program: str) -> Failed | None:
+        adapter = CommandAdapter(CommandOptions.model_validate({"argv": [program], "stdin": "{prompt}"}))
+        (tmp_path / STDIN_FILE).write_text("x")
+        argv = adapter.command(replace(request(), home=tmp_path)).argv
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        return adapter.verdict(SessionEnd(done.returncode, None, 1.0, done.stdout, done.stderr))
+
+    missing, other = tmp_path / "no-such", tmp_path / "other"
+    other.write_text("#!/bin/sh\nexit 127\n")
+    other.chmod(0o755)
+    assert verdict(str(missing)) == Failed(FailureClass.MISSING, f"the program was not found: {missing}")
+    assert verdict(str(other)) is None

@@ -13,6 +13,7 @@ from orchestrator.config.adapters import make_trial_request
 from orchestrator.config.coordination import CoordinationOverrides, apply_max_retries, resolve_coordination
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.domain.scheduling.admission import SessionDemand
+from orchestrator.engine.diagnostics.adapter_programs import list_programs
 from orchestrator.engine.diagnostics.doctor import DoctorInput, check_files, run_doctor
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.preflight import delete_run_refs, project_of_config, run_preflight
@@ -51,10 +52,10 @@ async def perform_dry_run(
     await delete_run_refs(cleared.hub, run, environ)
     room = await measure_capacity(config.capacity, SessionDemand(memory=config.session_memory))
     starting = starting_adapters(config)
-    programs = {
-        task.id: adapters[starting[task.id][0]].command(make_trial_request(task.id, task.prompt)).argv[0]
-        for task in config.tasks
-    }
+    programs = {}
+    for task in config.tasks:
+        adapter = adapters[starting[task.id][0]]
+        programs[task.id] = list_programs(adapter, adapter.command(make_trial_request(task.id, task.prompt)))[-1]
     planned = build_dry_run(
         config,
         starting,

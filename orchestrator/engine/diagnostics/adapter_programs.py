@@ -14,7 +14,7 @@ from orchestrator.domain.sessions.shell_commands import is_in_worktree, make_loo
 from orchestrator.domain.settings.run_settings import AdapterConfig, PathAccess
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
-from orchestrator.protocols import Adapter
+from orchestrator.protocols import Adapter, SessionCommand
 from orchestrator.repo.git.command import printable_name
 from orchestrator.sessions.sandbox.policy import SandboxKind
 
@@ -34,9 +34,10 @@ async def check_adapter_programs(
     findings: list[Finding] = []
     if probe.sandbox.kind is SandboxKind.OFF:
         return findings
-    for name, adapter in adapters.items():
-        command = adapter.command(make_trial_request("task", "prompt"))
-        program, env = command.argv[0], tuple(command.pass_env)
+    commands = {name: adapter.command(make_trial_request("task", "prompt")) for name, adapter in adapters.items()}
+    for name, program in ((name, one) for name in adapters for one in list_programs(adapters[name], commands[name])):
+        command = commands[name]
+        env = tuple(command.pass_env)
         is_on_path = shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
         if is_in_worktree(program) or not is_on_path:  # missing programs are reported separately
             continue
@@ -52,3 +53,8 @@ async def check_adapter_programs(
             remedy = printable_name(f"{remedy}, or install it elsewhere")
             findings.append(Finding(f"adapter {name}", level, printable_name(message), remedy))
     return findings
+
+
+def list_programs(adapter: Adapter, command: SessionCommand) -> list[str]:
+    """Return the program of a command, followed by the others that it starts: the last one is the CLI."""
+    return list(dict.fromkeys((command.argv[0], *(program.name for program in adapter.programs()))))
