@@ -85,16 +85,14 @@ def _bridge_event(value: JsonObject) -> SessionEvent | None:
     match value:
         case {"type": "said", "text": text}:
             return AgentMessage(text)
-        case {"type": "planned", "text": text}:
-            return AgentPlan(text)
         case {"type": "tool" | "tool_ended"}:
             return _bridge_tool(value)
         case {"type": "spent", "input_tokens": sent, "output_tokens": received, "cost": cost}:
             return UsageReport(as_count(sent), as_count(received), as_cost(cost), is_cumulative=True)
         case {"type": "session", "id": session}:
             return ConversationStarted(session)
-        case {"type": "warned", "text": text}:
-            return CliWarning(text)
+        case {"type": "warned" | "planned" as kind, "text": text}:
+            return CliWarning(text) if kind == "warned" else AgentPlan(text)
         case {"type": "denied", "tool": tool, "detail": detail, "call": call}:
             return ToolDenied(tool, detail, call=call or None)
         case {"type": "concluded"}:

@@ -153,7 +153,7 @@ class _Client:
         **_: Any,
     ) -> schema.RequestPermissionResponse:
         """Allow a request once unless it contains a path outside the worktree."""
-        _, title, paths = self._tools.describe(tool_call)
+        title, paths = self._tools.describe(tool_call)[1:]
         reason = self._denial_reason(paths)
         wanted = ("allow_once", "allow_always") if reason is None else ("reject_once", "reject_always")
         if reason is not None:

@@ -46,7 +46,9 @@ _AMOUNT: Final = re.compile(r"\$?([0-9][0-9,]{0,15}(?:\.[0-9]{1,15})?|\.[0-9]{1,
 #: Parts of a regular expression that match several texts, and escaped characters. A gap replaces the former.
 _GAP: Final = "\0"
 _GROUP: Final = re.compile(r"(?<!\\)\((?:\\.|\[(?:\\.|[^\]\\])*\]|[^()\[\\])*\)[*+?]*(?:\{[^}]*\})?")
-_VARIABLE: Final = re.compile(r"(?:\\[A-Za-z0-9]|\[(?:\\.|[^\]\\])*\]|(?<!\\)\.)(?:[*+?]+|\{[^}]*\})?|[^\\](?:[*?]|\{[0-9,]+\})")
+_VARIABLE: Final = re.compile(
+    r"(?:\\[A-Za-z0-9]|\[(?:\\.|[^\]\\])*\]|(?<!\\)\.)(?:[*+?]+|\{[^}]*\})?|[^\\](?:[*?]|\{[0-9,]+\})"
+)
 _LITERAL: Final = re.compile(r"\\(.)")
 _TIMES: Final = {"": 1, "k": 1_000, "m": 1_000_000}
 

@@ -74,7 +74,7 @@ class TestClaudeCode(AdapterContract):
         (
             claude("assistant", message={"content": [{"type": "tool_use", "id": "t", "name": "Edit",
                                                       "input": {"file_path": "/w/a.py", "old_string": "x"}}]}),
-            (ToolCall("Edit", "/w/a.py", ("/w/a.py",), "t"),),
+            (ToolCall("Edit", "/w/a.py", ("/w/a.py",), "t", "-x"),),
         ),
         (
             claude("assistant", message={"content": [{"type": "tool_use", "id": "t", "name": "Bash",
@@ -89,12 +89,12 @@ class TestClaudeCode(AdapterContract):
         (claude("user", message={"content": [{"type": "tool_result", "content": "ok"}]}), ()),
         (
             claude("user", message={"content": [{"type": "tool_result", "tool_use_id": "t", "content": "ok"}]}),
-            (ToolResult("t"),),
+            (ToolResult("t", output="ok"),),
         ),
         (
             claude("user", message={"content": [{"type": "tool_result", "tool_use_id": "t", "is_error": True,
                                                  "content": [{"type": "text", "text": "Exit code 1\nno"}, 7]}]}),
-            (ToolResult("t", "Exit code 1 no"),),
+            (ToolResult("t", "Exit code 1 no", "Exit code 1\nno"),),
         ),
         (
             claude_result(result="Done."),

@@ -73,7 +73,7 @@ class TestCodex(AdapterContract):
         ),
         (
             codex_item("completed", "command_execution", exit_code=2, aggregated_output="one\ntwo\n", status="failed"),
-            (ToolResult("item_0", "exit code 2: two"),),
+            (ToolResult("item_0", "exit code 2: two", "one\ntwo"),),
         ),
         (
             codex_item("completed", "mcp_tool_call", status="failed", error={"message": "no such tool"}),

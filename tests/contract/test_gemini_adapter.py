@@ -58,14 +58,14 @@ class TestGemini(AdapterContract):
         (gemini("message", role="assistant", content="Whole."), (AgentMessage("Whole."),)),
         (
             gemini("tool_use", tool_name="write_file", tool_id="w", parameters={"file_path": "a b.py", "content": "x"}),
-            (ToolCall("write_file", "a b.py", ("a b.py",), "w"),),
+            (ToolCall("write_file", "a b.py", ("a b.py",), "w", "+x"),),
         ),
         (
             gemini("tool_use", tool_name="run_shell_command", tool_id="r", parameters={"command": "make\n test"}),
             (ToolCall("run_shell_command", "make test", call="r"),),
         ),
         (gemini("tool_use", tool_name="odd", tool_id="o", parameters=None), (ToolCall("odd", call="o"),)),
-        (gemini("tool_result", tool_id="w", status="success", output="ok"), (ToolResult("w"),)),
+        (gemini("tool_result", tool_id="w", status="success", output="ok"), (ToolResult("w", output="ok"),)),
         (
             gemini(
                 "tool_result", tool_id="w", status="error", error={"type": "policy_violation", "message": "Denied."}

@@ -61,6 +61,17 @@ WAITS = 'timestamp=x level=ERROR message="stream error" agent=build error.error=
 MODEL = "openrouter/qwen/qwen3-coder"
 STEP = UsageReport(321, 54, 0.25, cached_tokens=300, model=MODEL)
 
+PATCH = """\
+*** Begin Patch
+*** Update File: a.py
+*** Move to: b.py
+@@
+-x
++y
+*** Add File: c d.py
++z
+*** End Patch"""
+
 
 class TestOpencode(AdapterContract):
     """JSON lines without a result, and a log with details."""
@@ -86,9 +97,8 @@ class TestOpencode(AdapterContract):
         ),
         (opencode_tool("bash", "error", input={"command": "x"}, error="Timeout"), (ToolCall("bash", "x"),)),
         (
-            opencode_tool("apply_patch", input={"patchText": "*** Begin Patch\n*** Update File: a.py\n*** Move to: b.py"
-                                                             "\n@@\n-x\n+y\n*** Add File: c d.py\n+z\n*** End Patch"}),
-            (ToolCall("apply_patch", "a.py b.py c d.py", ("a.py", "b.py", "c d.py")),),
+            opencode_tool("apply_patch", input={"patchText": PATCH}),
+            (ToolCall("apply_patch", "a.py b.py c d.py", ("a.py", "b.py", "c d.py"), diff=PATCH),),
         ),
         (
             opencode_tool("write", "error", input={"filePath": "a"}, error="The user has specified a rule which"

@@ -144,16 +144,12 @@ class FakeAgent:
                 await self.ask(
                     session, self.client.read_text_file(session_id=session, path=self.at(first), line=1, limit=1)
                 )
-            case "edit", _:
-                await self.edit(session, self.at(first), rest)
             case "say", _:
                 await self.say(session, f"{first} {rest}".replace("MODEL", self.model).replace("MODE", self.mode))
             case "ask", _:
                 await self.say(session, f"chosen: {await self.ask_permission(session, f'{first}-1', first)}")
-            case "plan", _:
-                await self.plan(session, f"{first} {rest}".split())
-            case "change", _:
-                await self.change(session, self.at(first), rest)
+            case "edit" | "plan" | "change" as step, _:
+                await getattr(self, step)(session, first, rest)
             case "servers", _:
                 for one in self.servers:
                     await self.say(session, f"server: {one.model_dump_json(exclude_none=True)}")
@@ -202,17 +198,15 @@ class FakeAgent:
         ):
             await self.client.session_update(session, update)
 
-    async def plan(self, session: str, steps: list[str]) -> None:
+    async def plan(self, session: str, first: str, rest: str) -> None:
         """Report a plan whose first step is done."""
-        status: Any = "completed"
-        entries = []
-        for step in steps:
-            entries.append(schema.PlanEntry(content=step, priority="medium", status=status))
-            status = "pending"
+        entries = [schema.PlanEntry(content=first, priority="medium", status="completed")]
+        entries += [schema.PlanEntry(content=step, priority="medium", status="pending") for step in rest.split()]
         await self.client.session_update(session, acp.update_plan(entries))
 
-    async def change(self, session: str, path: str, text: str) -> None:
+    async def change(self, session: str, name: str, text: str) -> None:
         """Change a file itself, and report the change later than the call, as Gemini CLI does."""
+        path = self.at(name)
         before = Path(path).read_text() if Path(path).exists() else None
         write(path, text)
         start = acp.start_tool_call("c-1", f"Writing to {Path(path).name}", kind="edit", status="pending")
@@ -221,7 +215,8 @@ class FakeAgent:
         await self.client.session_update(session, acp.update_tool_call("c-1", content=[diff]))
         await self.client.session_update(session, acp.update_tool_call("c-1", status="completed"))
 
-    async def edit(self, session: str, path: str, text: str) -> None:
+    async def edit(self, session: str, name: str, text: str) -> None:
+        path = self.at(name)
         chosen = await self.ask_permission(session, path)
         await self.say(session, f"chosen: {chosen}")
         if chosen == "once":

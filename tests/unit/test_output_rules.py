@@ -240,12 +240,18 @@ def test_error_overrides_done_on_one_line() -> None:
 CLAUDE_LIKE: tuple[dict[str, Any], ...] = (
     {
         "when": {"type": "assistant"},
-        **{"tool": "content.*.name", "call": "content.*.id", "path": "content.*.input.path"},
-        **{"detail": "content.*.input.cmd", "removed": "content.*.input.old", "added": "content.*.input.new"},
+        "tool": "content.*.name",
+        "call": "content.*.id",
+        "path": "content.*.input.path",
+        "detail": "content.*.input.cmd",
+        "removed": "content.*.input.old",
+        "added": "content.*.input.new",
     },
     {
         "when": {"type": "user"},
-        **{"call": "content.*.id", "result": "content.*.output", "tool_error": "content.*.is_error"},
+        "call": "content.*.id",
+        "result": "content.*.output",
+        "tool_error": "content.*.is_error",
     },
 )
 

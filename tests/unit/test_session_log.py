@@ -21,7 +21,8 @@ def formatter(monkeypatch: pytest.MonkeyPatch) -> LogFormatter:
 
 def test_call_is_followed_by_its_changes_and_output(formatter: LogFormatter) -> None:
     """Indented, in the usual colours of a diff, without the colours of the program and control characters."""
-    entry = LogEntry(TOOL, "a.py", "Edit", "ok", " def f():\n-    old\n+\tnew", "\x1b[31mred\x1b[0m\r\n\x1b]0;t\x07b\x07")
+    output = "\x1b[31mred\x1b[0m\r\n\x1b]0;t\x07b\x07"
+    entry = LogEntry(TOOL, "a.py", "Edit", "ok", " def f():\n-    old\n+\tnew", output)
     assert list(formatter.lines(entry)) == [
         ("> Edit a.py: ok", CYAN),
         ("     def f():", DIM),
@@ -36,7 +37,7 @@ def test_long_output_is_shortened(formatter: LogFormatter) -> None:
     """Its middle is omitted, and its lines are cut at the width, in cells."""
     output = "\n".join(["漢" * 100, *map(str, range(50))])
     lines = [line for line, _ in formatter.lines(LogEntry(TOOL, "x", "Bash", "ok", "", output))]
-    assert lines[1] == f"    {'漢' * 37}…"
+    assert lines[1] == f"    {'漢' * 37} …"
     assert lines[6:9] == ["    4", "    … 39 more lines", "    44"]
     assert len(lines) == 14
     changed = "\n".join(f"+{number}" for number in range(41))

@@ -134,7 +134,8 @@ class Output:
     def styled(self, line: str, style: str = "") -> None:
         """Print a line of program output, on a terminal in a style (ECMA-48 SGR parameters)."""
         if style and self.has_colors:
-            self._say(f"\x1b[{style}m{printable(line, keep="\t")}\x1b[m")
+            text = printable(line, keep="\t")
+            self._say(f"\x1b[{style}m{text}\x1b[m")
         else:
             self.text(f"{line}\n")
 

@@ -34,9 +34,9 @@ async def check_adapter_programs(
     findings: list[Finding] = []
     if probe.sandbox.kind is SandboxKind.OFF:
         return findings
-    commands = {name: adapter.command(make_trial_request("task", "prompt")) for name, adapter in adapters.items()}
-    for name, program in ((name, one) for name in adapters for one in list_programs(adapters[name], commands[name])):
-        command = commands[name]
+    trials = [(name, adapter.command(make_trial_request("task", "prompt"))) for name, adapter in adapters.items()]
+    found = [(name, command, program) for name, command in trials for program in list_programs(adapters[name], command)]
+    for name, command, program in found:
         env = tuple(command.pass_env)
         is_on_path = shutil.which(program, path=environ.get("PATH", os.defpath)) is not None
         if is_in_worktree(program) or not is_on_path:  # missing programs are reported separately
