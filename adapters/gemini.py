@@ -142,6 +142,8 @@ _NAME: Final = re.compile(r"\b([A-Z]\w+Error): ")
 _STATUS: Final = re.compile(r"\b(?:status|code)\"?\s*:\s*([45][0-9]{2})\b")
 _MESSAGE: Final = re.compile(r'"message"\s*:\s*"([^"]+)"')
 _COLOR: Final = re.compile(r"\x1b\[[0-9;]*m")
+#: Maximum characters of a line to search: the time for some patterns is quadratic.
+_LONGEST_LINE: Final = 4096
 _REPORT: Final = "Error when talking to Gemini API"
 _READ_ONLY: Final = re.compile(r"critical error .*\b(?:EROFS|EACCES)\b.*'(.*/\.gemini)/")
 _NO_RESULT: Final = "it ended without a result, as if stopped"
@@ -391,7 +393,7 @@ def _failure_reported(stderr: str) -> Failed | None:
 
 
 def _failure_in_lines(stderr: str) -> Failed | None:
-    for line in reversed(stderr.splitlines()):
+    for line in (line[:_LONGEST_LINE] for line in reversed(stderr.splitlines())):
         if (home := _READ_ONLY.search(line)) is not None:
             reason = f"it can't write to {home[1]}, which it needs to start"
             remedy = "keep `home: own`, or add that folder to `writable`"

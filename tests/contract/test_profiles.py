@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 from orchestrator.config.profiles import ProfileAdapterType
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.plugins import load_plugins
+from orchestrator.protocols import SessionEnd
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from tests.contract.verdicts import TRANSCRIPTS
 
@@ -108,3 +112,15 @@ def test_arguments_of_a_profile_are_in_order(tmp_path: Path) -> None:
     common, own = ("/opt/qwen", "--output-format", "stream-json"), ("--model", "large", "--verbose")
     resumed = ("--resume", "0c5b2f3e-1d", "--approval-mode", "yolo")
     assert adapter.command(request).argv == (*common, *resumed, *own)
+
+
+@pytest.mark.parametrize(
+    ("use", "text"), [("gemini", "critical error ./"), ("crush", "invalid."), ("vibe", "missing.")]
+)
+def test_long_line_is_searched_quickly(use: str, text: str) -> None:
+    """In milliseconds, even if it repeats the beginning of a pattern."""
+    adapter = _TYPES[use](_TYPES[use].Options.model_validate({}))
+    line = text * (65_536 // len(text))
+    began = time.process_time()
+    adapter.verdict(SessionEnd(1, None, 1_000_000.0, line, line))
+    assert time.process_time() - began < 0.5

@@ -65,7 +65,8 @@ def test_logs_are_readable_and_raw_on_request(repository: Repository, codex: dic
     first, *lines, last, check, checked = shown.stdout.splitlines()
     assert first.startswith("session 1, it, started 2")
     cut = f"    {'x' * 75}…"
-    calls = ["> shell make test: failed: exit code 2: no rule", cut, "    no rule", "> edit made.txt: ok"]
+    output = [cut, "    [3001 characters omitted]", "    no rule"]
+    calls = ["> shell make test: failed: exit code 2: no rule", *output, "> edit made.txt: ok"]
     assert lines[: len(calls)] == calls
     words = lines[len(calls) :]
     assert len(words) > 1
