@@ -45,9 +45,9 @@ test-sandboxes: install  ## run the sandbox tests without bubblewrap, without La
 			$(PYTEST) -m 'sandbox and not slow' || exit 1; \
 	done
 
-test-clis: install  ## run the tests with real CLIs, which it installs in .clis; CLIS="claude-code codex" selects some
-	@CLIS='$(CLIS)' $(BIN)/python -m tests.clis.install
-	@CLIS='$(CLIS)' $(PYTEST) -m clis --durations=20 tests/clis
+test-clis: install  ## run the tests with real CLIs, which it installs in .clis; CLIS="claude-code codex" selects some, LATEST=1 the newest
+	@CLIS='$(CLIS)' LATEST='$(LATEST)' $(BIN)/python -m tests.clis.install
+	@CLIS='$(CLIS)' $(PYTEST) -m 'clis$(if $(SHORT), and not extended)' --durations=20 tests/clis
 
 crash: install  ## run the long crash tests: every failpoint, random times, kills during recovery
 	@$(PYTEST) -m slow

@@ -213,7 +213,10 @@ class OutputReader:
         value = parse_object(line) if self.is_json else None
         found = [(rule, values) for rule in self.rules if (values := _values(rule, line, value)) is not None]
         if value is None and not any(rule.match is not None for rule, _ in found):
-            return parse_plain_line(line) if self.is_json else (AgentMessage(line),) if line.strip() else ()
+            if self.is_json:
+                # Such a line is no message of a program whose messages are read from JSON: a banner, or a log.
+                return () if any("text" in rule.fields_read for rule in self.rules) else parse_plain_line(line)
+            return (AgentMessage(line),) if line.strip() else ()
         return tuple(self._events(found))
 
     @property

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.project import Project
 from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import SystemClock
+from tests.clis.install import installed, verified_versions
 from tests.clis.programs import CLIS, MODEL, Program, selected
 from tests.command_server import StartedCommand
 from tests.conftest import FAKE_CLI, CommandResult, Repository
@@ -27,7 +28,7 @@ from tests.model_server import ModelServer
 from tests.waiting import wait_for
 
 #: A port without a listener.
-_NOWHERE: Final = "http://127.0.0.1:9"
+NOWHERE: Final = "http://127.0.0.1:9"
 _LONGEST: Final = 280.0  # seconds per run: some CLIs start in ten on a busy machine
 SELECTED: Final = selected(os.environ.get("CLIS", ""))
 
@@ -53,6 +54,9 @@ class Stage:
         environ["PATH"] = os.pathsep.join((str(CLIS / "bin"), str(CLIS / "node_modules/.bin"), environ["PATH"]))
         for name, program in self.programs.items():
             if program.needs is not None and shutil.which(program.needs, path=environ["PATH"]) is None:
+                reason = installed().get(program.needs, {}).get("error")
+                if reason is not None and not os.environ.get("CLIS"):
+                    pytest.skip(f"{name} cannot be installed here: {reason}")
                 pytest.fail(f"{name} is not installed in {CLIS}: run `make test-clis`, or choose others by CLIS")
             for path, content in program.files.items():
                 text = content if isinstance(content, str) else json.dumps(content)
@@ -72,7 +76,8 @@ class Stage:
 
     def start(self, prompt: str, settings: Mapping[str, Any] | None = None, **more: Any) -> StartedCommand:
         """Start a run of one task; `settings` are of the run, other options of the task."""
-        task = {"id": "task", "adapter": next(iter(self.programs)), "timeout": "3m", "prompt": prompt, **more}
+        task = {"id": "task", "adapter": next(iter(self.programs)), "timeout": "3m", **more}
+        task["prompt"] = f"Follow the script.\n{prompt}"  # mini-swe-agent changes the first line
         path = self.configure([task], **(settings or {}))
         return self.repository.start("run", str(path), "--json")
 
@@ -123,8 +128,11 @@ class Stage:
     async def assert_clean(self) -> None:
         """Check the invariants of every run, and that the home is unchanged."""
         await self.repository.assert_invariants(canaries=["a-key-for-nothing"])
+        renewed = {path for program in self.programs.values() for path in program.renews}
         after, (before,) = Fingerprint.of(self.home), self._before
-        assert after.files == before.files
+        assert {path: of for path, of in after.files.items() if path not in renewed} == {
+            path: of for path, of in before.files.items() if path not in renewed
+        }
         wait_for(lambda: not self.clients())
 
     @cached_property
@@ -136,9 +144,38 @@ class Stage:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrize each test that takes a CLI by all selected ones."""
-    if "name" in metafunc.fixturenames:
-        metafunc.parametrize("name", SELECTED)
+    """Parametrize each test that takes a CLI by all selected ones that change files."""
+    is_open = "name" in metafunc.fixturenames and not any(metafunc.definition.iter_markers("parametrize"))
+    if is_open:
+        metafunc.parametrize("name", [name for name, program in SELECTED.items() if program.edits])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print a table: each CLI with its version, and its failed tests."""
+    outcomes = {outcome: _tests_by_cli(terminalreporter.stats.get(outcome, ())) for outcome in ("passed", "failed")}
+    verified, versions = verified_versions(), installed()
+    terminalreporter.section("CLIs")
+    for name, program in SELECTED.items():
+        found = versions.get(program.needs or "", {})
+        version = found.get("version", "") if program.needs else "-"
+        is_new = program.needs is not None and version not in verified.get(program.needs, (version,))
+        passed, failed = (outcomes[one].get(name, []) for one in ("passed", "failed"))
+        if not (passed or failed or "error" in found):
+            continue
+        terminalreporter.write_line(
+            f"{name:15} {version or 'not installed':15} {'unverified' if is_new else '':10} {len(passed):3} passed "
+            f"{len(failed):3} failed {', '.join(failed) or found.get('error', '')}".rstrip()
+        )
+
+
+def _tests_by_cli(reports: Iterable[pytest.TestReport]) -> Mapping[str, Sequence[str]]:
+    found: dict[str, list[str]] = {}
+    for report in reports:
+        test, _, parameters = report.nodeid.rpartition("::")[2].removesuffix("]").partition("[")
+        cli = next((name for name in SELECTED if parameters == name or parameters.startswith(f"{name}-")), None)
+        if cli is not None:
+            found.setdefault(cli, []).append(test.removeprefix("test_"))
+    return found
 
 
 @pytest.fixture
@@ -173,6 +210,6 @@ def logged_out(repository: Repository, server: ModelServer, name: str, program: 
 @pytest.fixture
 def unreachable(repository: Repository, server: ModelServer, name: str, program: Program) -> Stage:
     """Return a stage with one CLI without a server."""
-    made = Stage(repository, server, {name: program}, _NOWHERE)
+    made = Stage(repository, server, {name: program}, NOWHERE)
     made.set_up()
     return made

@@ -1,6 +1,8 @@
-"""Install real CLIs under `.clis` of this repository: `python -m tests.clis.install [PROGRAM…]`.
+"""Install real CLIs under `.clis` of this repository: `python -m tests.clis.install [CLI…]`.
 
-The default is `CLIS`, or all. Installed ones of the requested version are kept.
+The default is `CLIS`, or all. Each is installed in a folder of its own, in the newest verified version, or with
+`LATEST` in the newest one; one with that version is kept. `installed.json` has the version of each, or the reason why
+it cannot be installed here.
 """
 
 from __future__ import annotations
@@ -10,18 +12,46 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
+from packaging.version import Version
+
+from orchestrator.engine.diagnostics.programs import make_default_adapters
+from orchestrator.plugins import load_plugins
 from tests.clis.programs import CLIS, selected
 
-#: By CLI: the npm package, installed in its newest version, or the pip requirement.
-NPM: Final = {
-    "claude": "@anthropic-ai/claude-code",
-    "codex": "@openai/codex",
-    "gemini": "@google/gemini-cli",
-    "opencode": "opencode-ai",
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package of npm, or of PyPI for these versions of Python, and the packages that it needs in addition."""
+
+    name: str
+    pythons: Sequence[str] = ()
+    more: Sequence[str] = ()
+
+
+#: By program.
+PACKAGES: Final = {
+    "aider": Package("aider-chat", ("3.11", "3.12", "3.10")),
+    "claude": Package("@anthropic-ai/claude-code"),
+    "cline": Package("cline"),
+    "cn": Package("@continuedev/cli"),
+    "codex": Package("@openai/codex"),
+    "copilot": Package("@github/copilot"),
+    "crush": Package("@charmland/crush"),
+    "gemini": Package("@google/gemini-cli"),
+    "kilo": Package("@kilocode/cli"),
+    "kimi": Package("kimi-cli", ("3.13", "3.12")),
+    "llm": Package("llm", ("3.11", "3.12", "3.13", "3.14")),
+    "mini": Package("mini-swe-agent", ("3.11", "3.12", "3.13"), ("mcp",)),
+    "opencode": Package("opencode-ai"),
+    "openhands": Package("openhands", ("3.12", "3.13")),
+    "qwen": Package("@qwen-code/qwen-code"),
+    "vibe": Package("mistral-vibe", ("3.12", "3.13")),
 }
-PYPI: Final = {"aider": "aider-chat==0.86.*"}
 _RECORD: Final = CLIS / "installed.json"
 _OLDEST_NODE: Final = 20
 
@@ -30,62 +60,57 @@ class NotInstalledError(Exception):
     """A CLI cannot be installed; the message has the fix."""
 
 
-def install(programs: set[str]) -> None:
-    """Install missing CLIs by name. Raises NotInstalledError."""
-    for_npm = {name: _newest(package) for name, package in NPM.items() if name in programs}
-    for_pip = {name: what for name, what in PYPI.items() if name in programs}
-    missing = _missing(for_npm)
-    if missing:
-        _check_node(missing)
-        # npm removes packages missing from its package.json: one call for all new ones.
-        _run("npm", "install", "--no-audit", "--no-fund", "--loglevel=error", f"--prefix={CLIS}", *missing.values())
-        _keep(missing)
-    for name, what in _missing(for_pip).items():
-        _run(sys.executable, "-m", "venv", str(CLIS / name))
-        _run(str(CLIS / name / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", what)
-        (CLIS / "bin").mkdir(exist_ok=True)
-        (CLIS / "bin" / name).unlink(missing_ok=True)
-        (CLIS / "bin" / name).symlink_to(CLIS / name / "bin" / name)
-        _keep({name: what})
-
-
-def _newest(package: str) -> str:
-    """Return a package at npm's latest version; a range would depend on the version of node."""
-    if shutil.which("npm") is None:
-        return f"{package}@latest"
-    asked = subprocess.run(["npm", "view", package, "version"], capture_output=True, text=True, check=False)
-    return f"{package}@{asked.stdout.strip() or 'latest'}"
-
-
-def _missing(wanted: dict[str, str]) -> dict[str, str]:
-    known = _kept()
-    places = (CLIS / "bin", CLIS / "node_modules/.bin")
-    return {
-        name: what
-        for name, what in wanted.items()
-        if known.get(name) != what or not any((place / name).exists() for place in places)
-    }
-
-
-def _kept() -> dict[str, str]:
+def installed() -> Mapping[str, Mapping[str, str]]:
+    """Return by program its `wanted` and installed `version`, or the `error`."""
     return dict(json.loads(_RECORD.read_text())) if _RECORD.exists() else {}
 
 
-def _keep(installed: dict[str, str]) -> None:
-    _RECORD.write_text(json.dumps(_kept() | installed, indent=1) + "\n")
+def install(program: str, wanted: str) -> str:
+    """Install a program in a version, "" for the newest; return the version. Raises NotInstalledError."""
+    package, folder = PACKAGES[program], CLIS / program
+    shutil.rmtree(folder, ignore_errors=True)
+    if package.pythons:
+        version, file = _install_from_pypi(package, wanted, folder), folder / "bin" / program
+    else:
+        version, file = _install_from_npm(package, wanted, folder), folder / "node_modules/.bin" / program
+    (CLIS / "bin").mkdir(exist_ok=True)
+    (CLIS / "bin" / program).unlink(missing_ok=True)
+    (CLIS / "bin" / program).symlink_to(file)
+    return version
 
 
-def _check_node(wanted: dict[str, str]) -> None:
-    names = ", ".join(sorted(wanted))
+def _install_from_npm(package: Package, wanted: str, folder: Path) -> str:
+    _check_node()
+    # The newest by name: a range would depend on the version of node.
+    _run("npm", "install", "--no-audit", "--no-fund", "--loglevel=error", f"--prefix={folder}",
+         f"{package.name}@{wanted or 'latest'}", *package.more)  # fmt: skip
+    return str(json.loads((folder / "node_modules" / package.name / "package.json").read_text())["version"])
+
+
+def _install_from_pypi(package: Package, wanted: str, folder: Path) -> str:
+    found = next(filter(None, (shutil.which(f"python{version}") for version in package.pythons)), None)
+    if found is None:
+        raise NotInstalledError(f"{package.name} needs Python {' or '.join(package.pythons)}, which is not on PATH")
+    _run(found, "-m", "venv", str(folder))
+    python = str(folder / "bin/python")
+    requirement = f"{package.name}=={wanted}" if wanted else package.name
+    _run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", requirement, *package.more)
+    asked = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
+    return subprocess.run(
+        [python, "-c", asked, package.name], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _check_node() -> None:
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             raise NotInstalledError(
-                f"{program} is missing, without which there is no {names}: install Node.js {_OLDEST_NODE} "
-                'or newer with npm, or select other programs, for example CLIS="aider ollama"'
+                f"{program} is missing: install Node.js {_OLDEST_NODE} or newer with npm, or select other programs, "
+                'for example CLIS="aider ollama"'
             )
     version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     if int(version.removeprefix("v").partition(".")[0]) < _OLDEST_NODE:
-        raise NotInstalledError(f"node is {version}: install {_OLDEST_NODE} or newer for {names}")
+        raise NotInstalledError(f"node is {version}: install {_OLDEST_NODE} or newer")
 
 
 def _run(*argv: str) -> None:
@@ -94,14 +119,31 @@ def _run(*argv: str) -> None:
         raise NotInstalledError(f"`{' '.join(argv)}` ended with {done.returncode}")
 
 
+def verified_versions() -> dict[str, Sequence[str]]:
+    """Return the versions that each program was verified with, oldest first."""
+    adapters, _ = make_default_adapters(load_plugins({"COUNCIL_PLUGINS": ""}).adapters)
+    programs = [program for adapter in adapters.values() for program in adapter.programs()]
+    return {program.name: sorted(program.verified or (), key=Version) for program in programs}
+
+
 def main(*names: str) -> None:
-    """Install the requirements of the named CLIs."""
-    chosen = selected(" ".join(names) or os.environ.get("CLIS", ""))
+    """Install the named CLIs. One that cannot be installed fails only a choice of CLIs."""
+    text = " ".join(names) or os.environ.get("CLIS", "")
+    is_latest, verified = bool(os.environ.get("LATEST")), verified_versions()
     CLIS.mkdir(exist_ok=True)
-    try:
-        install({one.needs for one in chosen.values() if one.needs is not None})
-    except NotInstalledError as error:
-        sys.exit(f"not installed: {error}")
+    for program in sorted({one.needs for one in selected(text).values() if one.needs is not None}):
+        wanted = "" if is_latest else next(iter(reversed(verified.get(program, ()))), "")
+        known = installed().get(program, {})
+        if "error" not in known and known.get("wanted") == wanted != "" and (CLIS / "bin" / program).exists():
+            continue
+        try:
+            found = {"wanted": wanted, "version": install(program, wanted)}
+        except NotInstalledError as error:
+            found = {"error": str(error)}
+            sys.stderr.write(f"not installed: {error}\n")
+            if text and not is_latest:
+                sys.exit(1)
+        _RECORD.write_text(json.dumps({**installed(), program: found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
+
+from orchestrator.plugins import load_plugins
+from orchestrator.protocols import Adapter, AdapterType, Capability
 
 #: The folder of `make test-clis`.
 CLIS: Final = Path(__file__).parents[2] / ".clis"
 #: Placeholder of the server's URL below.
 MODEL: Final = "http://model"
+_KEY: Final = "a-key-for-nothing"
+
+
+@cache
+def _types() -> Mapping[str, AdapterType]:
+    return load_plugins({"COUNCIL_PLUGINS": ""}).adapters
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
     """A user's setup of a CLI: its entry under `adapters`, files at home, variables, and its login.
 
-    A variable that starts with `~/` is a path at home. `needs` are the packages to install. `calls` is the number of
-    requests of one session to a model that always answers 429.
-    `without_server` is the failure class without a listener; `remedy` is a part of the message without a login, which
-    means without `keys` or, if it has none, with one that the server rejects. `has_servers`: supports the Model Context
-    Protocol. `tells_tokens`: reports the model's token usage instead of an estimate. `asks_before_edits`: can be
-    configured to. `keeps_path`: its shell, if any (`has_shell`), has the PATH of the CLI.
+    A variable that starts with `~/` is a path at home. `needs` is the program to install. `calls` is the number of
+    requests of one session to a model that always answers 429. `remedy` is a part of the message without a login, which
+    means without `keys` or, if it has none, with one that the server rejects. `renews` are files that it writes again.
+    `without_server` and `broken_stream` are the failure classes without a listener, and of streams that break.
+    `tells_tokens`: reports the model's token usage instead of an estimate. `keeps_path`: its shell, if any
+    (`has_shell`), has the PATH of the CLI. `edits`: changes files.
     """
 
     adapter: Mapping[str, Any]
@@ -32,23 +42,27 @@ class Program:
     keys: Mapping[str, str] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
-    can_resume: bool = True
-    has_servers: bool = True
+    renews: Sequence[str] = ()
     without_server: str = "transient"
+    broken_stream: str = "transient"
     tells_tokens: bool = True
-    asks_before_edits: bool = False
     keeps_path: bool = True
     has_shell: bool = True
+    edits: bool = True
 
-    @property
-    def has_stop_hook(self) -> bool:
-        """Whether it can run a command when it is about to end."""
-        return self.adapter["use"] in {"claude-code", "gemini"}
+    def can(self, capability: Capability) -> bool:
+        """Return whether its adapter has a capability."""
+        return capability in self._adapter().capabilities()
+
+    def _adapter(self) -> Adapter:
+        options = {name: value for name, value in self.adapter.items() if name != "use"}
+        adapter_type = _types()[self.adapter["use"]]
+        return adapter_type(adapter_type.Options.model_validate(options))
 
 
 _GEMINI: Final[Mapping[str, Any]] = {
     "needs": "gemini",
-    "keys": {"GEMINI_API_KEY": "a-key-for-nothing"},
+    "keys": {"GEMINI_API_KEY": _KEY},
     "environ": {"GOOGLE_GEMINI_BASE_URL": MODEL},
     "files": {
         ".gemini/settings.json": {
@@ -60,7 +74,7 @@ _GEMINI: Final[Mapping[str, Any]] = {
 }
 _OPENCODE: Final[Mapping[str, Any]] = {
     "needs": "opencode",
-    "keys": {"ANTHROPIC_API_KEY": "a-key-for-nothing"},
+    "keys": {"ANTHROPIC_API_KEY": _KEY},
     "files": {
         ".config/opencode/opencode.json": {"provider": {"anthropic": {"options": {"baseURL": f"{MODEL}/v1"}}}},
     },
@@ -72,9 +86,8 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         needs="claude",
         calls=4,
         remedy="claude auth login",
-        keys={"ANTHROPIC_API_KEY": "a-key-for-nothing"},
+        keys={"ANTHROPIC_API_KEY": _KEY},
         files={".claude/settings.json": {"env": {"ANTHROPIC_BASE_URL": MODEL}}},
-        asks_before_edits=True,
     ),
     "codex": Program(
         # Its newer models have a JavaScript tool only; a list of plugins is fetched from GitHub.
@@ -82,7 +95,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         needs="codex",
         calls=2,
         remedy="codex login",
-        keys={"OPENAI_API_KEY": "a-key-for-nothing"},
+        keys={"OPENAI_API_KEY": _KEY},
         files={
             ".codex/config.toml": (
                 "[model_providers.model]\n"
@@ -96,13 +109,11 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         {"use": "gemini", "model": "gemini-2.5-pro", "approval_mode": "yolo"},
         calls=3,
         remedy="GEMINI_API_KEY",
-        asks_before_edits=True,
         **_GEMINI,
     ),
     "opencode": Program(
         {"use": "opencode", "model": "anthropic/claude-sonnet-4-5"},
         calls=6,
-        asks_before_edits=True,
         remedy="opencode auth login",
         **_OPENCODE,
     ),
@@ -111,12 +122,10 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         needs="aider",
         calls=27,  # nine retries in more than a minute, with three requests each
         remedy="set its provider's key",
-        keys={"OPENAI_API_KEY": "a-key-for-nothing"},
+        keys={"OPENAI_API_KEY": _KEY},
         environ={"OPENAI_API_BASE": f"{MODEL}/v1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
         # It downloads model prices unless it has them.
         files={".aider/caches/model_prices_and_context_window.json": {"none": {}}},
-        can_resume=False,
-        has_servers=False,
         has_shell=False,
         tells_tokens=False,
     ),
@@ -129,7 +138,6 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         },
         calls=2,
         remedy="log in",
-        can_resume=False,
         **{**_GEMINI, "environ": {**_GEMINI["environ"], "GEMINI_CLI_SYSTEM_SETTINGS_PATH": "~/.gemini/settings.json"}},
     ),
     "acp-opencode": Program(
@@ -142,17 +150,121 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         },
         calls=6,
         remedy="log in",
-        can_resume=False,
         **_OPENCODE,
         environ={"OPENCODE_CONFIG": "~/.config/opencode/opencode.json"},
+    ),
+    "qwen-code": Program(
+        {"use": "qwen-code", "model": "qwen3-coder-plus", "args": ["--auth-type", "openai"]},
+        needs="qwen",
+        calls=8,
+        remedy="OPENAI_API_KEY",
+        keys={"OPENAI_API_KEY": _KEY},
+        environ={"OPENAI_BASE_URL": f"{MODEL}/v1"},
+    ),
+    "copilot": Program(
+        {"use": "copilot", "model": "gpt-4o", "env": ["COPILOT_OFFLINE=true"]},
+        needs="copilot",
+        calls=6,
+        remedy="copilot login",
+        environ={"COPILOT_PROVIDER_BASE_URL": f"{MODEL}/v1", "COPILOT_PROVIDER_API_KEY": _KEY},
+    ),
+    "continue": Program(
+        {"use": "continue"},
+        needs="cn",
+        calls=6,
+        remedy="cn login",
+        files={
+            ".continue/config.yaml": {
+                "name": "test",
+                "version": "1.0.0",
+                "schema": "v1",
+                "models": [
+                    {
+                        "name": "scripted",
+                        "provider": "openai",
+                        "model": "gpt-4o",
+                        "apiKey": "no-key",
+                        "apiBase": f"{MODEL}/v1",
+                        "roles": ["chat"],
+                        "capabilities": ["tool_use"],
+                    }
+                ],
+            }
+        },
+        tells_tokens=False,
+    ),
+    "kilo": Program(
+        {"use": "kilo", "model": "anthropic/claude-sonnet-4-5"},
+        needs="kilo",
+        calls=3,
+        remedy="kilo auth login",
+        keys={"ANTHROPIC_API_KEY": _KEY},
+        files={".config/kilo/kilo.json": {"provider": {"anthropic": {"options": {"baseURL": f"{MODEL}/v1"}}}}},
+    ),
+    "cline": Program(
+        {"use": "cline"},
+        needs="cline",
+        calls=6,
+        remedy="cline auth",
+        renews=(".cline/data/settings/providers.json",),
+        files={
+            ".cline/data/settings/providers.json": {
+                "version": 1,
+                "lastUsedProvider": "openai-compatible",
+                "modes": {},
+                "providers": {
+                    "openai-compatible": {
+                        "settings": {
+                            "provider": "openai-compatible",
+                            "apiKey": "no-key",
+                            "model": "gpt-4o",
+                            "baseUrl": f"{MODEL}/v1",
+                        },
+                        "updatedAt": "2026-11-25T03:11:10.389Z",
+                        "tokenSource": "manual",
+                    }
+                },
+            }
+        },
+    ),
+    "vibe": Program(
+        {"use": "vibe"},
+        needs="vibe",
+        calls=6,
+        remedy="vibe --setup",
+        keys={"MISTRAL_API_KEY": _KEY},
+        files={
+            ".vibe/config.toml": (
+                'active_model = "scripted"\nenable_telemetry = false\nenable_update_checks = false\n'
+                f'[[providers]]\nname = "local"\napi_base = "{MODEL}/v1"\napi_key_env_var = "MISTRAL_API_KEY"\n'
+                '[[models]]\nname = "gpt-4o"\nprovider = "local"\nalias = "scripted"\n'
+            )
+        },
+    ),
+    "llm": Program(
+        {"use": "llm", "model": "gpt-4o-mini"},
+        needs="llm",
+        calls=3,
+        remedy="llm keys set",
+        keys={"OPENAI_API_KEY": _KEY},
+        environ={"OPENAI_BASE_URL": f"{MODEL}/v1"},
+        tells_tokens=False,
+        has_shell=False,
+        edits=False,
+    ),
+    "mini-swe-agent": Program(
+        {"use": "mini-swe-agent", "model": "openai/gpt-4o"},
+        needs="mini",
+        calls=9,
+        remedy="key of the model",
+        keys={"OPENAI_API_KEY": _KEY},
+        environ={"OPENAI_API_BASE": f"{MODEL}/v1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
     ),
     "ollama": Program(
         {"use": "ollama", "model": "scripted", "host": MODEL},
         needs=None,
         calls=1,
         remedy="log in",
-        can_resume=False,
-        has_servers=False,
         has_shell=False,
         without_server="auth",
     ),

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import pytest
 
+from orchestrator.protocols import Capability
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
 from tests.conftest import CommandResult
@@ -57,8 +58,8 @@ async def test_handoff_in_a_message_reaches_the_next_phase(stage: Stage, program
         ("review", "completed"),
     ]
     wrong, right, *_ = task.attempts
-    assert right.resumed is program.can_resume
-    if program.can_resume:
+    assert right.resumed is program.can(Capability.RESUME)
+    if program.can(Capability.RESUME):
         assert wrong.session == right.session
     assert_handed_over(stage, via="message")
     await stage.assert_clean()
@@ -66,7 +67,7 @@ async def test_handoff_in_a_message_reaches_the_next_phase(stage: Stage, program
 
 async def test_handoff_by_a_tool_reaches_the_next_phase(stage: Stage, program: Program) -> None:
     """The model gets violations immediately and may retry: no repair session is needed."""
-    if not program.has_servers:
+    if not program.can(Capability.MCP):
         pytest.skip("it uses no servers")
     calls = [f"call submit_handoff {json.dumps({'data': data})}" for data in ({"tasks": "all of it"}, PLAN, REVIEW)]
     ended = run(stage, plan="\n".join(calls[:2]), review=calls[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Final
@@ -10,8 +11,10 @@ from typing import Final
 import pytest
 
 from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.protocols import Capability
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
+from tests.clis.test_phases import answer
 from tests.fakes import mcp_server
 from tests.model_server import RecordedRequest, anthropic, gemini, ollama, openai_chat, openai_responses
 from tests.waiting import wait_for
@@ -36,6 +39,16 @@ async def test_edit_lands_with_its_token_usage(stage: Stage, program: Program) -
     await stage.assert_clean()
 
 
+@pytest.mark.extended
+async def test_shell_command_runs_in_the_worktree(stage: Stage, program: Program) -> None:
+    if not program.has_shell:
+        pytest.skip("it runs no commands")
+    ended = stage.run("run pwd | tr a-z A-Z > where.txt\nsay It ran.")
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
+    assert stage.repository.git("show", "main:where.txt").startswith("/")
+    await stage.assert_clean()
+
+
 async def test_failed_check_is_repaired_in_the_same_conversation(stage: Stage, program: Program) -> None:
     """The model gets the whole conversation, or a new one if the CLI cannot resume."""
     check = "test -e second.txt || { echo write second.txt 2; exit 1; }"
@@ -43,10 +56,10 @@ async def test_failed_check_is_repaired_in_the_same_conversation(stage: Stage, p
     assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     first, second = (await stage.task()).attempts
     assert (first.outcome, first.resumed) == ("checks_failed", False)
-    assert (second.outcome, second.resumed) == ("built", program.can_resume)
-    if program.can_resume:
+    assert (second.outcome, second.resumed) == ("built", program.can(Capability.RESUME))
+    if program.can(Capability.RESUME):
         assert first.session == second.session
-    assert any(map(_goes_on, stage.server.requests)) is program.can_resume
+    assert any(map(_goes_on, stage.server.requests)) is program.can(Capability.RESUME)
     assert stage.repository.git("show", "main:first.txt").startswith("1")
     assert stage.repository.git("show", "main:second.txt") == "2"
     await stage.assert_clean()
@@ -54,7 +67,7 @@ async def test_failed_check_is_repaired_in_the_same_conversation(stage: Stage, p
 
 async def test_failed_check_keeps_a_session_from_ending(stage: Stage, program: Program) -> None:
     """If the CLI has a stop hook: the model gets the check's output, and its one session lands."""
-    if not program.has_stop_hook:
+    if not program.can(Capability.STOP_GATE):
         pytest.skip("it has no stop hook")
     check = "test -e second.txt || { echo write second.txt 2; exit 1; }"
     prompt = "write first.txt 1\nsay The first is written."
@@ -80,7 +93,7 @@ async def test_instructions_and_mcp_servers_reach_the_model(stage: Stage, progra
     assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     assert any("QUAKER" in json.dumps(one.body) for one in stage.server.requests if one.dialect)
     asked = log.read_text().splitlines() if log.exists() else []
-    assert ("a-word-for-the-server" in asked, "tools/list" in asked) == (program.has_servers,) * 2, asked
+    assert ("a-word-for-the-server" in asked, "tools/list" in asked) == (program.can(Capability.MCP),) * 2, asked
     await stage.assert_clean()
 
 
@@ -108,6 +121,64 @@ async def test_unreachable_server_costs_no_attempt(unreachable: Stage, program: 
     assert [one.outcome for one in (await unreachable.task()).attempts] == [program.without_server]
     assert unreachable.repository.git("rev-list", "--count", "main") == "1"
     await unreachable.assert_clean()
+
+
+@pytest.mark.extended
+async def test_broken_stream_costs_no_attempt(stage: Stage, program: Program) -> None:
+    """Every answer ends in the middle: nothing lands, and the failure class is that of the network."""
+    ended = stage.run("drop\nwrite hello.txt hi", attempts=1, timeout="2m")
+    (task,) = ended.result["tasks"]
+    assert task["failure"] == program.broken_stream, stage.diagnostics(ended)
+    assert [one.outcome for one in (await stage.task()).attempts] == [program.broken_stream]
+    assert stage.repository.git("rev-list", "--count", "main") == "1"
+    await stage.assert_clean()
+
+
+@pytest.mark.extended
+async def test_model_that_never_answers_ends_with_the_timeout(stage: Stage) -> None:
+    """With everything that the program started."""
+    started = stage.start("delay 600\nwrite hello.txt hi", attempts=1, timeout="45s")
+    wait_for(lambda: any(one.dialect for one in stage.server.requests), 150)
+    ended = stage.end(started)
+    (task,) = ended.result["tasks"]
+    assert task["failure"] == "timeout", stage.diagnostics(ended)
+    assert [one.outcome for one in (await stage.task()).attempts] == ["timeout"]
+    await stage.assert_clean()
+
+
+@pytest.mark.extended
+async def test_interrupted_run_is_resumed(stage: Stage) -> None:
+    """The interrupt comes during a model request: the program ends, and its attempt is repeated without a cost."""
+    started = stage.start("delay 2\nwrite hello.txt hi", attempts=1)
+    try:
+        wait_for(lambda: any(one.dialect for one in stage.server.requests), 150)
+        started.send_signal(signal.SIGINT)
+    finally:
+        interrupted = stage.end(started)
+    assert interrupted.states != {"task": "landed"}
+    wait_for(lambda: not stage.clients())
+    resumed = stage.end(stage.repository.start("resume", "--json"))
+    assert resumed.states == {"task": "landed"}, stage.diagnostics(resumed)
+    assert [one.outcome for one in (await stage.task()).attempts] == ["interrupted", "built"]
+    assert stage.repository.git("show", "main:hello.txt") == "hi"
+    await stage.assert_clean()
+
+
+@pytest.mark.extended
+async def test_read_only_phase_changes_nothing(stage: Stage) -> None:
+    """The file that the model wants to write is refused, or discarded; the next phase may write one."""
+    scout = answer({"scout_findings": ["there is a.txt"]})
+    prompt = (
+        "write hello.txt hi\nsay It is written.\n"
+        f"once your result (scout)\nwrite early.txt no\n{scout}\n"
+        f"once that you submitted is invalid\n{scout}"
+    )
+    workflow = [{"scout": {"access": "read", "produces": "scout"}}, {"build": {}}]
+    ended = stage.run(prompt, {"workflows": {"two": workflow}}, workflow="two", attempts=1)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
+    names = stage.repository.git("ls-tree", "-r", "--name-only", "main").splitlines()
+    assert ("hello.txt" in names, "early.txt" in names) == (True, False)
+    await stage.assert_clean()
 
 
 async def test_killed_program_is_a_crash_and_is_retried(stage: Stage) -> None:

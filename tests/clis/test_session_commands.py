@@ -7,6 +7,7 @@ import json
 import pytest
 
 from orchestrator import Council
+from orchestrator.protocols import Capability
 from tests.clis.conftest import Stage
 from tests.clis.programs import Program
 from tests.fake_session_service import FakeSessionService, use_in_runs
@@ -28,10 +29,10 @@ async def test_session_command_of_an_agent_sees_only_its_own_session(
         report = await council.runs.run()
     assert [task.status for task in report.tasks] == ["landed"], report
     names = stage.repository.git("ls-tree", "--name-only", "main").splitlines()
-    assert ("ours.txt" in names, "theirs.txt" in names) == (True, not program.asks_before_edits)
+    assert ("ours.txt" in names, "theirs.txt" in names) == (True, not program.can(Capability.PRE_EDIT))
     reported = [json.dumps(one.body) for one in stage.server.requests if one.dialect]
-    assert any("theirs.txt belongs to run-0/other.1" in one for one in reported) is program.asks_before_edits
-    if program.has_servers:  # and the tool calls with it
+    assert any("theirs.txt belongs to run-0/other.1" in one for one in reported) is program.can(Capability.PRE_EDIT)
+    if program.can(Capability.MCP):  # and the tool calls with it
         # A CLI with tool search lists only the server to the model, once it has started.
         known = ("Lock files for this session", "Other agents work on the same")
         assert not program.keeps_path or any(part in one for one in reported for part in known)

@@ -19,7 +19,7 @@ from tests.model_server.conversation import (
     ToolCall,
 )
 from tests.model_server.text_answers import find_answer_format
-from tests.model_server.tools import RunStep, ScriptStep, UseToolStep, WriteStep, tool_call_for
+from tests.model_server.tools import RunStep, ScriptStep, UseToolStep, WriteStep, ending_command, tool_call_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +196,11 @@ def next_answer(asked: ModelRequest, place: ScriptPosition | None) -> ModelAnswe
     if (form := find_answer_format(asked)) is not None:
         blocks = [form(step) for step in script.steps if isinstance(step, WriteStep)]
         return ModelAnswer("\n".join([*blocks, last]), usage=script.usage)
-    if place.results >= len(script.steps):
+    ending = ending_command(asked, last)
+    steps = script.steps if ending is None else (*script.steps, ending)
+    if place.results >= len(steps):
         return ModelAnswer(last, usage=script.usage)
-    step = script.steps[place.results]
+    step = steps[place.results]
     if (made := tool_call_for(step, asked)) is None:
         offered = ", ".join(tool.name for tool in asked.tools)
         return ModelAnswer(f"None of the tools offered can {step.verb}: {offered}", usage=script.usage)

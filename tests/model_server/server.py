@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from tests.model_server import anthropic, gemini, lookups, ollama, openai_chat, openai_responses
-from tests.model_server.conversation import ApiDialect, ApiFault, DialectName, Json, ModelRequest
+from tests.model_server.conversation import ApiDialect, ApiFault, DialectName, Json, ModelRequest, TokenUsage
 from tests.model_server.script import (
     AnswerTruncation,
     ConnectionDrop,
@@ -66,6 +66,7 @@ class _Listener(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.lock = threading.Lock()
         self.requests: list[RecordedRequest] = []
+        self.answers: list[tuple[str, TokenUsage]] = []
         self.counts: Counter[tuple[str, str]] = Counter()
         self.connections: set[socket.socket] = set()
 
@@ -151,11 +152,15 @@ class _Handler(BaseHTTPRequestHandler):
         answer = next_answer(asked, place)
         if isinstance(disturbance, AnswerTruncation):
             answer = answer.cut()
+        is_dropped = isinstance(disturbance, ConnectionDrop)
+        if place is not None and not is_dropped:
+            with self.server.lock:
+                self.server.answers.append((asked.model, answer.usage))
         if not asked.stream:
-            self._send_json(200, dialect.whole(asked, answer), cut=isinstance(disturbance, ConnectionDrop))
+            self._send_json(200, dialect.whole(asked, answer), cut=is_dropped)
             return
         parts = list(dialect.stream(asked, answer))
-        self._send_stream(dialect.stream_type, parts, cut=isinstance(disturbance, ConnectionDrop))
+        self._send_stream(dialect.stream_type, parts, cut=is_dropped)
 
     def _wait(self, seconds: float) -> bool:
         """Wait; return False if the client disconnects or the server stops before the end."""
@@ -255,6 +260,12 @@ class ModelServer:
         """Return the received requests in order."""
         with self._listener.lock:
             return list(self._listener.requests)
+
+    @property
+    def answers(self) -> list[tuple[str, TokenUsage]]:
+        """Return the model and the reported usage of each complete answer to a script, in order."""
+        with self._listener.lock:
+            return list(self._listener.answers)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -57,7 +57,7 @@ class ToolUse:
 # The CLIs' tool names, in order of preference: Claude Code, Gemini CLI and Qwen Code, opencode, Copilot, OpenHands.
 _WRITERS: Final = ("Write", "write_file", "write", "create", "file_editor", "str_replace_editor")
 _NOT_WRITERS: Final = re.compile(r"todo|memory|stdin|plan", re.IGNORECASE)
-# Claude Code, Gemini CLI and Qwen Code, opencode and Copilot, Codex by its version, OpenHands.
+# Claude Code, Gemini CLI and Qwen Code, opencode and Copilot, Codex by its version, OpenHands, Cline.
 _SHELLS: Final = (
     "Bash",
     "run_shell_command",
@@ -68,11 +68,13 @@ _SHELLS: Final = (
     "local_shell",
     "terminal",
     "execute_bash",
+    "run_commands",
 )
 _ANY_SHELL: Final = re.compile(r"bash|shell|terminal|exec", re.IGNORECASE)
 _PATHS: Final = ("file_path", "filePath", "path", "absolute_path", "filename", "file")
 _CONTENTS: Final = ("content", "contents", "file_text", "text", "new_content")
-_COMMANDS: Final = ("command", "cmd", "script")
+_COMMANDS: Final = ("command", "cmd", "script", "commands")
+_END: Final = "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT"
 _DIRECTORY: Final = re.compile(
     r"""(?:
         working[ ]directory(?:[ ]is)?(?:[ ]\([^)]*\))?:?
@@ -109,6 +111,13 @@ def tool_call_for(step: ScriptStep, asked: ModelRequest) -> ToolUse | None:
     if (program := _program("apply_patch", _add_file(step), asked.tools)) is not None:
         return program
     return _shell(_writing_command(step), asked.tools)
+
+
+def ending_command(asked: ModelRequest, text: str) -> RunStep | None:
+    """Return the command that ends a session with a text; None if the client needs none, unlike mini-swe-agent."""
+    if not any(_END in shown for shown in (asked.system, *(turn.text for turn in asked.turns))):
+        return None
+    return RunStep(f"echo {_END} && printf '%s\\n' {shlex.quote(text)}")
 
 
 def _use(step: UseToolStep, tools: Iterable[Tool]) -> ToolUse | None:
@@ -174,8 +183,9 @@ def _shell(command: str, tools: Iterable[Tool]) -> ToolUse | None:
         offered = tool.parameters.get("properties", {})
         name = next((name for name in _COMMANDS if name in offered), None)
         if tool.kind == "function" and name is not None:
-            words = offered[name].get("type") == "array"
-            return ToolUse(tool, _completed({name: ["bash", "-lc", command] if words else command}, tool))
+            words = [command] if name == "commands" else ["bash", "-lc", command]
+            is_list = offered[name].get("type") == "array"
+            return ToolUse(tool, _completed({name: words if is_list else command}, tool))
     return _program("exec_command", {"cmd": command}, by_name.values())
 
 

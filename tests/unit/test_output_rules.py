@@ -190,9 +190,10 @@ def test_text_is_read_by_named_groups() -> None:
 
 
 def test_text_lines_among_json_are_read() -> None:
-    """They are printed unless `match` applies; broken JSON is dropped."""
+    """They are messages unless `match` applies, or messages are read from JSON; broken JSON is dropped."""
     options: dict[str, Any] = {"output": "jsonl"}
-    assert read("Welcome!", {"text": "text"}, **options) == [AgentMessage("Welcome!")]
+    assert read("Welcome!", {"session": "id"}, **options) == [AgentMessage("Welcome!")]
+    assert read("Welcome!", {"text": "text"}, **options) == []
     assert read("id s1", {"match": r"^id (?P<session>\S+)"}, **options) == [ConversationStarted("s1")]
     assert read('{"text": "cut o', {"text": "text"}, **options) == []
     assert read('{"id": "s1"}', {"match": '"id": "(?P<session>[^"]+)"'}, **options) == [ConversationStarted("s1")]
