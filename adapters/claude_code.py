@@ -14,7 +14,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import pluggy
 from pydantic import BaseModel
@@ -33,6 +33,7 @@ from adapters.json_output import (
     tool_event,
 )
 from adapters.options import (
+    MAY_RUN_COMMANDS,
     STOP_GATE_TIMEOUT,
     CliOptions,
     ProgramName,
@@ -59,6 +60,7 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionHome,
     SessionRequest,
+    StarterValue,
     ToolDenied,
     ToolResult,
     UsageReport,
@@ -125,7 +127,9 @@ class ClaudeCodeOptions(CliOptions):
     """Options of an adapter with `use: claude-code`."""
 
     bin: ProgramName = "claude"
-    permission_mode: Literal["acceptEdits", "bypassPermissions"] = "acceptEdits"
+    permission_mode: Annotated[
+        Literal["acceptEdits", "bypassPermissions"], StarterValue("bypassPermissions", MAY_RUN_COMMANDS)
+    ] = "acceptEdits"
     """The actions that Claude Code may take without asking: file changes, or all (for sandboxed sessions)."""
     max_turns: TurnLimit | None = None
     """The turn limit of a session (`--max-turns`)."""

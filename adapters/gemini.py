@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 import pluggy
 from pydantic import BaseModel, model_validator
@@ -28,7 +28,7 @@ from adapters.json_output import (
     plan_event,
     tool_event,
 )
-from adapters.options import STOP_GATE_TIMEOUT, CliOptions, ProgramName, TurnLimit, option_arguments
+from adapters.options import MAY_RUN_COMMANDS, STOP_GATE_TIMEOUT, CliOptions, ProgramName, TurnLimit, option_arguments
 from adapters.rate_limits import limit_reset_time
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
@@ -47,6 +47,7 @@ from orchestrator.protocols import (
     SessionHome,
     SessionRequest,
     SettingsOverlay,
+    StarterValue,
     ToolDenied,
     ToolResult,
     UsageReport,
@@ -163,7 +164,7 @@ class GeminiOptions(CliOptions):
     """Options of an adapter with `use: gemini`."""
 
     bin: ProgramName = "gemini"
-    approval_mode: Literal["auto_edit", "yolo"] = "auto_edit"
+    approval_mode: Annotated[Literal["auto_edit", "yolo"], StarterValue("yolo", MAY_RUN_COMMANDS)] = "auto_edit"
     """The actions that Gemini CLI may take without asking: file changes, or all (for sandboxed sessions)."""
     auth: Literal["gemini-api-key", "oauth-personal", "vertex-ai"] | None = None
     """The login method, as in the setting `security.auth.selectedType`; by default, your settings decide."""

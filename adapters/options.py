@@ -114,6 +114,8 @@ INSTRUCTIONS_FILE: Final = "council-instructions.md"
 #: Seconds after which a CLI may end the command of a stop gate, which runs checks.
 STOP_GATE_TIMEOUT: Final = 3600
 
+#: The comment on a mode without questions in a new file.
+MAY_RUN_COMMANDS: Final = "it may also run commands, as the sandbox allows"
 #: A command-line argument that is not an option.
 OptionValue = Annotated[str, AfterValidator(_check_value)]
 #: The maximum number of model turns.

@@ -71,6 +71,7 @@ __all__ = [
     "SettingsOverlay",
     "Sink",
     "SinkType",
+    "StarterValue",
     "StateSnapshot",
     "Store",
     "StoreStatistics",
@@ -105,6 +106,13 @@ def _absolute(path: Path, info: ValidationInfo) -> Path:
 #: A path in a plugin's options. The plugin receives an absolute path: relative paths start at the YAML file's folder,
 # and `~` is the home.
 PathOption = Annotated[Path, Field(strict=False), AfterValidator(_absolute)]
+
+
+class StarterValue(NamedTuple):
+    """Annotates an option of an adapter that `council init` writes to a new file, with this value and a comment."""
+
+    value: str
+    comment: str
 
 
 class Key(NamedTuple):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Self
 
 import yaml
 
 from orchestrator.config.source.scalars import resolve_plain
+from orchestrator.protocols import AdapterType, StarterValue
 
 _PLAIN: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._/-")
 
@@ -23,6 +24,15 @@ class StarterAdapter:
 
     use: str
     found: str
+    options: Mapping[str, StarterValue] = field(default_factory=dict)
+    """Its options in the file."""
+
+    @classmethod
+    def of(cls, use: str, found: str, adapter_type: AdapterType) -> Self:
+        """Return the entry of an adapter type, with the options that it annotates for a new file."""
+        fields = adapter_type.Options.model_fields.items()
+        marked = {key: one for key, option in fields for one in option.metadata if isinstance(one, StarterValue)}
+        return cls(use, found, marked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,8 @@ def _adapters(adapters: Sequence[StarterAdapter]) -> Iterator[str]:
     for adapter in adapters:
         yield f"  {scalar(adapter.use)}:"
         yield _commented(f"    use: {scalar(adapter.use)}", _one_line(adapter.found))
+        for key, option in adapter.options.items():
+            yield _commented(f"    {key}: {scalar(option.value)}", option.comment)
     if adapters:
         yield "    # writable: [~/.some-cli]   # paths to write outside the worktree"
 

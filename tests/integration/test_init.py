@@ -84,6 +84,17 @@ def test_found_tools_are_used(repository: Repository, fakes: FakePrograms) -> No
     assert "run `beta login`" in (repository.top / "council.yaml").read_text()
 
 
+def test_found_clis_may_all_run_commands(repository: Repository, fakes: FakePrograms) -> None:
+    """Those that would only change files by default get a mode; the file loads."""
+    for name in ("claude", "codex", "gemini"):
+        fakes.add(name, f"echo {name} 2.1.0")
+    init(repository)
+    options = {name: one.options for name, one in load(repository.top / "council.yaml").adapters.items()}
+    assert options["claude-code"].permission_mode == "bypassPermissions"
+    assert options["gemini"].approval_mode == "yolo"
+    assert options["codex"].sandbox == "none"
+
+
 def test_next_command_is_printed(repository: Repository, fakes: FakePrograms) -> None:
     """The commands have the file's name if it is not the default."""
     text = repository.council("init").stdout

@@ -34,7 +34,7 @@ from orchestrator.engine.diagnostics.test_detection import ProjectEnvironment, R
 from orchestrator.engine.diagnostics.trust import confirm_requests
 from orchestrator.errors import RefusedError
 from orchestrator.plugins import load_plugins
-from orchestrator.protocols import JsonObject
+from orchestrator.protocols import AdapterType, JsonObject
 
 
 @click.command()
@@ -65,7 +65,7 @@ async def init(context: CommandContext, file: Path | None, adapter: str | None, 
         await find_usable_tests(ground, os.environ),
     )
     schema = await write_schema(ground, json.dumps(file_schema(plugins.adapters), indent=2) + "\n", os.environ)
-    text = starter_text(_starter(found, schema))
+    text = starter_text(_starter(found, schema, plugins.adapters))
     await anyio.to_thread.run_sync(lambda: write_file(path, text, plugins.adapters, force=force))
     config = await anyio.to_thread.run_sync(load_config, path, plugins.adapters)
     # The file was generated for the user, who need not confirm its permissions.
@@ -102,7 +102,7 @@ class _Discovery:
         return [f"council doctor{name}", f"council run --dry-run{name}", f"council run{name}"]
 
 
-def _starter(found: _Discovery, schema: Path | None) -> Starter:
+def _starter(found: _Discovery, schema: Path | None, types: Mapping[str, AdapterType]) -> Starter:
     """Return the contents of the file; its paths are relative to the file."""
     folder, top = Path(os.path.realpath(found.path.parent)), Path(os.path.realpath(found.ground.top))
     is_inside = folder.is_relative_to(top)
@@ -110,7 +110,7 @@ def _starter(found: _Discovery, schema: Path | None) -> Starter:
     return Starter(
         repo=os.path.relpath(top, folder) if is_inside else str(top),
         base=found.ground.base,
-        adapters=[StarterAdapter(name, _words(status)) for name, status in found.adapters.items()],
+        adapters=[StarterAdapter.of(name, _words(status), types[name]) for name, status in found.adapters.items()],
         check=None if tests is None else tests.command,
         before=None if tests is None else tests.before,
         setup=None if environment is None else environment.setup,
