@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +56,9 @@ class CheckRequest:
 
 @dataclass(slots=True)
 class _Running:
-    """Checks in progress."""
+    """Checks in progress, started for a task."""
 
+    task: str
     result: CheckResult = CHECKS_STOPPED
     waiters: int = 0
     """How many callers need the result."""
@@ -77,17 +79,20 @@ class CheckRuns:
         self._limiter = anyio.CapacityLimiter(capacity)
         self._running: dict[_Key, _Running] = {}
         self._failed: dict[_Key, CommandFailed] = {}
+        self._worktrees: defaultdict[tuple[str, int, str], anyio.Lock] = defaultdict(anyio.Lock)
+        """Held by checks until they have left their worktree, also after they were stopped."""
         self._closed = False
 
-    def stop(self) -> None:
-        """Stop all checks; `run` then returns ChecksNotRun."""
+    def stop(self, tasks: Container[str]) -> None:
+        """Stop the checks for these tasks; `run` then returns ChecksNotRun."""
         for running in self._running.values():
-            running.scope.cancel()
+            if running.task in tasks:
+                running.scope.cancel()
 
     def close(self) -> None:
-        """Stop all checks, and start no others in advance."""
+        """Stop all checks, and start no others."""
         self._closed = True
-        self.stop()
+        self.stop([running.task for running in self._running.values()])
 
     async def run(self, request: CheckRequest, *, confirm: bool = False) -> CheckResult:
         """Return the result of checks, from the cache if possible.
@@ -123,15 +128,21 @@ class CheckRuns:
     async def _prefetch(self, key: _Key, request: CheckRequest) -> None:
         if key in self._running or self._closed:
             return
-        running = self._running[key] = _Running()
+        running = self._running[key] = _Running(request.task)
         result = await self._run(key, running, request)
         if isinstance(result, CommandFailed) and result.unrunnable is None:
             self._failed[key] = result
 
     async def _join(self, key: _Key, request: CheckRequest, earlier: CommandFailed | None = None) -> CheckResult:
-        running = self._running.get(key)
+        while (running := self._running.get(key)) is not None and running.scope.cancel_called:
+            await running.ended.wait()
+        if self._closed:
+            return CHECKS_STOPPED
         if running is None:
-            running = self._running[key] = _Running(waiters=1)
+            for other in self._running.values():  # of an earlier merge of the task, checked ahead of its turn
+                if other.task == request.task and not other.waiters:
+                    other.scope.cancel()
+            running = self._running[key] = _Running(request.task, waiters=1)
             return await self._run(key, running, request, earlier)
         running.waiters += 1
         try:
@@ -143,22 +154,24 @@ class CheckRuns:
     async def _run(
         self, key: _Key, running: _Running, request: CheckRequest, earlier: CommandFailed | None = None
     ) -> CheckResult:
+        # The repetition has its own log: both results are evidence.
+        checker = request.checker if earlier is None else key[0][-6:]
         try:
             with running.scope:
-                async with self._limiter:
-                    running.result = await self._run_missing(key, request, earlier)
+                async with self._worktrees[request.task, request.attempt, checker], self._limiter:
+                    running.result = await self._run_missing(key, request, checker, earlier)
         finally:
             del self._running[key]
             running.ended.set()
         return running.result
 
-    async def _run_missing(self, key: _Key, request: CheckRequest, earlier: CommandFailed | None) -> CheckResult:
+    async def _run_missing(
+        self, key: _Key, request: CheckRequest, checker: str, earlier: CommandFailed | None
+    ) -> CheckResult:
         missing = await self._missing(request, key)
         if not missing:
             return ChecksPassed()
         run = self._ledger.run.id
-        # The repetition has its own log: both results are evidence.
-        checker = request.checker if earlier is None else key[0][-6:]
         runner = self._context.checks(self._pool, run, request.task, request.attempt, request.spec, missing, checker)
 
         async def record(passed: PassedCheck) -> None:

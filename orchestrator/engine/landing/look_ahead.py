@@ -7,6 +7,7 @@ The window follows Zuul's gate pipelines: it grows with each success, and is hal
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 
 import anyio
 from anyio.abc import TaskGroup
@@ -51,7 +52,7 @@ class LookAhead:
         task, merge = list(merges.items())[-1]
         first = await self._checks.request(task, merge)
         self._merged.clear()
-        while first.commands and self._window > 1:
+        while first.commands:
             changed = self._changed
             requests = [first]
             last = merge
@@ -61,7 +62,8 @@ class LookAhead:
                 last, request = await self._merge(lease, last, batch)
                 if request is not None and request.commands:
                     requests.append(request)
-            await self._checks.runs.prefetch(group, requests)
+            with suppress(GitError, RefusedError):  # reported when it is their turn
+                await self._checks.runs.prefetch(group, requests)
             await changed.wait()
 
     async def _merge(

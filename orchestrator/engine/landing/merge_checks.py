@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import assert_never
 
 from orchestrator.domain.events.tasks import TaskChecking
@@ -17,11 +18,21 @@ from orchestrator.engine.landing.ownership_check import OwnershipCheck
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.sessions.setup.checks import CheckResult, ChecksNotRun, ChecksPassed
+from orchestrator.sessions.setup.checks import CHECKS_STOPPED, CheckResult, ChecksNotRun, ChecksPassed
 from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system.failpoints import failpoint
 
 _NOT_REACHED = "a check fails on the merge with the tasks before it"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedMerges:
+    """How many merges, from the first, may land, and the other tasks to check again now."""
+
+    passed: int
+    again: Sequence[str] = ()
+    culprit: str | None = None
+    """A task that has failed only together with the tasks before it."""
 
 
 class MergeChecks:
@@ -55,15 +66,15 @@ class MergeChecks:
         spec, builder = await self._ledger.definitions.spec(task), self._ledger.task(task).building_attempt
         return CheckRequest(task, builder.number, spec, spec.checks, merge.new, merge.old or builder.base)
 
-    async def count_passed(self, merges: Mapping[str, PreparedMerge]) -> int:
-        """Return how many of consecutive merges, from the first, may land.
+    async def check(self, merges: Mapping[str, PreparedMerge]) -> CheckedMerges:
+        """Check consecutive merges, whose tasks have the same checks.
 
-        All tasks have the same checks. If the last merge fails them, the first merge that fails is searched: its task
-        and later ones are queued again. The failure of a single merge is recorded as its outcome.
+        If the last merge fails them, the first merge that fails is searched: its task and later ones are queued again.
+        The failure of a single merge is recorded as its outcome.
         """
         tasks = list(merges)
         if not (await self._ledger.definitions.spec(tasks[0])).checks:
-            return len(tasks)
+            return CheckedMerges(len(tasks))
         requests = [await self.request(task, merge) for task, merge in merges.items()]
         if not await self.runs.has_passed(requests[-1]):
             checking = {
@@ -71,18 +82,16 @@ class MergeChecks:
             }
             await self._ledger.change_all(checking)
             failpoint("landing.checking")
-        if len(tasks) == 1:
-            passed = int(await self._pass_single(requests[0]))
-        else:
-            passed = await self._search_failure(requests)
-            await self._requeue(tasks[passed:], _NOT_REACHED)
-        if passed and (reason := await self._find_obstacle(merges, tasks[:passed])) is not None:
-            await self._requeue(tasks[:passed], reason)
-            passed = 0
-        return passed
+        checked = await (self._search_failure(requests) if len(tasks) > 1 else self._check_single(requests[0]))
+        leading = tasks[: checked.passed]
+        if leading and (reason := await self._find_obstacle(merges, leading)) is not None:
+            await self.requeue(leading, reason)
+            return CheckedMerges(0, [*leading, *checked.again] if len(tasks) > 1 else ())
+        return checked
 
-    async def _search_failure(self, requests: list[CheckRequest]) -> int:
-        """Return the number of leading merges that pass: all, or those before the first that fails."""
+    async def _search_failure(self, requests: list[CheckRequest]) -> CheckedMerges:
+        """Find the leading merges that pass: all, or those before the first that fails."""
+        tasks = [request.task for request in requests]
         passed, failed = 0, len(requests)
         position = failed
         while passed < failed:
@@ -92,28 +101,31 @@ class MergeChecks:
                     passed = position
                 case CommandFailed():
                     failed = position - 1
-                case ChecksNotRun():
-                    return passed
+                case ChecksNotRun(reason) as result:
+                    await self.requeue(tasks[passed:], reason)
+                    # Other reasons, such as a full disk, may persist: these tasks wait like a single one.
+                    return CheckedMerges(passed, tasks[passed:] if result is CHECKS_STOPPED else ())
             position = (passed + failed + 1) // 2
-        return passed
+        await self.requeue(tasks[passed:], _NOT_REACHED)
+        return CheckedMerges(passed, tasks[passed:], next(iter(tasks[passed:]), None))
 
-    async def _pass_single(self, request: CheckRequest) -> bool:
+    async def _check_single(self, request: CheckRequest) -> CheckedMerges:
         task, spec = request.task, request.spec
         result, unrunnable = await self._run(request)
         match result:
             case ChecksPassed():
                 failpoint("landing.checked")
-                return True
+                return CheckedMerges(1)
             case CommandFailed() if unrunnable is not None:
-                await self._requeue([task], HaltReason.parse(unrunnable).headline)
+                await self.requeue([task], HaltReason.parse(unrunnable).headline)
                 self._give_up(unrunnable)
             case CommandFailed():
                 await self._outcomes.bounce(task, spec, request.commit, result)
             case ChecksNotRun(reason):
-                await self._requeue([task], reason)
+                await self.requeue([task], reason)
             case _:
                 assert_never(result)
-        return False
+        return CheckedMerges(0)
 
     async def _run(self, request: CheckRequest) -> tuple[CheckResult, str | None]:
         """Return a merge's check results, and the reason if a failed check can never run."""
@@ -134,7 +146,8 @@ class MergeChecks:
         whole = PreparedMerge(old=merges[tasks[0]].old, new=merges[tasks[-1]].new)
         return await self._context.target.find_obstacle(whole)
 
-    async def _requeue(self, tasks: list[str], reason: str) -> None:
+    async def requeue(self, tasks: Sequence[str], reason: str) -> None:
+        """Return tasks that are queued or being checked to the queue, with the reason."""
         for task in tasks:
             if self._ledger.task(task).status is TaskStatus.CHECKING:
                 await self._outcomes.requeue(task, reason)

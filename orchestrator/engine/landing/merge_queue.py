@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import assert_never
 
 import anyio
@@ -26,13 +26,13 @@ from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trig
 from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.look_ahead import LookAhead
-from orchestrator.engine.landing.merge_checks import MergeChecks
+from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks
 from orchestrator.engine.landing.outcomes import LandingOutcomes, add_intended_merge
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import ClaimLost, GitError, LeaseLost, RefusedError
+from orchestrator.errors import ClaimLost, CouncilError, GitError, LeaseLost, RefusedError
 from orchestrator.locking.merge_lease import HeldMergeLease, MergeLeaseQueue
 from orchestrator.repo.landing.target_branch import (
     OWN_PUSH_DESCRIPTION,
@@ -53,6 +53,8 @@ _ROUND_BACKOFF = Backoff(initial=0.02, factor=2.0, max=1.0, jitter=False)
 _TARGET_BUSY = (
     f"something else updated the target during each of {MAX_MERGE_ROUNDS} attempts, perhaps a hook of the repository"
 )
+_CLAIM_LOST = "another process took over a task of the same batch"
+_CANCELLED = "a task of the same batch was cancelled"
 _LEASE_LOST = "this process was suspended until its merge lease expired: it requests a new one"
 
 #: Errors of the target or of one task's work; the task keeps its position.
@@ -120,7 +122,7 @@ class MergeQueue:
         A task whose target is, or may have been, moved still completes.
         """
         if task in self.landing:
-            self._checks.runs.stop()
+            self._checks.runs.stop(self.landing)
         elif task in self.waiting and self._status(task) is not TaskStatus.LANDING:
             self.waiting.remove(task)
             if not self.waiting:
@@ -166,14 +168,11 @@ class MergeQueue:
                 remaining = await self._land_together(lease, ready, group) if ready else []
         except ClaimLost as lost:
             tasks = [task for task in tasks if task != lost.task]
-            remaining = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]
+            remaining = await self._requeue_claimed(tasks, _CLAIM_LOST)
         except LeaseLost as lost:
             if lost.subject != str(lease.guard.key):
                 raise
-            remaining = [task for task in tasks if self._status(task) in CLAIMED_STATUSES]
-            for task in remaining:
-                if self._status(task) is TaskStatus.CHECKING:
-                    await self.outcomes.requeue(task, _LEASE_LOST)
+            remaining = await self._requeue_claimed(tasks, _LEASE_LOST)
         except _LANDING_ERRORS as error:
             remaining = []
             for task in tasks:
@@ -181,9 +180,19 @@ class MergeQueue:
         later = [task for task in remaining if task not in self.cancelled]
         self.waiting.extendleft(reversed(later))
         if not self.waiting:
-            self._checks.runs.stop()
+            await self._checks.runs.prefetch(group, [])
         await self.outcomes.drop_branches(tasks)
         return [task for task in tasks if task not in later]
+
+    async def _requeue_claimed(self, tasks: Sequence[str], reason: str) -> list[str]:
+        """Return the tasks that this process still owns, without their interrupted checks."""
+        claimed = []
+        for task in tasks:
+            with suppress(ClaimLost):
+                if self._status(task) is TaskStatus.CHECKING:
+                    await self.outcomes.requeue(task, reason)
+                claimed += [task] if self._status(task) in CLAIMED_STATUSES else []
+        return claimed
 
     async def _take(self) -> list[str]:
         """Take the tasks of the next landing from the queue.
@@ -250,10 +259,8 @@ class MergeQueue:
             tasks = [task for task, merge in merges.items() if await self._is_allowed(task, merge)]
             if len(tasks) == len(merges):  # otherwise later merges include one that will not land
                 break
-        passed = await self._count_passed(lease, merges, group) if merges else 0
-        if len(tasks) > 1:
-            later = [*tasks[passed:], *later]
-        return {task: merges[task] for task in tasks[:passed]}, later
+        checked = await self._check(lease, merges, group) if merges else CheckedMerges(0)
+        return {task: merges[task] for task in tasks[: checked.passed]}, [*checked.again, *later]
 
     async def _pause(self, number: int) -> None:
         """Wait between two merge rounds, unless the queue is stopped."""
@@ -339,21 +346,31 @@ class MergeQueue:
             return False
         return await self._checks.is_allowed(task, merge)
 
-    async def _count_passed(self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge], group: TaskGroup) -> int:
-        """Return how many merges, from the first, passed their checks and may land.
-
-        Meanwhile, the merges of later tasks are checked in `group`.
-        """
+    async def _check(
+        self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge], group: TaskGroup
+    ) -> CheckedMerges:
+        """Check merges and, in `group`, the merges of later tasks."""
+        tasks, checked = list(merges), CheckedMerges(0)
+        failure: CouncilError | None = None
         async with anyio.create_task_group() as ahead:
             ahead.start_soon(self._look_ahead.run, lease, merges, self._next_batches, group)
-            passed = await self._checks.count_passed(merges)
+            try:
+                checked = await self._checks.check(merges)
+            except CouncilError as error:  # the task group would raise it as a group
+                failure = error
             ahead.cancel_scope.cancel()
-        self._look_ahead.resize(has_passed=passed == len(merges))
-        tasks = list(merges)
+        if failure is not None:
+            raise failure
+        self._look_ahead.resize(has_passed=checked.passed == len(merges))
         self._suspects.difference_update(tasks)
-        self._suspects.update(tasks[passed : passed + 1] if len(tasks) > 1 else ())
-        cancelled = [number for number, task in enumerate(tasks) if task in self.cancelled]
-        return 0 if self._stopping else min([passed, *cancelled])
+        self._suspects.update([checked.culprit] if checked.culprit else ())
+        if self._stopping:
+            return CheckedMerges(0)
+        if (leading := tasks[: checked.passed]) and self.cancelled.intersection(leading):
+            # The merges before the cancelled one need not pass by themselves.
+            await self._checks.requeue(leading, _CANCELLED)
+            return CheckedMerges(0, [*leading, *checked.again] if len(tasks) > 1 else ())
+        return checked
 
     async def _next_batches(self) -> list[list[str]]:
         """Return the waiting tasks as the batches in which they will land."""
