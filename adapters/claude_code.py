@@ -14,11 +14,12 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 import pluggy
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
+from adapters.acp import Agent, AgentChoice
 from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import (
     as_cost,
@@ -123,6 +124,11 @@ _TOKENS: Final = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheC
 _DETAIL_KEYS: Final = ("command", "pattern", "description", "url", "query")
 
 
+#: The program that runs it as an agent of the Agent Client Protocol, and its npm package.
+_AGENT: Final = "claude-agent-acp"
+_AGENT_PACKAGE: Final = "@agentclientprotocol/claude-agent-acp"
+
+
 class ClaudeCodeOptions(CliOptions):
     """Options of an adapter with `use: claude-code`."""
 
@@ -137,6 +143,11 @@ class ClaudeCodeOptions(CliOptions):
     """The cost limit of a session in US dollars (`--max-budget-usd`)."""
     home: Literal["own", "shared"] = "own"
     """The location of settings and conversations (`CLAUDE_CONFIG_DIR`): a folder per task, or yours."""
+
+    @model_validator(mode="after")
+    def _check_acp(self) -> Self:
+        self.check_without_acp("max_turns", "max_cost", "args")
+        return self
 
 
 class ClaudeCodeAdapter:
@@ -192,6 +203,22 @@ class ClaudeCodeAdapter:
             home=_home(request, hooks, is_own=options.has_own_home),
             interrupt=True,  # on SIGTERM it leaves its tools' processes behind and prints no result
         )
+
+    def agent(self) -> Agent:
+        """See `AgentCli`."""
+        options = self._options
+        return Agent(
+            options.agent_program(self.programs()[0], f"`npm install -g {_AGENT_PACKAGE}`", _AGENT),
+            permissions="all" if options.permission_mode == "bypassPermissions" else "edits",
+            remedy=_MODE,
+            model=options.model,
+            resumes=options.has_own_home,
+        )
+
+    def agent_command(self, request: SessionRequest) -> SessionCommand:
+        """See `AgentCli`. It asks for permission for everything; hooks and gates are those of the bridge."""
+        own = self.command(replace(request, pre_edit=(), stop_gate=()))
+        return replace(own, argv=self._options.agent_argv(_AGENT))
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         """Return the events in a JSON line; plain text is a message."""
@@ -389,4 +416,4 @@ def _failure_in_text(end: SessionEnd) -> Failed | None:
 @hookimpl
 def council_register_adapters(register: RegisterAdapter) -> None:
     """Register `use: claude-code`."""
-    register("claude-code", ClaudeCodeAdapter)
+    register("claude-code", AgentChoice(ClaudeCodeAdapter, ClaudeCodeOptions))

@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Final, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 import pluggy
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, model_validator
 
+from adapters.acp import Agent, AgentChoice
 from adapters.failures import failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import (
     as_count,
@@ -78,6 +80,23 @@ _SANDBOXES: Final[Mapping[str, tuple[str, ...]]] = {
     "workspace-write": ("-c", 'sandbox_mode="workspace-write"'),
     "read-only": ("-c", 'sandbox_mode="read-only"'),
 }
+#: A failure as the agent's only message.
+_AGENT_REPORT: Final = re.compile(
+    r"(?:exceeded retry limit|unexpected status [45]\d\d|stream disconnected|you've hit your usage limit"
+    r"|quota exceeded).{0,400}\Z",
+    re.IGNORECASE,
+)
+#: The modes of the agent that correspond to its own sandboxes.
+_AGENT_MODES: Final = {"none": "agent-full-access", "workspace-write": "workspace-write", "read-only": "read-only"}
+_AGENT_SETTINGS: Final = {
+    "analytics.enabled": False,
+    "feedback.enabled": False,
+    "check_for_update_on_startup": False,
+    "features.shell_snapshot": False,
+}
+#: The program that runs it as an agent of the Agent Client Protocol, and its npm package.
+_AGENT: Final = "codex-acp"
+_AGENT_PACKAGE: Final = "@agentclientprotocol/codex-acp"
 _SETTINGS: Final = (
     *("-c", "analytics.enabled=false"),
     *("-c", "feedback.enabled=false"),
@@ -144,6 +163,11 @@ class CodexOptions(CliOptions):
     home: Literal["own", "shared"] = "own"
     """The location of settings and conversations (`CODEX_HOME`): a folder per task, or yours."""
 
+    @model_validator(mode="after")
+    def _check_acp(self) -> Self:
+        self.check_without_acp("args")
+        return self
+
 
 class CodexAdapter:
     """Runs `codex exec` with the prompt on standard input."""
@@ -190,6 +214,31 @@ class CodexAdapter:
             pass_env=passed,
             home=SessionHome(links=_LINKS, renewed=(_LOGIN,)) if options.has_own_home else None,
         )
+
+    def agent(self) -> Agent:
+        """See `AgentCli`."""
+        own, install = self.programs()[0], f"`npm install -g {_AGENT_PACKAGE}`"
+        return Agent(
+            self._options.agent_program(own, install, _AGENT),
+            resumes=self._options.has_own_home,
+            enforced=frozenset(),  # without a sandbox it never asks
+            failure_in_answer=lambda text: _failure(text).failed if _AGENT_REPORT.match(text) else None,
+        )
+
+    def agent_command(self, request: SessionRequest) -> SessionCommand:
+        """See `AgentCli`. The agent takes settings from variables."""
+        options, own = self._options, self.command(request)
+        settings: dict[str, Any] = dict(_AGENT_SETTINGS)
+        if options.model is not None:
+            settings["model"] = options.model
+        env = {
+            "CODEX_CONFIG": json.dumps(settings),
+            "INITIAL_AGENT_MODE": _AGENT_MODES[options.sandbox],
+            "NO_BROWSER": "1",
+        }
+        if options.provider is not None:
+            env["MODEL_PROVIDER"] = options.provider
+        return replace(own, argv=options.agent_argv(_AGENT), env={**env, **own.env})
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         """Return the events in a JSON line; plain text is a message."""
@@ -370,4 +419,4 @@ def _failed(failure: FailureClass, message: str) -> Failed:
 @hookimpl
 def council_register_adapters(register: RegisterAdapter) -> None:
     """Register `use: codex`."""
-    register("codex", CodexAdapter)
+    register("codex", AgentChoice(CodexAdapter, CodexOptions))

@@ -12,11 +12,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 import pluggy
 from pydantic import BaseModel, model_validator
 
+from adapters.acp import Agent, AgentChoice
 from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import (
     as_count,
@@ -223,6 +225,22 @@ class GeminiAdapter:
             home=SessionHome({}, _LINKS, (_LOGIN,), settings) if options.has_own_home else None,
         )
 
+    def agent(self) -> Agent:
+        """See `AgentCli`."""
+        options = self._options
+        return Agent(
+            options.agent_program(self.programs()[0], ""),
+            permissions="all" if options.approval_mode == "yolo" else "edits",
+            remedy=_YOLO,
+            resumes=options.has_own_home,
+        )
+
+    def agent_command(self, request: SessionRequest) -> SessionCommand:
+        """See `AgentCli`. It asks for permission for everything."""
+        options = self._options
+        argv = options.agent_argv(options.bin, "--acp", *option_arguments("--model", options.model), *options.args)
+        return replace(self.command(request), argv=argv)
+
     def parse(self, line: str) -> Sequence[SessionEvent]:
         """Return the events in a JSON line; plain text is a message."""
         value = parse_object(line)
@@ -426,4 +444,4 @@ def _end_of_limit(end: SessionEnd) -> float | None:
 @hookimpl
 def council_register_adapters(register: RegisterAdapter) -> None:
     """Register `use: gemini`."""
-    register("gemini", GeminiAdapter)
+    register("gemini", AgentChoice(GeminiAdapter, GeminiOptions))

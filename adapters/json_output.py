@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from adapters import bridges
 from adapters.bridges.lines import LINE_FIELDS
-from adapters.bridges.tool_text import edit_diff, plan_text, shorten
+from adapters.bridges.tool_text import input_diff, plan_text, shorten
 from adapters.failures import one_line
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
@@ -32,9 +32,6 @@ from orchestrator.protocols import (
 #: An upper bound for plausible counts and amounts. JSON numbers are unbounded, and neither floats nor stores can
 # represent all of them.
 _TOO_MANY: Final = 1 << 53
-#: The usual names of the replaced and the new text in the arguments of tools that edit files.
-_BEFORE: Final = ("old_string", "oldString", "old_str", "old_text", "oldText")
-_AFTER: Final = ("new_string", "newString", "new_str", "new_text", "newText", "content", "file_text", "new_source")
 #: The usual names of the words of a step in a plan.
 _STEPS: Final = ("content", "description", "text", "step")
 _BRIDGES: Final = Path(bridges.__file__).absolute().parent
@@ -123,18 +120,7 @@ def tool_event(
     paths = tuple(given[key] for key in path_keys if isinstance(given.get(key), str))
     details = [given[key] for key in detail_keys if isinstance(given.get(key), str)]
     detail = one_line((paths or details or ("",))[0])
-    return ToolCall(name, detail, paths, as_text(call) or None, "\n".join(_changes(given)) if paths else "")
-
-
-def _changes(given: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the changed lines of each edit in the arguments of a tool, by any of the usual names."""
-    edits = given.get("edits")
-    for edit in (given, *(edits if isinstance(edits, list) else ())):
-        if not isinstance(edit, dict):
-            continue
-        before, after = (as_text(next((edit[key] for key in keys if key in edit), "")) for keys in (_BEFORE, _AFTER))
-        if (before or after) and (changed := edit_diff(before, after)):
-            yield changed
+    return ToolCall(name, detail, paths, as_text(call) or None, input_diff(given) if paths else "")
 
 
 def plan_event(steps: Any) -> AgentPlan | None:

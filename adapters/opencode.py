@@ -16,12 +16,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import reduce
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 import pluggy
 from pydantic import AfterValidator, BaseModel, Field, JsonValue, model_validator
 
+from adapters.acp import Agent, AgentChoice
 from adapters.bridges.tool_text import shorten
 from adapters.failures import MAX_REASON_CHARS, failure_class_for_status, make_failure, match_failure_class, one_line
 from adapters.json_output import (
@@ -37,7 +37,7 @@ from adapters.json_output import (
     tool_event,
 )
 from adapters.options import INSTRUCTIONS_FILE, AdapterOptions, CliOptions, OptionValue, ProgramName, option_arguments
-from adapters.rate_limits import with_reset_time
+from adapters.rate_limits import parse_limit, with_reset_time
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.security.secrets import has_secret_key, secret_values
 from orchestrator.domain.settings.failures import FailureClass
@@ -197,7 +197,8 @@ export const Council = async ({ directory }) => ({
 """
 
 
-#: A plugin that ends opencode when it would silently wait longer than this for a usage limit.
+#: A plugin that ends opencode when it would silently wait longer than this for a usage limit, possibly for hours. It
+# first prints a line to standard error, for `parse_limit`.
 _LIMIT_FILE: Final = "council-limit.js"
 #: The variable with a configuration that overrides its files.
 _CONTENT: Final = "OPENCODE_CONFIG_CONTENT"
@@ -208,7 +209,7 @@ export const CouncilLimit = async () => ({
   event: async ({ event }) => {
     const status = event.type === "session.status" ? event.properties.status : undefined
     if (status?.type !== "retry" || !(status.next - Date.now() > longest)) return
-    writeSync(STREAM, JSON.stringify({ type: "council.limited", message: status.message, until: status.next }) + "\\n")
+    writeSync(2, JSON.stringify({ type: "council.limited", message: status.message, until: status.next }) + "\\n")
     process.kill(process.pid, "SIGKILL")
   },
 })
@@ -230,7 +231,8 @@ class OpencodeOptions(CliOptions):
 
     @model_validator(mode="after")
     def _check_config(self) -> Self:
-        read_given_config(self)
+        _read_given_config(self)
+        self.check_without_acp("agent")
         return self
 
 
@@ -260,7 +262,7 @@ class OpencodeAdapter:
         variables = _VARIABLES if options.has_own_home else (*_VARIABLES, *_FOLDERS)
         env, passed = options.variables(("HOME", *_KEYS, *variables), **_PRESET, **own)
         env = {**env, _CONTENT: config}
-        files = {**limit_plugin("stdout")}
+        files = {_LIMIT_FILE: _LIMIT}
         if request.instructions is not None:
             files[INSTRUCTIONS_FILE] = request.instructions
         if request.pre_edit:
@@ -280,6 +282,21 @@ class OpencodeAdapter:
             scratch_patterns=_LEAVINGS,
             home=home,
         )
+
+    def agent(self) -> Agent:
+        """See `AgentCli`."""
+        chosen = self._options.agent_program(self.programs()[0], "")
+        return Agent(
+            chosen,
+            model=self._options.model,
+            resumes=self._options.has_own_home,
+            enforced=frozenset({Capability.PRE_EDIT}),  # by its plugin; it asks only if configured to
+        )
+
+    def agent_command(self, request: SessionRequest) -> SessionCommand:
+        """See `AgentCli`. Its plugins run in the same way."""
+        options = self._options
+        return replace(self.command(request), argv=options.agent_argv(options.bin, "acp", *options.args))
 
     def parse(self, line: str) -> Sequence[SessionEvent]:
         """Return the events in a JSON line; plain text is a message."""
@@ -301,38 +318,19 @@ class OpencodeAdapter:
                 return tuple(_of_step(part, self._options.model))
             case "error":
                 return tuple(_of_error(value))
-            case "council.limited":
-                return (FinalResult("", _limited(value)),)
             case _:
                 return ()
 
     def verdict(self, end: SessionEnd) -> Failed | None:
         """Return the failure in the events or, if that has no class, the one in the log."""
-        failed = concluded_failure(end)
+        failed = parse_limit(end.stderr) or concluded_failure(end)
         concluded = any(isinstance(event, FinalResult) for event in end.events)
-        if concluded and (failed is None or failed.failure is not FailureClass.CRASHED):
+        if concluded if failed is None else failed.failure is not FailureClass.CRASHED:
             return with_reset_time(failed, end.time)
         return with_reset_time(_failure_in_text(end.stderr) or failed or detect_interruption(end), end.time)
 
 
-def limit_plugin(stream: Literal["stdout", "stderr"]) -> Mapping[str, str]:
-    """Return the source of a plugin that ends opencode at a usage limit.
-
-    opencode would wait silently, possibly for hours. The plugin first prints a line to a stream, for `parse_limit`.
-    """
-    return {_LIMIT_FILE: _LIMIT.replace("STREAM", "1" if stream == "stdout" else "2")}
-
-
-def limit_config(options: AdapterOptions, home: Path) -> Mapping[str, str]:
-    """Return the variable whose configuration loads the plugin from a session's home.
-
-    The configuration includes the one in the `env` of the options.
-    """
-    own: JsonObject = {"plugin": [(home / _LIMIT_FILE).as_uri()]}
-    return {_CONTENT: json.dumps(_merge(read_given_config(options), own))}
-
-
-def read_given_config(options: AdapterOptions) -> JsonObject:
+def _read_given_config(options: AdapterOptions) -> JsonObject:
     """Return the configuration in the `env` of an adapter's options.
 
     Raises ValueError if it can't be merged with ours.
@@ -358,18 +356,6 @@ def _merge(config: JsonObject, over: JsonObject) -> JsonObject:
     return merged
 
 
-def parse_limit(text: str) -> Failed | None:
-    """Return the limit that the plugin printed, or None."""
-    values = (parse_object(line) for line in text.splitlines()[::-1] if "council.limited" in line)
-    return next((_limited(value) for value in values if value and value.get("type") == "council.limited"), None)
-
-
-def _limited(value: JsonObject) -> Failed:
-    until = as_count(value.get("until"))
-    reason = one_line(as_text(value.get("message"))) or "the account reached its limit"
-    return Failed(FailureClass.RATE_LIMITED, reason, until / 1000 if until else None)
-
-
 def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
     plugins = (_LIMIT_FILE, _HOOK_FILE) if request.pre_edit else (_LIMIT_FILE,)
     own: JsonObject = {"plugin": [(request.home / name).as_uri() for name in plugins]}
@@ -386,7 +372,7 @@ def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
             }
             for server in request.mcp_servers
         }
-    return reduce(_merge, (read_given_config(options), {**options.config}, own), {**_CONFIG})
+    return reduce(_merge, (_read_given_config(options), {**options.config}, own), {**_CONFIG})
 
 
 def _of_tool(part: JsonObject) -> Iterator[SessionEvent]:
@@ -504,4 +490,4 @@ def _failure_in_text(log: str) -> Failed | None:
 @hookimpl
 def council_register_adapters(register: RegisterAdapter) -> None:
     """Register `use: opencode`."""
-    register("opencode", OpencodeAdapter)
+    register("opencode", AgentChoice(OpencodeAdapter, OpencodeOptions))

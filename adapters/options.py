@@ -127,6 +127,8 @@ ProgramName = Annotated[str, AfterValidator(_check_program)]
 Arguments = Annotated[tuple[Annotated[str, AfterValidator(check_argument)], ...], Field(strict=False)]
 #: A program and its arguments.
 CommandLine = Annotated[Arguments, Field(min_length=1), AfterValidator(_check_program_first)]
+#: Whether a CLI runs as an agent of the Agent Client Protocol, or the agent and its arguments.
+AcpChoice = bool | CommandLine
 
 
 def option_arguments(option: str, value: str | float | None) -> tuple[str, ...]:
@@ -185,7 +187,31 @@ class AdapterOptions(BaseModel):
         return values, [item for item in self.env if "=" not in item]
 
 
-class CliOptions(AdapterOptions):
+class AgentOptions(AdapterOptions):
+    """The options of adapters whose CLI can also run as an agent of the Agent Client Protocol."""
+
+    acp: AcpChoice = False
+    """Whether to run it by the Agent Client Protocol; instead of `true`, the agent and its arguments."""
+
+    def agent_argv(self, *default: str) -> tuple[str, ...]:
+        """Return the command line of the agent."""
+        return default if isinstance(self.acp, bool) else self.acp
+
+    def agent_program(self, own: Program, install: str, name: str | None = None) -> Program:
+        """Return the program of the agent: the CLI's own, or another one with its command to install it."""
+        if isinstance(self.acp, bool) and name is None:
+            return own
+        remedy = f"install it ({install}), or correct `acp`" if isinstance(self.acp, bool) else "correct `acp`"
+        return Program(self.agent_argv(name or own.name)[0], install=remedy, keys=own.keys, log_in=own.log_in)
+
+    def check_without_acp(self, *keys: str) -> None:
+        """Raise ValueError if options are set that do not apply to an agent."""
+        for key in keys:
+            if self.acp and getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(f"`{key}` has no effect with `acp`: remove one of them")
+
+
+class CliOptions(AgentOptions):
     """The options of adapters for a specific CLI; `bin` is the name of its program."""
 
     bin: ProgramName

@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Final
 from zoneinfo import ZoneInfo
 
+from adapters.failures import one_line
+from adapters.json_output import as_count, as_text, parse_object
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 
@@ -56,6 +58,21 @@ def with_reset_time(failed: Failed | None, now: float) -> Failed | None:
     if failed is None or failed.failure is not FailureClass.RATE_LIMITED or failed.until is not None:
         return failed
     return replace(failed, until=limit_reset_time(failed.reason, now))
+
+
+def parse_limit(log: str) -> Failed | None:
+    """Return the limit that a plugin of ours reported in a log before it ended the CLI, or None.
+
+    The line is a JSON object with the `type` council.limited, a `message`, and `until` in milliseconds.
+    """
+    values = (parse_object(line) for line in log.splitlines()[::-1] if "council.limited" in line)
+    found = next((value for value in values if value and value.get("type") == "council.limited"), None)
+    if found is None:
+        return None
+    until, message = as_count(found.get("until")), one_line(as_text(found.get("message")))
+    return Failed(
+        FailureClass.RATE_LIMITED, message or "the account reached its limit", until / 1000 if until else None
+    )
 
 
 def _named(text: str, now: float) -> Iterator[tuple[int, float]]:

@@ -31,7 +31,8 @@ def rows() -> Iterator[str]:
             assert isinstance(adapter, ProfileAdapter)
             profile = adapter.profile
             verified = ", ".join(profile.verified) or "unverified"
-            features = ", ".join(sorted(str(one).replace("_", "-") for one in adapter.capabilities())) or "none"
+            can = [str(one).replace("_", "-") for one in adapter.capabilities()]
+            features = ", ".join(sorted([*can, *(["acp"] if profile.acp else [])])) or "none"
             passed = profile.variables(profile.keys)[1]
             variables = ", ".join(f"`{one}`" for one in passed) or "none"
             install = profile.install.replace("|", "\\|")

@@ -3,11 +3,15 @@
     python3 -P acp.py --prompt-file FILE --worktree FOLDER [OPTION]... -- AGENT [ARGUMENT]...
     python3 -P acp.py --ready
 
-Permission requests are granted unless they contain a path outside the worktree; only files in the worktree are read or
-written for the agent. `--ready` checks that the SDK is installed.
+Permission requests that contain a path outside the worktree are denied; only files in the worktree are read or written
+for the agent. `--ready` checks that the SDK is installed.
 
 --model M             a model that the agent offers
 --resume ID           resume this conversation, which the agent loads
+--auth ID             log in by this method of the agent, which must not need a user
+--permissions WHAT    allow all other requests, or only those for edits
+--read-only           deny edits
+--pre-edit JSON       a command, as a list, that may deny an edit
 --mcp-server JSON     an MCP server for the agent (`conversations.ConversationRequest`), repeatable
 """
 
@@ -17,11 +21,10 @@ import argparse
 import json
 import logging
 import os
-import re
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
@@ -29,8 +32,8 @@ from typing import Any, Final, cast
 import anyio
 import anyio.to_thread
 
-from adapters.bridges.http_status import failure_name_for_status
 from adapters.bridges.lines import BridgeExit, MessageBuffer, write_line
+from adapters.bridges.permissions import Permissions
 from adapters.bridges.tool_text import plan_text
 from adapters.bridges.worktree import ConfinedWorktree, OutsideWorktreeError
 
@@ -38,38 +41,26 @@ try:
     import acp
     from acp import schema
 
+    from adapters.bridges.agent_errors import AUTH_REQUIRED, error_text, make_exit
     from adapters.bridges.agent_tools import ToolCalls
-    from adapters.bridges.conversations import ConversationRequest, check_can_resume, choose_model, mcp_servers_for
+    from adapters.bridges.conversations import (
+        ConversationRequest,
+        check_can_resume,
+        choose_model,
+        find_key_method,
+        log_in,
+        mcp_servers_for,
+    )
 except ImportError:
     _MISSING = BridgeExit("the SDK of the Agent Client Protocol is missing: pip install 'cli-council[acp]'", "invalid")
     sys.exit(_MISSING.report(plain="--ready" in sys.argv))
 
-_AUTH_REQUIRED: Final = -32000  # agentclientprotocol.com/protocol/v1/schema, ErrorCode
 _LONGEST_MESSAGE: Final = 50 << 20  # bytes of one message
 _PATIENCE: Final = 5.0  # seconds for an agent to exit after it closes its output, or to replay a conversation
 _QUIET: Final = 0.3  # seconds without updates after which a replay is considered complete
-#: Messages that are unambiguous for any error code: Gemini CLI uses 500 for all connection errors.
-_CERTAIN_PATTERNS: Final[Mapping[str, re.Pattern[str]]] = {
-    "transient": re.compile(
-        r"fetch failed|\bterminated$|ECONN(?:REFUSED|RESET)|ENOTFOUND|ETIMEDOUT|EAI_AGAIN|socket hang up"
-        r"|premature close|cannot connect to api|unable to connect|connection (?:error|refused|was closed)",
-        re.IGNORECASE,
-    ),
-    "limit": re.compile(
-        r"prompt is too long|token count .*exceeds|context length|context window|output token maximum", re.IGNORECASE
-    ),
-}
-_STATUS: Final = re.compile(r"\bAPI Error: ([45]\d\d)\b")
-#: Messages of errors without a code; the first match counts.
-_ERROR_PATTERNS: Final[Mapping[str, re.Pattern[str]]] = {
-    "rate_limited": re.compile(
-        r"rate.?limit|usage.?limit|hit your .*limit|limit (?:reached|exceeded)|too many requests|quota|exhausted"
-        r"|\b429\b",
-        re.IGNORECASE,
-    ),
-    "auth": re.compile(r"authenticat|not logged in|/login|api.?key|unauthorized|\b40[13]\b", re.IGNORECASE),
-    "overloaded": re.compile(r"overloaded|unavailable|internal server error|\b5(?:00|02|03|29)\b", re.IGNORECASE),
-}
+#: Seconds for an agent to end its turn after a signal.
+_CANCEL_PATIENCE: Final = 2.0
+_STOPS: Final = (signal.SIGINT, signal.SIGTERM)
 _STOP_REASONS: Final[Mapping[str, tuple[str, str]]] = {
     "refusal": ("refused", "the agent refused to continue"),
     "max_tokens": ("limit", "the agent reached its token limit"),
@@ -88,11 +79,14 @@ class _OneLineFormatter(logging.Formatter):
 class _Client:
     """The client side of the protocol (`acp.interfaces.Client`)."""
 
-    def __init__(self, worktree: ConfinedWorktree) -> None:
-        self._worktree = worktree
+    def __init__(self, permissions: Permissions) -> None:
+        self._permissions = permissions
         self.words = MessageBuffer()
         self.refused = ""
         """The last denied permission request, until the agent continues."""
+        self.session: str | None = None
+        """The id of the conversation, once it has begun."""
+        self.stopped_by: signal.Signals | None = None
         self._cost: float | None = None
         self._cost_before = 0.0
         self._tools = ToolCalls()
@@ -152,9 +146,9 @@ class _Client:
         options: Sequence[schema.PermissionOption],
         **_: Any,
     ) -> schema.RequestPermissionResponse:
-        """Allow a request once unless it contains a path outside the worktree."""
-        title, paths = self._tools.describe(tool_call)[1:]
-        reason = self._denial_reason(paths)
+        """Allow a request once, or deny it by the rules."""
+        kind, title, paths = self._tools.describe(tool_call)
+        reason = await self._permissions.denial_reason(kind, title, paths)
         wanted = ("allow_once", "allow_always") if reason is None else ("reject_once", "reject_always")
         if reason is not None:
             self.refused = f"not allowed: {title}: {reason}"
@@ -164,14 +158,6 @@ class _Client:
             return schema.RequestPermissionResponse(outcome=schema.DeniedOutcome(outcome="cancelled"))
         outcome = schema.AllowedOutcome(outcome="selected", option_id=chosen.option_id)
         return schema.RequestPermissionResponse(outcome=outcome)
-
-    def _denial_reason(self, paths: Iterable[str]) -> str | None:
-        try:
-            for path in paths:
-                self._worktree.resolve(path)
-        except OutsideWorktreeError as error:
-            return str(error)
-        return None
 
     async def read_text_file(
         self,
@@ -204,6 +190,8 @@ class _Client:
     ) -> schema.WriteTextFileResponse:
         """Write a file in the worktree, creating parent folders."""
         file = self._locate(path)
+        if (reason := await self._permissions.edit_denial_reason([file])) is not None:
+            raise _denied(f"{path}: {reason}")
         try:
             await anyio.to_thread.run_sync(_write, file, content)
         except OSError as error:
@@ -212,10 +200,15 @@ class _Client:
 
     def _locate(self, path: str) -> Path:
         try:
-            return self._worktree.locate(path)
+            return self._permissions.worktree.locate(path)
         except OutsideWorktreeError as error:
-            write_line("denied", tool="file", detail=str(error), call="")
-            raise acp.RequestError.invalid_params({"details": str(error)}) from None
+            raise _denied(str(error)) from None
+
+
+def _denied(reason: str) -> acp.RequestError:
+    """Report a denied request for a file; return the agent's error."""
+    write_line("denied", tool="file", detail=reason, call="")
+    return acp.RequestError.invalid_params({"details": reason})
 
 
 def _write(file: Path, content: str) -> None:
@@ -238,11 +231,13 @@ async def _run_conversation(
         message = f"the agent uses version {known.protocol_version} of the protocol, not {acp.PROTOCOL_VERSION}"
         raise BridgeExit(f"{message}: install another version of it", "invalid")
     try:
+        if asked.auth is not None:
+            await log_in(agent, known, asked.auth)
         session = await _start_conversation(agent, known, client, top, asked)
         client.listen()
         response = await agent.prompt(session_id=session, prompt=[acp.text_block(prompt)])
     except acp.RequestError as error:
-        raise _concluded(error, known.auth_methods or ()) from error
+        raise make_exit(error, known.auth_methods or ()) from error
     said = client.words.flush()
     _write_spent(response.usage or _usage_in_metadata(response), client.cost)
     if response.stop_reason in _STOP_REASONS:
@@ -259,17 +254,33 @@ async def _start_conversation(
     """Start or resume a conversation; return its id."""
     started: schema.NewSessionResponse | schema.LoadSessionResponse
     if asked.resume is None:
-        started = await agent.new_session(cwd=str(top), mcp_servers=mcp_servers_for(known, asked.servers))
+        started = await _new_session(agent, known, top, asked)
         session = started.session_id
     else:
         check_can_resume(known)
         session = asked.resume
         started = await _load(agent, session, top, mcp_servers_for(known, asked.servers))
         await client.wait_for_replay()
+    client.session = session
     write_line("session", id=session)
     if asked.model is not None:
         await choose_model(agent, session, started, asked.model)
     return session
+
+
+async def _new_session(
+    agent: Any, known: schema.InitializeResponse, top: Path, asked: ConversationRequest
+) -> schema.NewSessionResponse:
+    """Start a conversation; log in first if the agent requires it and a key is enough."""
+    servers = mcp_servers_for(known, asked.servers)
+    try:
+        return cast("schema.NewSessionResponse", await agent.new_session(cwd=str(top), mcp_servers=servers))
+    except acp.RequestError as error:
+        method = find_key_method(known) if error.code == AUTH_REQUIRED and asked.auth is None else None
+        if method is None:
+            raise
+    await log_in(agent, known, method)
+    return cast("schema.NewSessionResponse", await agent.new_session(cwd=str(top), mcp_servers=servers))
 
 
 async def _load(agent: Any, session: str, top: Path, servers: Sequence[Any]) -> schema.LoadSessionResponse:
@@ -279,11 +290,11 @@ async def _load(agent: Any, session: str, top: Path, servers: Sequence[Any]) -> 
             await agent.load_session(cwd=str(top), session_id=session, mcp_servers=servers),
         )
     except acp.RequestError as error:
-        if error.code == _AUTH_REQUIRED:
+        if error.code == AUTH_REQUIRED:
             raise
         # The next session starts a new conversation, which may work.
         raise BridgeExit(
-            f"the agent can't load the conversation {session}: {_error_text(error)}", "transient"
+            f"the agent can't load the conversation {session}: {error_text(error)}", "transient"
         ) from error
 
 
@@ -304,69 +315,64 @@ def _write_spent(usage: schema.Usage | None, cost: float | None) -> None:
         write_line("spent", input_tokens=sent, output_tokens=0 if usage is None else usage.output_tokens, cost=cost)
 
 
-def _concluded(error: acp.RequestError, methods: Sequence[Any]) -> BridgeExit:
-    message = _error_text(error)
-    failure = "auth" if error.code == _AUTH_REQUIRED else _failure(error.code, message)
-    if failure != "auth":
-        return BridgeExit(f"the agent reports: {message}", failure)
-    ways = ", ".join(method.name for method in methods)
-    return BridgeExit(f"the agent reports: {message}: log in with the agent{f' ({ways})' if ways else ''}", failure)
-
-
-def _error_text(error: acp.RequestError) -> str:
-    details = error.data.get("details") or error.data.get("message") if isinstance(error.data, dict) else error.data
-    said = _message_in(str(error))
-    return " ".join(f"{said}{f': {details}' if isinstance(details, str) and details else ''}".split())[:300]
-
-
-def _message_in(text: str) -> str:
-    """Return the message in an API's JSON error, or any other text unchanged."""
-    try:
-        message = json.loads(text)["error"]["message"]
-    except (ValueError, LookupError, TypeError):
-        return text
-    return message if isinstance(message, str) else text
-
-
-def _failure(code: int, message: str) -> str:
-    """Return the failure class of an error code, which may be an HTTP status."""
-    found = _STATUS.search(message)
-    status = int(found[1]) if found is not None else code if code < 600 else 0
-    by_status = failure_name_for_status(status)
-    return _named(_CERTAIN_PATTERNS, message) or by_status or _named(_ERROR_PATTERNS, message) or "crashed"
-
-
-def _named(patterns: Mapping[str, re.Pattern[str]], message: str) -> str | None:
-    return next((name for name, pattern in patterns.items() if pattern.search(message)), None)
-
-
-async def _run(argv: Sequence[str], worktree: ConfinedWorktree, prompt: str, asked: ConversationRequest) -> BridgeExit:
-    client = _Client(worktree)
+async def _run(
+    argv: Sequence[str], permissions: Permissions, prompt: str, asked: ConversationRequest
+) -> BridgeExit | signal.Signals:
+    """Run an agent; return the end of the conversation, or the signal that stopped it."""
+    client, top = _Client(permissions), permissions.worktree.top
     # It inherits our standard error, because an unread pipe would block it.
     streams = {"stderr": None, "limit": _LONGEST_MESSAGE}
     async with AsyncExitStack() as stack:
         # The client implements part of the protocol: no terminals and no forms.
         side = cast("acp.Client", client)
-        spawned = acp.spawn_agent_process(side, *argv, env=os.environ, cwd=worktree.top, transport_kwargs=streams)
+        spawned = acp.spawn_agent_process(side, *argv, env=os.environ, cwd=top, transport_kwargs=streams)
         try:
             agent, process = await stack.enter_async_context(spawned)
         except OSError as error:
-            return BridgeExit(f"the agent {argv[0]!r} can't be started: {error.strerror}", "invalid")
-        try:
-            return await _run_conversation(agent, client, worktree.top, prompt, asked)
-        except BridgeExit as concluded:
-            return concluded
-        except acp.RequestError as error:
-            return _concluded(error, ())
-        except ConnectionError:
-            client.words.flush()
-            with anyio.move_on_after(_PATIENCE):
-                await process.wait()
-            code = "it closed its output" if process.returncode is None else f"exit code {process.returncode}"
-            return BridgeExit(f"the agent ended before its response was complete ({code})", "crashed")
-        except ValueError as error:  # pydantic's
-            return BridgeExit(f"the agent's response violates the protocol: {str(error)[:300]}", "crashed")
+            failure = "missing" if isinstance(error, FileNotFoundError) else "invalid"
+            return BridgeExit(f"the agent {argv[0]!r} can't be started: {error.strerror}", failure)
+        async with anyio.create_task_group() as group:
+            group.start_soon(_stop_on_signal, agent, client, group.cancel_scope)
+            ended = await _conclude(agent, process, client, top, prompt, asked)
+            group.cancel_scope.cancel()
+        if client.stopped_by is not None:
+            return client.stopped_by
+        return ended
     raise AssertionError("no exception is suppressed")
+
+
+async def _conclude(
+    agent: Any, process: Any, client: _Client, top: Path, prompt: str, asked: ConversationRequest
+) -> BridgeExit:
+    """Run a conversation and return its end."""
+    try:
+        return await _run_conversation(agent, client, top, prompt, asked)
+    except BridgeExit as concluded:
+        return concluded
+    except acp.RequestError as error:
+        return make_exit(error)
+    except ConnectionError:
+        client.words.flush()
+        with anyio.move_on_after(_PATIENCE):
+            await process.wait()
+        code = "it closed its output" if process.returncode is None else f"exit code {process.returncode}"
+        return BridgeExit(f"the agent ended before its response was complete ({code})", "crashed")
+    except ValueError as error:  # pydantic's
+        return BridgeExit(f"the agent's response violates the protocol: {str(error)[:300]}", "crashed")
+
+
+async def _stop_on_signal(agent: Any, client: _Client, scope: anyio.CancelScope) -> None:
+    """Cancel the agent's turn after a signal, so that it ends its tools and reports its usage."""
+    with anyio.open_signal_receiver(*_STOPS) as signals:
+        async for number in signals:
+            client.stopped_by = number
+            if client.session is None:
+                break
+            with anyio.move_on_after(_CANCEL_PATIENCE), suppress(ConnectionError):
+                await agent.cancel(session_id=client.session)
+                await anyio.sleep_forever()  # until the conversation ends
+            break
+    scope.cancel()
 
 
 def main() -> int:
@@ -376,6 +382,10 @@ def main() -> int:
     parser.add_argument("--worktree", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--resume")
+    parser.add_argument("--auth")
+    parser.add_argument("--permissions", choices=("all", "edits"), default="all")
+    parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--pre-edit", default=(), type=json.loads)
     parser.add_argument("--mcp-server", action="append", default=[], type=json.loads)
     parser.add_argument("--ready", action="store_true")
     parser.add_argument("argv", nargs="*")
@@ -386,13 +396,19 @@ def main() -> int:
     log.setFormatter(_OneLineFormatter())
     logging.basicConfig(handlers=[log])
     prompt = options.prompt_file.read_text(encoding="utf-8")
-    asked = ConversationRequest(options.model, options.resume, options.mcp_server)
+    asked = ConversationRequest(options.model, options.resume, options.mcp_server, options.auth)
+    worktree = ConfinedWorktree(options.worktree)
+    permissions = Permissions(worktree, options.permissions, options.read_only, options.pre_edit)
+    ended: BridgeExit | signal.Signals
     try:
-        return anyio.run(_run, options.argv, ConfinedWorktree(options.worktree), prompt, asked).report()
-    except KeyboardInterrupt:  # the agent has already exited
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)
-        raise
+        ended = anyio.run(_run, options.argv, permissions, prompt, asked)
+    except KeyboardInterrupt:  # before the agent has started
+        ended = signal.SIGINT
+    if isinstance(ended, BridgeExit):
+        return ended.report()
+    signal.signal(ended, signal.SIG_DFL)  # the agent has already exited
+    signal.raise_signal(ended)
+    return 1
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, Final
 from acp import schema
 
 from adapters.bridges.lines import write_line
-from adapters.bridges.tool_text import edit_diff, shorten
+from adapters.bridges.tool_text import edit_diff, input_diff, shorten
 
 #: Keys of paths in a tool's raw input.
 _PATH_KEYS: Final = ("file_path", "filePath", "path", "abs_path", "absolute_path", "notebook_path")
@@ -56,14 +56,14 @@ class ToolCalls:
     def report(self, call: schema.ToolCallStart | schema.ToolCallProgress, *, is_new: bool) -> bool:
         """Print what is new about a call; return whether it was anything."""
         known = self._calls.setdefault(call.tool_call_id, _KnownCall())
-        command, diff = known.command, "\n".join(_diffs_of(call))
+        command, diff = known.command, _diff_of(call)
         known.update(call)
         paths = [path for path in dict.fromkeys(_paths_of(call)) if path not in known.paths]
         known.paths.update(paths)
         is_changed = is_new or bool(paths) or known.command != command or diff not in {"", known.diff}
         if is_changed:
             detail = _detail(call.title or "", known.command, paths)
-            given = None if diff == known.diff else shorten(diff)
+            given = None if diff == known.diff else diff
             write_line("tool", name=known.kind, detail=detail, paths=paths, call=call.tool_call_id, diff=given)
             known.diff = diff or known.diff
         if call.status in {"completed", "failed"}:
@@ -101,8 +101,12 @@ def _texts_of(call: ToolUpdate) -> Iterator[str]:
         yield block[1] if block else text
 
 
-def _diffs_of(call: ToolUpdate) -> Iterator[str]:
-    return (edit_diff(edit.old_text or "", edit.new_text) for edit in _edits_of(call))
+def _diff_of(call: ToolUpdate) -> str:
+    """Return the changes in the content of a call, or else in its arguments."""
+    diff = "\n".join(edit_diff(edit.old_text or "", edit.new_text) for edit in _edits_of(call))
+    given: Any = call.raw_input
+    is_edit = isinstance(given, dict) and any(key in given for key in _PATH_KEYS)
+    return shorten(diff or (input_diff(given) if is_edit else ""))
 
 
 def _edits_of(call: ToolUpdate) -> Iterable[schema.FileEditToolCallContent]:

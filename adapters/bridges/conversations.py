@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from acp import schema
 
 from adapters.bridges.lines import BridgeExit, write_line
 
+#: Part of the id or name of a login method that reads a key from a variable, in contrast to a login in a browser.
+_KEY: Final = re.compile(r"api[-_ ]?key", re.IGNORECASE)
 _Servers = list[schema.HttpMcpServer | schema.SseMcpServer | schema.AcpMcpServer | schema.McpServerStdio]
 _Started = schema.NewSessionResponse | schema.LoadSessionResponse
 
@@ -27,6 +30,28 @@ class ConversationRequest:
     model: str | None = None
     resume: str | None = None
     servers: Sequence[Mapping[str, Any]] = ()
+    auth: str | None = None
+    """The id of the agent's method to log in by; None if it needs no login."""
+
+
+async def log_in(agent: Any, known: schema.InitializeResponse, method: str) -> None:
+    """Log in by a method. Raises BridgeExit if the agent does not offer it."""
+    offered = [one.id for one in known.auth_methods or ()]
+    if method not in offered:
+        names = f"only {', '.join(offered)}" if offered else "none"
+        raise BridgeExit(f"the agent does not offer the login method {method!r}, {names}: correct `auth`", "invalid")
+    await agent.authenticate(method_id=method)
+
+
+def find_key_method(known: schema.InitializeResponse) -> str | None:
+    """Return the id of the first login method that needs only a key in our environment, or None."""
+    for method in known.auth_methods or ():
+        if isinstance(method, schema.EnvVarAuthMethod):
+            if all(one.name in os.environ for one in method.vars if not one.optional):
+                return method.id
+        elif not isinstance(method, schema.TerminalAuthMethod) and _KEY.search(f"{method.id} {method.name}"):
+            return method.id
+    return None
 
 
 def check_can_resume(known: schema.InitializeResponse) -> None:

@@ -25,6 +25,8 @@ LINE_FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
     "alive": {},  # prevents an idle timeout in a silent session
 }
 
+#: The detail of a denied tool that another mode of the adapter would allow.
+DENIED_BY_MODE: Final = "its adapter allows only edits"
 _ALIVE_EVERY: Final = 10.0  # seconds
 #: Maximum characters in a field, and entries in a list. Longer ones are truncated to keep lines readable.
 MAX_FIELD_CHARS: Final = 50_000

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import unified_diff
-from typing import Final
+from typing import Any, Final
 
 #: Maximum characters of a tool's output or of an edit: the rest is in the original output.
 MAX_TOOL_CHARS: Final = 4_000
 #: Texts with more lines are not compared, which would be slow: all of their lines count as changed.
 _MAX_COMPARED: Final = 500
+#: The usual names of the replaced and the new text in the arguments of tools that edit files.
+_BEFORE: Final = ("old_string", "oldString", "old_str", "old_text", "oldText")
+_AFTER: Final = ("new_string", "newString", "new_str", "new_text", "newText", "content", "file_text", "new_source")
 #: The marks of steps by status, in the words of several programs.
 _MARKS: Final = {"completed": "x", "done": "x", "cancelled": "-", "in_progress": ">"}
 
@@ -38,3 +41,15 @@ def edit_diff(before: str, after: str) -> str:
     else:
         lines = [line for line in [*unified_diff(old, new, n=1, lineterm="")][2:] if not line.startswith("@@")]
     return shorten("\n".join(lines))
+
+
+def input_diff(given: Mapping[str, Any]) -> str:
+    """Return the changed lines in the arguments of a tool that edits a file; empty if there are none."""
+    edits = given.get("edits")
+    found = [edit for edit in (given, *(edits if isinstance(edits, list) else ())) if isinstance(edit, dict)]
+    pairs = ((_first_text(edit, _BEFORE), _first_text(edit, _AFTER)) for edit in found)
+    return shorten("\n".join(edit_diff(before, after) for before, after in pairs if before or after))
+
+
+def _first_text(given: Mapping[str, Any], keys: Iterable[str]) -> str:
+    return next((given[key] for key in keys if isinstance(given.get(key), str)), "")

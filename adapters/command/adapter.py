@@ -81,7 +81,7 @@ class CommandAdapter:
         Raises RefusedError if the prompt or the instructions can't be an argument, because they are too long or contain
         a NUL character.
         """
-        options, values = self._options, _values(self._options, request)
+        options, values = self._options, placeholder_values(self._options, request)
         arguments = tuple(self._arguments(request))
         for name in _LONG:
             _check_size(name, values[name], placeholder_names(arguments).count(name))
@@ -202,7 +202,7 @@ def list_arguments(options: CommandOptions, request: SessionRequest, args: Seque
         yield from more if argument == OPTIONS else [argument]
 
 
-def _values(options: CommandOptions, request: SessionRequest) -> dict[str, str]:
+def placeholder_values(options: CommandOptions, request: SessionRequest) -> dict[str, str]:
     """Return the values of placeholders."""
     return {name: str(getattr(request, name)) for name in REQUESTED} | {
         "model": options.model or "",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final
 
@@ -17,21 +18,41 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 from pydantic import AfterValidator, Field, create_model, field_validator
 
-from adapters.command.adapter import CommandAdapter, list_arguments
+from adapters.acp import Agent, AgentChoice
+from adapters.command.adapter import CommandAdapter, list_arguments, placeholder_values
 from adapters.command.home_files import check_text
 from adapters.command.options import CommandOptions
 from adapters.command.placeholders import fill_placeholders, placeholder_names
 from adapters.failures import make_failure
-from adapters.options import Arguments, EnvName, ProgramName, own_home_variables
+from adapters.options import AgentOptions, Arguments, CommandLine, EnvName, ProgramName, own_home_variables
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterProfiles
-from orchestrator.protocols import AdapterType, ProfileFormat, Program, SessionEnd, SessionRequest
+from orchestrator.protocols import (
+    AdapterType,
+    ProfileFormat,
+    Program,
+    SessionCommand,
+    SessionEnd,
+    SessionRequest,
+)
 
 hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 #: The keys of a profile that are not options of its adapter.
-_FACTS: Final = ("env", "docs", "install", "version", "supported", "verified", "ready", "keys", "log_in", "edits")
+_FACTS: Final = (
+    "env",
+    "docs",
+    "install",
+    "version",
+    "supported",
+    "verified",
+    "ready",
+    "keys",
+    "log_in",
+    "edits",
+    "acp",
+)
 
 
 def _check_url(url: str) -> str:
@@ -75,6 +96,8 @@ class Profile(CommandOptions):
     """Variables with a key, passed on, of which one replaces the login."""
     log_in: str = ""
     """How to log in."""
+    acp: CommandLine | None = None
+    """The command line that runs the program as an agent of the Agent Client Protocol, if it can."""
     edits: bool = True
     """Whether the program can change files; one that only answers is never chosen by default."""
 
@@ -94,7 +117,7 @@ class Profile(CommandOptions):
         return env
 
 
-class ProfileOptions(CommandOptions):
+class ProfileOptions(CommandOptions, AgentOptions):
     """Options of an adapter with `use: NAME`, where NAME is a profile."""
 
     bin: ProgramName | None = None
@@ -133,6 +156,28 @@ class ProfileAdapter(CommandAdapter):
             return failed
         return make_failure(failed.failure, failed.reason, self.programs()[0].log_in)
 
+    def agent(self) -> Agent:
+        """See `AgentCli`."""
+        own = self.programs()[0]
+        name = self._agent_argv[0]
+        chosen = own if name == own.name else Program(name, own.install, keys=own.keys, log_in=own.log_in)
+        return Agent(chosen, resumes=self._options.has_own_home)
+
+    def agent_command(self, request: SessionRequest) -> SessionCommand:
+        """See `AgentCli`. Model and additional arguments follow those of the profile."""
+        options = self._options
+        chosen = options.model_args if options.model is not None and options.model_args is not None else ()
+        values = placeholder_values(options, request)
+        more = fill_placeholders((*chosen, *options.args), values)
+        own = self.command(replace(request, prompt="", pre_edit=(), stop_gate=()))
+        return replace(own, argv=(*self._agent_argv, *more))
+
+    @property
+    def _agent_argv(self) -> tuple[str, ...]:
+        program, *arguments = self._options.agent_argv(*(self.profile.acp or ()))
+        is_own = program == self.profile.argv[0] and self._options.bin is not None
+        return (self._program if is_own else program, *arguments)
+
     @property
     def _program(self) -> str:
         return self._options.bin or self._options.argv[0]
@@ -165,17 +210,26 @@ def make_adapter_type(name: str, profile: Profile) -> AdapterType:
         """Return the patterns of an entry, followed by those of the profile."""
         return {**failures, **{one: text for one, text in profile.failures.items() if one not in failures}}
 
+    def check_acp(chosen: Any) -> Any:
+        """Reject `acp: true` without a command line."""
+        if chosen is True and profile.acp is None:
+            raise ValueError(f"{name} is not known to run as an agent: remove `acp`, or write the agent's command line")
+        return chosen
+
     options = create_model(
         "ProfileOptions",
         __base__=ProfileOptions,
         __module__=__name__,
         __cls_kwargs__={"use_attribute_docstrings": False},  # inherited; searching for them is slow
         __doc__=f"Options of an adapter with `use: {name}`.",
-        __validators__={"_add_failures": field_validator("failures")(add_failures)},
+        __validators__={
+            "_add_failures": field_validator("failures")(add_failures),
+            "_check_acp": field_validator("acp")(check_acp),
+        },
         **fields,
     )
     made: type[ProfileAdapter] = type("ProfileAdapter", (ProfileAdapter,), {"Options": options, "profile": profile})
-    return made
+    return AgentChoice(made, options)
 
 
 @hookimpl

@@ -49,18 +49,23 @@ def read_path_access(node: Node, folder: Path, problems: Problems) -> dict[str, 
 
 
 def add_named_types(root: Node, folder: Path, adapter_types: Mapping[str, AdapterType]) -> Node:
-    """Add an entry for each used adapter without one, if its type needs no options."""
+    """Add `use` to entries that are named after their type, and an entry for each used adapter without one.
+
+    The latter needs a type without required options.
+    """
     section = root.get("adapters")
     if section is not None and not isinstance(section.value, dict):  # reported by schema validation
         return root
-    entries: dict[str | int, Node] = {} if section is None else dict(section.children)
+    entries: dict[str | int, Node] = (
+        {} if section is None else {name: _with_use(name, one, adapter_types) for name, one in section.children.items()}
+    )
     named = {one.value: one for one in _named(root) if isinstance(one.value, str)}
     added: dict[str | int, Node] = {
         name: Node(one.at, {"use": name}, {"use": Node(one.at, name)}, {"use": one.at})
         for name, one in named.items()
         if name not in entries and name in adapter_types and has_only_optional_options(adapter_types[name], folder)
     }
-    if not added:
+    if not added and (section is None or entries == section.children):
         return root
     entries |= added
     value = {str(name): one.value for name, one in entries.items()}
@@ -72,6 +77,14 @@ def add_named_types(root: Node, folder: Path, adapter_types: Mapping[str, Adapte
         {**keys, **{str(name): one.at for name, one in added.items()}},
     )
     return root._replace(value={**root.value, "adapters": value}, children={**root.children, "adapters": made})
+
+
+def _with_use(name: str | int, entry: Node, adapter_types: Mapping[str, AdapterType]) -> Node:
+    """Return an entry with its name as its type if it has none and there is such a type."""
+    if not isinstance(entry.value, dict) or "use" in entry.value or name not in adapter_types:
+        return entry
+    use = Node(entry.at, name)
+    return Node(entry.at, {**entry.value, "use": name}, {**entry.children, "use": use}, {**entry.keys, "use": entry.at})
 
 
 def has_only_optional_options(adapter_type: AdapterType, folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -80,6 +81,10 @@ def file_schema(adapter_types: Mapping[str, AdapterType]) -> JsonObject:
         {"if": {"properties": {"use": use}, "required": ["use"]}, "then": {"$ref": f"#/$defs/use.{name}"}}
         for use, name in conditions
     ]
+    del entry["required"]
+    _allow_names_of_types(
+        schema["properties"]["adapters"], {**dict.fromkeys(profiles, _PROFILE), **{use: use for use in others}}
+    )
     for use in others:
         definitions |= _options(use, adapter_types[use].Options, entry["properties"])
     for use in profiles[:1]:
@@ -91,6 +96,17 @@ def file_schema(adapter_types: Mapping[str, AdapterType]) -> JsonObject:
             if isinstance(made, dict):
                 made.pop("default", None)
     return {"$schema": DIALECT, **schema}
+
+
+def _allow_names_of_types(section: JsonObject, types: Mapping[str, str]) -> None:
+    """Require `use` only of entries that are not named after a type; `types` has the definition of each."""
+    (pattern, entry), *_ = section["patternProperties"].items()
+    names = "|".join(map(re.escape, sorted(types)))
+    section["patternProperties"] = {f"^(?!(?:{names})$){pattern.removeprefix('^')}": {**entry, "required": ["use"]}}
+    section["properties"] = {
+        use: {**entry, "if": {"not": {"required": ["use"]}}, "then": {"$ref": f"#/$defs/use.{name}"}}
+        for use, name in sorted(types.items())
+    }
 
 
 def _options(use: str, options: type[BaseModel], common: Mapping[str, Any]) -> Iterator[tuple[str, JsonObject]]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
 import pytest
+from pydantic import ValidationError
 
 from adapters.acp import AcpAdapter
 from adapters.ollama import OllamaAdapter
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.plugins import load_plugins
 from orchestrator.protocols import (
     AgentMessage,
     CliWarning,
@@ -28,6 +32,8 @@ from orchestrator.protocols import (
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.verdicts import TRANSCRIPTS, end
+
+_TYPES: Final = load_plugins({"COUNCIL_PLUGINS": ""}).adapters
 
 BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
     ('{"type": "said", "text": "Hi."}', (AgentMessage("Hi."),)),
@@ -184,6 +190,101 @@ class TestAcpClaude(AdapterContract):
         "out-of-tokens": ExpectedResult(FailureClass.LIMIT),
         "outside": ExpectedResult(text="It is not written.", paths=frozenset({"/work/../beside.txt"})),
     }
+
+
+def _agent_contract(use: str, **options: Any) -> type[AdapterContract]:
+    body = {
+        "__doc__": f"`use: {use}` with `acp: true`.",
+        "__module__": __name__,
+        "adapter_type": _TYPES[use],
+        "options": {"acp": True, "env": ["MY_KEY"], **options},
+        "lines": BRIDGE_LINES,
+        "ends": BRIDGE_ENDS,
+        "limits": LIMITS,
+    }
+    return type("TestAgent", (AdapterContract,), body)
+
+
+TestGeminiAgent = _agent_contract("gemini", model="x", auth="gemini-api-key", args=["--debug"])
+TestOpencodeAgent = _agent_contract("opencode", model="anthropic/x")
+TestClaudeCodeAgent = _agent_contract("claude-code", model="x", permission_mode="bypassPermissions")
+TestCodexAgent = _agent_contract("codex", model="x", provider="local")
+TestQwenCodeAgent = _agent_contract("qwen-code", model="x", args=["--debug"])
+
+
+@pytest.mark.parametrize(
+    ("use", "options", "program", "argv"),
+    [
+        ("gemini", {"model": "m", "args": ["--debug"]}, "gemini", ("gemini", "--acp", "--model", "m", "--debug")),
+        ("opencode", {"bin": "/opt/opencode"}, "/opt/opencode", ("/opt/opencode", "acp")),
+        ("claude-code", {"model": "m"}, "claude-agent-acp", ("claude-agent-acp",)),
+        ("claude-code", {"acp": ["claude-code-acp"]}, "claude-code-acp", ("claude-code-acp",)),
+        ("codex", {"model": "m"}, "codex-acp", ("codex-acp",)),
+        ("qwen-code", {"model": "m", "bin": "/opt/qwen"}, "/opt/qwen", ("/opt/qwen", "--acp", "--model", "m")),
+        ("goose", {}, "goose", ("goose", "acp")),
+        ("kilo", {}, "kilo", ("kilo", "acp")),
+        ("vibe", {}, "vibe-acp", ("vibe-acp",)),
+        ("cline", {"acp": ["cline", "--acp"]}, "cline", ("cline", "--acp")),
+    ],
+)
+def test_cli_runs_as_an_agent(
+    use: str, options: dict[str, Any], program: str, argv: tuple[str, ...], tmp_path: Path
+) -> None:
+    """With one option, in the home and with the variables of its own adapter."""
+    own, agent = (
+        _TYPES[use](_TYPES[use].Options.model_validate(given))
+        for given in ({**options, "acp": False}, {"acp": True, **options})
+    )
+    assert agent.programs()[-1].name == program
+    request = AdapterContract().plain_requests(tmp_path)[0]
+    command, native = agent.command(request), own.command(request)
+    split = command.argv.index("--")
+    assert tuple(command.argv[split + 1 :]) == argv
+    assert (command.home, command.pass_env) == (native.home, native.pass_env)
+    assert native.env.items() <= command.env.items()
+
+
+def test_mode_decides_what_an_agent_may_do(tmp_path: Path) -> None:
+    """That of the CLI's own adapter."""
+    request = AdapterContract().plain_requests(tmp_path)[0]
+    for use, options, restricted in (
+        ("gemini", {"approval_mode": "yolo"}, False),
+        ("gemini", {}, True),
+        ("claude-code", {"permission_mode": "bypassPermissions"}, False),
+        ("claude-code", {}, True),
+        ("codex", {}, False),
+        ("opencode", {}, False),
+    ):
+        agent = _TYPES[use](_TYPES[use].Options.model_validate({"acp": True, **options}))
+        assert ("--permissions" in agent.command(request).argv) == restricted, (use, options)
+
+
+@pytest.mark.parametrize(
+    ("use", "options", "message"),
+    [
+        ("claude-code", {"max_turns": 3}, "`max_turns` has no effect with `acp`"),
+        ("codex", {"args": ["-c", "x=1"]}, "`args` has no effect with `acp`"),
+        ("opencode", {"agent": "plan"}, "`agent` has no effect with `acp`"),
+        ("aider", {}, "aider is not known to run as an agent"),
+    ],
+)
+def test_option_without_effect_is_rejected(use: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        _TYPES[use].Options.model_validate({"acp": True, **options})
+
+
+def test_failure_that_codex_reports_as_its_answer_is_found() -> None:
+    """Its agent ends such a turn like any other; an answer about failures is none."""
+    agent = _TYPES["codex"](_TYPES["codex"].Options.model_validate({"acp": True}))
+
+    def verdict(text: str) -> Failed | None:
+        line = json.dumps({"type": "concluded", "text": text, "failure": None, "reason": ""})
+        return agent.verdict(replace(end(line, 0), events=agent.parse(line)))
+
+    failed = verdict("exceeded retry limit, last status: 429 Too Many Requests\n\n")
+    assert failed is not None
+    assert failed.failure is FailureClass.RATE_LIMITED
+    assert verdict("The handler retries on status 429 Too Many Requests.") is None
 
 
 class TestOllama(AdapterContract):

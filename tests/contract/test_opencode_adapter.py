@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Final
 import pytest
 from pydantic import ValidationError
 
-from adapters.acp import AcpAdapter
-from adapters.opencode import OpencodeAdapter
+from adapters.acp import AgentChoice
+from adapters.opencode import OpencodeAdapter, OpencodeOptions
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
@@ -157,7 +157,7 @@ class TestOpencode(AdapterContract):
         (end("", 0), None),
     )
     limits: ClassVar = (
-        (end('{"type":"council.limited","message":"No.","until":1790003600000}', None), 1_790_003_600.0),
+        (end("", None, '{"type":"council.limited","message":"No.","until":1790003600000}'), 1_790_003_600.0),
         (end(opencode_api_error(429, "Usage limit reached, resets in 2 hours 5 minutes.")), 1_790_007_500.0),
         (end(opencode_api_error(429, responseHeaders={"retry-after": "60"})), 1_790_000_060.5),
     )
@@ -203,22 +203,23 @@ def test_opencode_usage_limit_has_reset_time() -> None:
     assert failed.until == json.loads(recording.stdout[-1])["timestamp"] / 1000 + 1
 
 
-@pytest.mark.parametrize("adapter", [OpencodeAdapter, AcpAdapter])
-def test_opencode_configuration_of_the_environment_is_merged_with_ours(adapter: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("acp", [False, True])
+def test_opencode_configuration_of_the_environment_is_merged_with_ours(acp: bool, tmp_path: Path) -> None:
     """Otherwise it would remove the plugins that enforce ownership and limits."""
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home", pre_edit=("hook",))
     given = {"plugin": ["theirs"], "permission": {"bash": "deny"}, "model": "a/b"}
-    more = {"argv": ["opencode", "acp"]} if adapter is AcpAdapter else {"config": {"permission": {"edit": "ask"}}}
+    make = AgentChoice(OpencodeAdapter, OpencodeOptions)
 
     def made(env: object) -> Any:
-        return adapter(adapter.Options.model_validate({**more, "env": env}))
+        options = {"config": {"permission": {"edit": "ask"}}, "acp": acp, "env": env}
+        return make(OpencodeOptions.model_validate(options))
 
     config = json.loads(made({VARIABLE: json.dumps(given)}).command(request).env[VARIABLE])
     assert config["model"] == "a/b"
     assert config["permission"]["bash"] == "deny"
     own = [(tmp_path / "home" / name).as_uri() for name in ("council-limit.js", "council-hook.js")]
     assert config["plugin"][0] == "theirs"
-    assert config["plugin"][1:] == (own[:1] if adapter is AcpAdapter else own)
+    assert config["plugin"][1:] == own
     with pytest.raises(ValidationError, match="is not a JSON object"):
         made([f"{VARIABLE}=[]"])
     with pytest.raises(ValidationError, match="set its content in `env`"):

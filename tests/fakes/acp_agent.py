@@ -8,7 +8,8 @@ auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is `edit`, and ends if 
 it gets. With ACP_BESIDE it reports its tokens like Gemini CLI.
 
 With ACP_LOADS it stores its conversation, accepts servers by URL, and resumes a conversation: it replays all of it,
-some of it late. ACP_MODES are the modes that it offers.
+some of it late. ACP_MODES are the modes that it offers, ACP_METHODS its login methods; with ACP_LOGGED_OUT it requires
+one. `wait` waits until it is cancelled.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class FakeAgent:
         self.model = "small"
         self.reads_by_client = False
         self.mode = ""
+        self.login = ""
+        self.cancelled = asyncio.Event()
         self.servers: list[Any] = []
         self.cost = 0.0
         self.late: Any = None
@@ -52,14 +55,21 @@ class FakeAgent:
     ) -> schema.InitializeResponse:
         files = client_capabilities.fs if client_capabilities else None
         self.reads_by_client = bool(files and files.read_text_file)
-        methods = [schema.AuthMethodAgent(id="login", name="agent login")]
+        names = {"login": "agent login", "openai": "Use an API key"}
+        methods = [
+            schema.AuthMethodAgent(id=one, name=names[one]) for one in os.environ.get("ACP_METHODS", "login").split()
+        ]
         version = int(os.environ.get("ACP_VERSION", protocol_version))
         loads = "ACP_LOADS" in os.environ
         can = schema.AgentCapabilities(load_session=loads, mcp_capabilities=schema.McpCapabilities(http=loads))
         return schema.InitializeResponse(protocol_version=version, auth_methods=methods, agent_capabilities=can)
 
+    async def authenticate(self, method_id: str, **_: Any) -> schema.AuthenticateResponse:
+        self.login = method_id
+        return schema.AuthenticateResponse()
+
     async def new_session(self, cwd: str, mcp_servers: list[Any], **_: Any) -> schema.NewSessionResponse:
-        if "ACP_LOGGED_OUT" in os.environ:
+        if "ACP_LOGGED_OUT" in os.environ and not self.login:
             raise acp.RequestError.auth_required()
         self.begin(cwd, mcp_servers)
         models = [schema.SessionConfigSelectOption(value=name, name=name) for name in ("small", "large")]
@@ -119,6 +129,10 @@ class FakeAgent:
             if word == "stop":
                 await self.ask_permission(session_id, self.at(first))
                 return schema.PromptResponse(stop_reason="end_turn")
+            if word == "wait":
+                await self.cancelled.wait()
+                usage = schema.Usage(total_tokens=9, input_tokens=7, output_tokens=2)
+                return schema.PromptResponse(stop_reason="cancelled", usage=usage)
             if word == "run":
                 await self.run(session_id, f"{first} {rest}".strip())
                 continue
@@ -145,7 +159,12 @@ class FakeAgent:
                     session, self.client.read_text_file(session_id=session, path=self.at(first), line=1, limit=1)
                 )
             case "say", _:
-                await self.say(session, f"{first} {rest}".replace("MODEL", self.model).replace("MODE", self.mode))
+                await self.say(
+                    session,
+                    f"{first} {rest}".replace("MODEL", self.model)
+                    .replace("MODE", self.mode)
+                    .replace("LOGIN", self.login),
+                )
             case "ask", _:
                 await self.say(session, f"chosen: {await self.ask_permission(session, f'{first}-1', first)}")
             case "edit" | "plan" | "change" as step, _:
@@ -235,7 +254,8 @@ class FakeAgent:
             await self.client.session_update(session, acp.update_agent_message_text(piece))
 
     async def cancel(self, session_id: str, **_: Any) -> None:
-        """Ignore cancellation."""
+        assert session_id == "s-1"
+        self.cancelled.set()
 
 
 if __name__ == "__main__":

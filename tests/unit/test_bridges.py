@@ -42,6 +42,7 @@ from orchestrator.protocols import (
     SessionEvent,
     SessionRequest,
     ToolCall,
+    ToolDenied,
     ToolResult,
     UsageReport,
 )
@@ -242,7 +243,7 @@ def test_missing_agent_is_named(environ: dict[str, str], tmp_path: Path) -> None
     done = subprocess.run(command.argv, env=environ, capture_output=True, text=True, check=False)
     (event,) = adapter.parse(done.stdout.strip())
     assert isinstance(event, ConcludedEvent)
-    assert event.failed == Failed(FailureClass.INVALID, event.text)
+    assert event.failed == Failed(FailureClass.MISSING, event.text)
     assert "'no-such-agent' can't be started" in event.text
 
 
@@ -296,6 +297,63 @@ def test_tool_inside_the_worktree_is_allowed(bridge: BridgeFixture) -> None:
     kinds = ("fetch", "read", "search", "think", "delete", "edit", "execute", "move", "other", "switch_mode")
     events = bridge.converse("\n".join(f"ask {kind}" for kind in kinds))
     assert printed_lines(events) == ["chosen: once" for _ in kinds]
+
+
+@pytest.mark.parametrize(
+    ("permissions", "read_only", "denied"),
+    [
+        ("all", False, set()),
+        ("all", True, {"delete", "edit", "move"}),
+        ("edits", False, {"execute", "fetch", "other"}),
+    ],
+)
+def test_requests_are_answered_by_the_mode(
+    bridge: BridgeFixture, permissions: str, read_only: bool, denied: set[str]
+) -> None:
+    """A denial by the mode has a remedy; in a read-only session no mode would help."""
+    kinds = ("fetch", "read", "search", "think", "delete", "edit", "execute", "move", "other", "switch_mode")
+    prompt = "\n".join(f"ask {kind}" for kind in kinds)
+    events = bridge.converse(prompt, {"permissions": permissions}, read_only=read_only)
+    assert printed_lines(events) == [f"chosen: {'no' if kind in denied else 'once'}" for kind in kinds]
+    remedies = {event.call: event.remedy for event in events if isinstance(event, ToolDenied)}
+    assert {call for call, remedy in remedies.items() if "permissions: all" in remedy} == {
+        f"{kind}-1" for kind in denied - {"delete", "edit", "move"}
+    }
+
+
+def test_edit_may_be_denied_by_a_command(bridge: BridgeFixture) -> None:
+    """By its reason; it gets the path of the file, for requests and for writes by the protocol."""
+    answer = {"hookSpecificOutput": {"permissionDecision": "deny", "permissionDecisionReason": "it is of task b"}}
+    hook = bridge.folder / "hook.py"
+    hook.write_text(
+        f"import json, sys\ncall = json.load(sys.stdin)\n"
+        f"if call['tool_input']['file_path'].endswith('b.txt'): print({json.dumps(json.dumps(answer))})\n"
+    )
+    prompt = "edit a.txt x\nedit b.txt x\nwrite b.txt x\nwrite c.txt x"
+    events = bridge.converse(prompt, pre_edit=(sys.executable, str(hook)))
+    assert [event.detail.rpartition("/")[2] for event in events if isinstance(event, ToolDenied)] == [
+        "it is of task b",
+        "b.txt: it is of task b",
+    ]
+    assert sorted(file.name for file in bridge.worktree.glob("*.txt")) == ["a.txt", "c.txt"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "auth", "outcome"),
+    [
+        ("login openai", None, "in by openai"),
+        pytest.param("login openai", "login", "in by login", marks=pytest.mark.extended),
+        pytest.param("login", None, FailureClass.AUTH, marks=pytest.mark.extended),
+        pytest.param("login", "openai", FailureClass.INVALID, marks=pytest.mark.extended),
+    ],
+)
+def test_agent_is_logged_in(bridge: BridgeFixture, methods: str, auth: str | None, outcome: str | FailureClass) -> None:
+    """By the configured method, or else by one that needs only a key; never by one that needs a user."""
+    bridge.environ.update(ACP_LOGGED_OUT="1", ACP_METHODS=methods)
+    events = bridge.converse("say in by LOGIN", {} if auth is None else {"auth": auth})
+    (concluded,) = [event for event in events if isinstance(event, ConcludedEvent)]
+    found: str | FailureClass = printed_lines(events)[0] if concluded.failed is None else concluded.failed.failure
+    assert found == outcome
 
 
 @pytest.mark.extended
@@ -397,6 +455,26 @@ def test_bridges_import_nothing_of_the_package(environ: dict[str, str]) -> None:
     """A bridge can run where `orchestrator` is not importable."""
     code = "import sys; sys.modules['orchestrator'] = None; import adapters.bridges.acp, adapters.bridges.ollama"
     subprocess.run([sys.executable, "-P", "-c", code], env={**environ, "HOME": os.devnull}, check=True)
+
+
+def test_turn_of_an_interrupted_agent_is_cancelled(bridge: BridgeFixture) -> None:
+    """So it reports its usage; then the bridge ends by the signal."""
+    prompt = bridge.folder / "prompt"
+    prompt.write_text("say Here.\nwait")
+    adapter = AcpAdapter(AcpOptions(argv=("acp-agent",)))
+    home = bridge.folder / "home"
+    command = adapter.command(SessionRequest("r", "t", 1, "x", prompt, bridge.worktree, home))
+    assert command.interrupt
+    environ = {**bridge.environ, **command.env}
+    with subprocess.Popen(command.argv, env=environ, cwd=bridge.worktree, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        lines = iter(child.stdout)
+        while "Here." not in next(lines):
+            pass
+        child.send_signal(signal.SIGINT)
+        (spent,) = [event for line in lines for event in adapter.parse(line)]
+    assert spent == UsageReport(7, 2, is_cumulative=True)
+    assert child.returncode == -signal.SIGINT
 
 
 @pytest.mark.extended_variants

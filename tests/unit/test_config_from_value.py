@@ -108,3 +108,13 @@ def _facts(error: ConfigError) -> list[tuple[str, str]]:
     return [
         (re.split(", on line| on line | at tasks| at worktrees", one.message)[0], one.remedy) for one in error.problems
     ]
+
+
+def test_entry_is_named_after_its_type(tmp_path: Path) -> None:
+    """Without `use`, the name of the entry is its type; errors in its keys are reported as usual."""
+    tasks = [{"id": "t", "prompt": "x"}]
+    run = {"version": 1, "tasks": tasks, "adapters": {"command": {"argv": ["x"], "capacity": 2}}}
+    config = load_value(run, tmp_path, TYPES)
+    assert (config.adapters["command"].use, config.adapters["command"].capacity) == ("command", 2)
+    assert mistakes({**run, "adapters": {"command": {"argv": []}}}, tmp_path) != []
+    assert any("'use' is missing" in line for line in mistakes({**run, "adapters": {"it": {"argv": ["x"]}}}, tmp_path))
