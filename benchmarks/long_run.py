@@ -22,6 +22,7 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.settings.run_settings import (
     AdapterConfig,
     Backoff,
+    Check,
     CoordinationSettings,
     TaskSpec,
 )
@@ -83,7 +84,7 @@ def _spec(number: int) -> TaskSpec:
         backoff=Backoff(),
         idle_timeout=600.0,
         retry_on=frozenset(),
-        checks=("python3 -m pytest -q",),
+        checks=(Check(run="python3 -m pytest -q"),),
         checks_timeout=600.0,
         checks_env=(),
         max_file=10 << 20,

@@ -112,19 +112,18 @@ class RunContext:
         task: str,
         attempt: int,
         spec: TaskSpec,
-        commands: Sequence[str] | None = None,
+        commands: Sequence[str],
         checker: str = "",
     ) -> CheckRunner:
         """Return a runner of checks for the work of an attempt.
 
-        The commands default to the checks of the task. `checker` names this process if other processes may run the same
-        checks concurrently.
+        `checker` distinguishes checks of the same attempt that may run concurrently.
         """
         return CheckRunner(
             pool=pool.checks,
             worktree_setup=self.tools.worktree_setup,
             worktree=Worktree(self.hub, run, task, attempt, is_check=True, checker=checker),
-            commands=spec.checks if commands is None else commands,
+            commands=commands,
             timeout=spec.checks_timeout,
             env=spec.checks_env,
             sandbox=self.tools.sandbox,

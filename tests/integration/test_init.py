@@ -358,7 +358,7 @@ def test_missing_programs_are_commented_out(repository: Repository, fakes: FakeP
     assert not load(path).tasks[0].checks
     assert "the sandbox lacks pnpm" in path.read_text()
     path.write_text(path.read_text().replace("# checks:", "checks:").replace("#   - ", "  - "))
-    assert load(path).tasks[0].checks == ("pnpm test",)
+    assert load(path).tasks[0].check_commands == ("pnpm test",)
 
 
 def test_uncommitted_files_are_ignored(repository: Repository, fakes: FakePrograms) -> None:

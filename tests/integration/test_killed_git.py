@@ -212,6 +212,23 @@ async def test_objects_received_by_a_killed_push_are_removed(repository: Reposit
     await repository.assert_invariants()
 
 
+async def test_objects_of_a_git_killed_during_the_run_are_removed_at_its_end(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """The command is repeated at once, so nothing else looks for what it left."""
+    git, programs, killed = shutil.which("git"), tmp_path / "bin", tmp_path / "killed"
+    programs.mkdir()
+    die = f'[ -e "{killed}" ] || {{ mkdir "{killed}" "$GIT_DIR/objects/tmp_objdir-bulk-fsync-a"; kill -9 $$; }}'
+    (programs / "git").write_text(f'#!/bin/sh\ncase "$*" in *merge-tree*) {die};; esac\nexec {git} "$@"\n')
+    (programs / "git").chmod(0o755)
+    repository.environ["PATH"] = f"{programs}:{repository.environ['PATH']}"
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    assert repository.council("run", str(config), "--json").states == {"one": "landed"}
+    assert killed.exists()
+    assert not list((tmp_path / "council-home").glob("*/hub.git/objects/tmp_*"))
+    await repository.assert_invariants()
+
+
 async def test_partial_objects_are_removed(repository: Repository, tmp_path: Path) -> None:
     """Of a killed push in the user's repository, of killed commands in ours: by recovery, and by `clean`."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])

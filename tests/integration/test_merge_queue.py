@@ -185,6 +185,16 @@ async def test_passed_check_is_not_repeated_in_another_run(repository: Repositor
     assert run(MODE="two") == 3
 
 
+async def test_check_without_a_cache_runs_for_each_landing(repository: Repository, log: CheckLog) -> None:
+    """Also if the base has the same files; the run of a check ahead of its turn counts for that turn."""
+    task = {"id": "t", "prompt": "print hello"}
+    defaults = {"checks": [{"run": log.command(), "cache": False}], "attempts": 1, "timeout": "60s"}
+    config = repository.configure([task], defaults=defaults, writable=[str(log.folder)])
+    for number in (1, 2):
+        assert repository.council("run", str(config), "--json").states == {"t": "no_change"}
+        assert len(log.runs) == number
+
+
 async def test_changed_user_file_invalidates_a_recorded_result(repository: Repository, log: CheckLog) -> None:
     """Files of `worktrees.copy` are part of what a check sees."""
     (repository.top / ".gitignore").write_text("local.ini\n")

@@ -48,8 +48,8 @@ def test_inline_task_replaces_those_of_the_file(tmp_path: Path) -> None:
         ("task-1", "Do it.", "fixer"), ("task-2", "And that.", "fixer"),
     ]  # fmt: skip
     assert (config.base, config.target, config.path) == ("dev", "out", tmp_path / "council.yaml")
-    assert {(task.timeout, task.checks) for task in config.tasks} == {(2.0, ("new",))}
-    assert load(tmp_path, HEAD + ONE + TASKS).tasks[0].checks == ("old",)
+    assert {(task.timeout, task.check_commands) for task in config.tasks} == {(2.0, ("new",))}
+    assert load(tmp_path, HEAD + ONE + TASKS).tasks[0].check_commands == ("old",)
 
 
 @pytest.mark.parametrize(

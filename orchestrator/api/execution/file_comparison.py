@@ -66,7 +66,8 @@ async def _inline_tasks(store: Store, run: RunDocument) -> InlineTasks | None:
     specs = (await read_specs(store, run.id, run.tasks)).values()
     own = [spec for spec in specs if spec.plan is None]
     adapter = own[0].adapter if "adapter" in run.overrides else None
-    return InlineTasks([one.prompt for one in own], adapter, checks=own[0].checks if "checks" in run.overrides else ())
+    checks = own[0].check_commands if "checks" in run.overrides else ()
+    return InlineTasks([one.prompt for one in own], adapter, checks=checks)
 
 
 async def apply_config_file(context: ProjectContext, run: str, tasks: Sequence[str], changes: FileChanges) -> None:

@@ -27,6 +27,7 @@ from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.forecast import StartForecast, UpcomingTasks
 from orchestrator.domain.scheduling.placements import Placements
 from orchestrator.domain.scheduling.ready import AdapterPool, ReadyBucket, ReadyQueue
+from orchestrator.domain.settings.run_settings import CheckField
 
 #: The waiting time in seconds that equals one level of priority.
 AGING_SECONDS = 600.0
@@ -49,7 +50,7 @@ class DispatchEntry:
     """The workflow whose phases determine the adapters; `DispatchBoard.wait` sets the current ones."""
     parts: tuple[str, ...] = ()
     """The needs that its own plan created."""
-    checks: tuple[str, ...] = ()
+    checks: tuple[CheckField, ...] = ()
     """Commands that must succeed on its merge."""
     allow_failing_base: bool = False
     """Whether it may start even if its checks fail on the base."""

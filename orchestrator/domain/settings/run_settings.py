@@ -330,6 +330,27 @@ class MergeSettings(Settings):
     """Whether a batch lands as one merge commit, which passed the checks, instead of one for each task."""
 
 
+class Check(Settings):
+    """A command that must succeed on the merged tree."""
+
+    run: Command
+    """The shell command."""
+    cache: bool = True
+    """Whether a recorded success on the same files counts; `false` for a command whose result depends on more."""
+
+
+def _write_check(check: Check) -> str | dict[str, Any]:
+    return check.run if check.cache else {"run": check.run, "cache": False}
+
+
+#: One check in a setting or a document: a command, or a mapping.
+CheckField = Annotated[
+    Check,
+    short_form("run", "a check", "a shell command, or a mapping with `run:`", Command | Check),
+    PlainSerializer(_write_check),
+]
+
+
 class TaskSettings(Settings):
     """The settings that tasks share: each task can override them."""
 
@@ -352,7 +373,7 @@ class TaskSettings(Settings):
         PlainSerializer(sorted, return_type=list[FailureClass]),
     ] = RETRIED_BY_DEFAULT
     """The failure classes that are retried."""
-    checks: Commands = ()
+    checks: Annotated[tuple[CheckField, ...], Field(strict=False)] = ()
     """Shell commands that must succeed on the merged tree before the target moves."""
     checks_timeout: Duration = 600.0
     """The wall-clock limit of one check."""
@@ -404,6 +425,11 @@ class TaskSpec(TaskSettings):
     def adapters(self) -> tuple[str, ...]:
         """The names of all adapters that may run it, in order of preference."""
         return (self.adapter, *self.fallback)
+
+    @property
+    def check_commands(self) -> tuple[str, ...]:
+        """The shell commands of its checks."""
+        return tuple(check.run for check in self.checks)
 
     @property
     def builds_on_target(self) -> bool:

@@ -137,7 +137,7 @@ async def check_files(
         return []
     adapters = used_adapters(run, types)
     argvs = [adapters[task.adapter].command(make_trial_request(task.id, task.prompt)).argv for task in run.tasks]
-    checks = dict.fromkeys(check for task in run.tasks for check in task.checks)
+    checks = dict.fromkeys(check for task in run.tasks for check in task.check_commands)
     programs = {name for check in checks for name in find_programs(check)}  # see `_check_programs`
     words = [*chain.from_iterable(argvs), *chain.from_iterable(map(str.split, checks))]
     scripts = [name for argv in argvs if (name := find_script(argv)) is not None]

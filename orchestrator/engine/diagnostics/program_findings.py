@@ -42,9 +42,11 @@ def list_commands(run: RunConfig) -> list[_Command]:
     trees = run.worktrees
     found = [_Command("setup", step.run, trees.env) for step in trees.setup]
     found += [_Command("before_run", one, trees.env) for one in trees.before_run]
-    must_pass = {check for task in run.tasks if not task.allow_failing_base for check in task.checks}
+    must_pass = {check for task in run.tasks if not task.allow_failing_base for check in task.check_commands}
     found += [
-        _Command("check", one, task.checks_env, one not in must_pass) for task in run.tasks for one in task.checks
+        _Command("check", one, task.checks_env, one not in must_pass)
+        for task in run.tasks
+        for one in task.check_commands
     ]
     return list(dict.fromkeys(found))
 

@@ -18,7 +18,7 @@ from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
-from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.domain.settings.run_settings import Check, TaskSpec
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.landing.check_runs import CheckRequest
@@ -40,7 +40,7 @@ _MAX_COMMAND_LENGTH = 78
 _MAX_UNRUNNABLE, _MAX_SEARCHED_GROUPS = 5, 20
 
 #: Tasks by `allow_failing_base`, by whether their landing includes the base, and by checks.
-_CheckGroups = dict[tuple[bool, bool, tuple[str, ...]], list[str]]
+_CheckGroups = dict[tuple[bool, bool, tuple[Check, ...]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class BaseChecks:
             if not await self.commands.runs.has_passed(self._request(tasks[0], spec, base)):
                 is_allowed = spec.allow_failing_base or self.ledger.run.allow_failing_base
                 failed = await self.commands.find_unrunnable(
-                    tasks[0], spec, spec.checks, base.commit, may_be_added=is_allowed
+                    tasks[0], spec, spec.check_commands, base.commit, may_be_added=is_allowed
                 )
                 found += [_Unrunnable(failed, tasks, base)] if failed else []
         by_command = {failed.command: failed for one in found for failed in one.failed}
@@ -217,20 +217,20 @@ class BaseChecks:
         if await self.commands.runs.has_passed(request):
             return None
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
-            unrunnable = await self.commands.find_unrunnable(task, spec, spec.checks, commit, may_be_added=True)
+            unrunnable = await self.commands.find_unrunnable(task, spec, spec.check_commands, commit, may_be_added=True)
             return _Unrunnable(unrunnable, tasks, base) if unrunnable else None
-        await self.ledger.note(BaseChecking(commit=commit, branch=base.branch, checks=spec.checks))
+        await self.ledger.note(BaseChecking(commit=commit, branch=base.branch, checks=spec.check_commands))
         result = await self.commands.run(request)
         failpoint("base.checked")
         match result:
             case ChecksPassed():
-                await self.ledger.note(BasePassed(commit=commit, branch=base.branch, checks=spec.checks))
+                await self.ledger.note(BasePassed(commit=commit, branch=base.branch, checks=spec.check_commands))
                 return None
             case ChecksNotRun(reason):
                 headline = f"checks could not run on {base.branch} ({commit[:10]}): {reason}"
                 return str(HaltReason(headline, remedy=(f"fix that, then `council resume {self.ledger.run.id}`",)))
-            case CommandFailed() if result.unrunnable is not None and result.command in spec.checks:
-                later = spec.checks[spec.checks.index(result.command) + 1 :]
+            case CommandFailed() if result.unrunnable is not None and result.command in spec.check_commands:
+                later = spec.check_commands[spec.check_commands.index(result.command) + 1 :]
                 unrunnable = [
                     result,
                     *await self.commands.find_unrunnable(task, spec, later, commit, may_be_added=False),
@@ -244,7 +244,7 @@ class BaseChecks:
                 assert_never(result)
 
     def _request(self, task: str, spec: TaskSpec, base: CheckedBase) -> CheckRequest:
-        return self.commands.request(task, spec, spec.checks, base.commit, is_cached=True)
+        return self.commands.request(task, spec, spec.checks, base.commit)
 
 
 def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:
@@ -265,7 +265,7 @@ def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built:
 def _describe_failure(
     failed: CommandFailed, spec: TaskSpec, base: CheckedBase, run: RunDocument, correction: str
 ) -> str:
-    is_check = failed.command in spec.checks
+    is_check = failed.command in spec.check_commands
     correction = correction if is_check else SETUP_REMEDY
     if failed.unrunnable is not None:
         return describe_unrunnable([failed], correction, run.id, base.merge)

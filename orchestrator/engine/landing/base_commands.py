@@ -20,7 +20,7 @@ from orchestrator.domain.sessions.shell_commands import (
     make_lookup_command,
     may_create,
 )
-from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.domain.settings.run_settings import Check, TaskSpec
 from orchestrator.engine.landing.check_runs import CheckRequest, CheckRuns
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
@@ -78,23 +78,27 @@ class BaseCommands:
             probe = " && ".join(
                 self._probe_command(command, program, may_be_added=may_be_added) for program in find_programs(command)
             )
-            result = await self.run(self.request(task, spec, (probe,), commit)) if probe else ChecksPassed()
+            result = await self._repeat(task, spec, (probe,), commit) if probe else ChecksPassed()
             if isinstance(result, CommandFailed) and result.command == probe:
-                result = await self.run(self.request(task, spec, (command,), commit))
+                result = await self._repeat(task, spec, (command,), commit)
                 if isinstance(result, CommandFailed) and (missing := result.unrunnable) is not None:
                     failures += [] if may_be_added and self._may_add(command, missing) else [result]
         return failures
 
-    def request(
-        self, task: str, spec: TaskSpec, commands: tuple[str, ...], commit: str, *, is_cached: bool = False
-    ) -> CheckRequest:
-        """Return the request to run commands on a commit; a recorded result counts if `is_cached`."""
+    def request(self, task: str, spec: TaskSpec, checks: Sequence[Check], commit: str) -> CheckRequest:
+        """Return the request for checks of a commit."""
         # A separate folder per process avoids conflicts with leftovers of a killed or suspended process.
         checker = self.ledger.orchestrators.me.id.rpartition("-")[2]
-        return CheckRequest(task, _BASE_CHECK_ATTEMPT, spec, commands, commit, commit, checker, is_cached)
+        return CheckRequest(task, _BASE_CHECK_ATTEMPT, spec, tuple(checks), commit, commit, checker)
+
+    async def _repeat(self, task: str, spec: TaskSpec, commands: Sequence[str], commit: str) -> CheckResult:
+        """Run commands on a commit, whatever was recorded: their programs may have been removed since."""
+        return await self.run(
+            self.request(task, spec, [Check(run=command, cache=False) for command in commands], commit)
+        )
 
     async def run(self, request: CheckRequest) -> CheckResult:
-        """Run commands; retry a few times if they could not complete."""
+        """Run checks; retry a few times if they could not complete."""
         return await _repeat_unless_run(partial(self.runs.run, request), self.context.tools.clock)
 
     async def explain_unrunnable(
@@ -115,7 +119,7 @@ class BaseCommands:
         key = (base, (*commands, failed.command))
         if key not in self._unrunnable:
             async with self.lock():
-                result = await self.run(self.request(task, spec, commands, base))
+                result = await self._repeat(task, spec, commands, base)
             if isinstance(result, ChecksNotRun):  # may run another time
                 return None
             missing_on_base = result.unrunnable if isinstance(result, CommandFailed) else None

@@ -22,7 +22,7 @@ from anyio.abc import TaskGroup
 
 from orchestrator.domain.events.tasks import TaskCheckFlaky
 from orchestrator.domain.runs.check_results import CheckRecord, check_digest
-from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.domain.settings.run_settings import Check, TaskSpec
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import check_key, read_check
@@ -40,18 +40,16 @@ _NO_TREE = Path("/")
 
 @dataclass(frozen=True, slots=True)
 class CheckRequest:
-    """Commands to run on the tree of `commit`, whose parent on the target is `base`, for an attempt of a task."""
+    """Checks of the tree of `commit`, whose parent on the target is `base`, for an attempt of a task."""
 
     task: str
     attempt: int
     spec: TaskSpec
-    commands: tuple[str, ...]
+    checks: tuple[Check, ...]
     commit: str
     base: str
     checker: str = ""
     """Names the worktree and logs if other checks of the attempt may run concurrently."""
-    is_cached: bool = True
-    """Whether a recorded result may be used."""
 
 
 @dataclass(slots=True)
@@ -67,7 +65,7 @@ class _Running:
 
 
 #: What identifies checks: the tree, the commands, and the environment.
-_Key = tuple[str, tuple[str, ...], str]
+_Key = tuple[str, tuple[Check, ...], str]
 
 
 class CheckRuns:
@@ -81,6 +79,8 @@ class CheckRuns:
         self._failed: dict[_Key, CommandFailed] = {}
         self._worktrees: defaultdict[tuple[str, int, str], anyio.Lock] = defaultdict(anyio.Lock)
         """Held by checks until they have left their worktree, also after they were stopped."""
+        self._passed: set[_Key] = set()
+        """Checks that passed ahead of their turn: each counts once, also if it is not recorded."""
         self._closed = False
 
     def stop(self, tasks: Container[str]) -> None:
@@ -100,7 +100,10 @@ class CheckRuns:
         With `confirm`, a failure is repeated once on the same tree before it is believed.
         """
         key = await self._key(request)
-        result = (self._failed.get(key) if request.is_cached else None) or await self._join(key, request)
+        if key in self._passed:
+            self._passed.remove(key)
+            return ChecksPassed()
+        result = self._failed.get(key) or await self._join(key, request)
         if not isinstance(result, CommandFailed) or result.unrunnable is not None:
             return result
         if not confirm:
@@ -112,7 +115,7 @@ class CheckRuns:
         return result if isinstance(again, CommandFailed) else again
 
     async def has_passed(self, request: CheckRequest) -> bool:
-        """Return True if all commands are known to pass on the tree."""
+        """Return True if all checks are recorded as passed on the tree."""
         return not await self._missing(request, await self._key(request))
 
     async def prefetch(self, group: TaskGroup, requests: Sequence[CheckRequest]) -> None:
@@ -122,7 +125,8 @@ class CheckRuns:
             if key not in keys and not running.waiters:
                 running.scope.cancel()
         for key, request in zip(keys, requests, strict=True):
-            if key not in self._running and key not in self._failed and await self._missing(request, key):
+            is_known = key in self._running or key in self._failed or key in self._passed
+            if not is_known and await self._missing(request, key):
                 group.start_soon(self._prefetch, key, request)
 
     async def _prefetch(self, key: _Key, request: CheckRequest) -> None:
@@ -130,8 +134,11 @@ class CheckRuns:
             return
         running = self._running[key] = _Running(request.task)
         result = await self._run(key, running, request)
-        if isinstance(result, CommandFailed) and result.unrunnable is None:
-            self._failed[key] = result
+        match result:
+            case ChecksPassed():
+                self._passed.add(key)
+            case CommandFailed(unrunnable=None):
+                self._failed[key] = result
 
     async def _join(self, key: _Key, request: CheckRequest, earlier: CommandFailed | None = None) -> CheckResult:
         while (running := self._running.get(key)) is not None and running.scope.cancel_called:
@@ -174,12 +181,14 @@ class CheckRuns:
         run = self._ledger.run.id
         runner = self._context.checks(self._pool, run, request.task, request.attempt, request.spec, missing, checker)
 
+        recorded = {check.run for check in request.checks if check.cache}
+
         async def record(passed: PassedCheck) -> None:
             is_flaky = earlier is not None and earlier.command == passed.command
             if is_flaky and earlier is not None:
                 flaky = TaskCheckFlaky(task=request.task, command=earlier.short, log=str(earlier.log))
                 await self._ledger.note(flaky)
-            if request.is_cached:
+            if passed.command in recorded:
                 await self._record(key, request.task, passed, is_flaky=is_flaky)
             failpoint("check.recorded")
 
@@ -187,15 +196,14 @@ class CheckRuns:
 
     async def _missing(self, request: CheckRequest, key: _Key) -> tuple[str, ...]:
         """Return the commands that are not known to pass."""
-        if not request.is_cached:
-            return request.commands
         now, store = self._ledger.writer.clock.now(), self._ledger.writer.store
         tree, _, environment = key
         missing = []
-        for command in request.commands:
-            record = (await read_check(store, check_digest(tree, command, [environment])))[1]
+        for check in request.checks:
+            digest = check_digest(tree, check.run, [environment])
+            record = (await read_check(store, digest))[1] if check.cache else None
             if record is None or not record.is_valid(now):
-                missing.append(command)
+                missing.append(check.run)
         return tuple(missing)
 
     async def _record(self, key: _Key, task: str, passed: PassedCheck, *, is_flaky: bool) -> None:
@@ -225,7 +233,7 @@ class CheckRuns:
         variables = build_base_environment(spec.checks_env, context.tools.environ, _NO_TREE, {})
         files = await anyio.to_thread.run_sync(_describe_files, context.tools.worktree_setup.provisions.sources())
         facts = [variables, setup, files, self._ledger.run.sandbox.model_dump(mode="json"), spec.checks_timeout]
-        return tree, request.commands, check_digest("", "", facts)
+        return tree, request.checks, check_digest("", "", facts)
 
 
 def _describe_files(paths: Iterable[Path]) -> str:

@@ -27,7 +27,8 @@ class LookAhead:
 
     def __init__(self, ledger: Ledger, target: Target, checks: MergeChecks) -> None:
         self._ledger, self._target, self._checks = ledger, target, checks
-        self._window = min(ledger.run.merge.window, ledger.run.capacity)
+        self._first_window = min(ledger.run.merge.window, ledger.run.capacity)
+        self._window = self._first_window
         self._changed = anyio.Event()
         self._merged: dict[tuple[str, str], PreparedMerge | None] = {}
         """Merges by the commit below and the work; None if it can't be merged."""
@@ -38,7 +39,9 @@ class LookAhead:
         self._changed = anyio.Event()
 
     def resize(self, *, has_passed: bool) -> None:
-        """Adjust the window to the result of a merge."""
+        """Adjust the window to the result of a merge; one that begins with one merge never grows."""
+        if self._first_window == 1:
+            return
         self._window = min(self._window + 1, self._ledger.run.capacity) if has_passed else max(self._window // 2, 1)
 
     async def run(
@@ -52,7 +55,7 @@ class LookAhead:
         task, merge = list(merges.items())[-1]
         first = await self._checks.request(task, merge)
         self._merged.clear()
-        while first.commands:
+        while first.checks:
             changed = self._changed
             requests = [first]
             last = merge
@@ -60,7 +63,7 @@ class LookAhead:
                 if len(requests) >= self._window:
                     break
                 last, request = await self._merge(lease, last, batch)
-                if request is not None and request.commands:
+                if request is not None and request.checks:
                     requests.append(request)
             with suppress(GitError, RefusedError):  # reported when it is their turn
                 await self._checks.runs.prefetch(group, requests)

@@ -134,7 +134,7 @@ class MergeChecks:
         if isinstance(result, CommandFailed):
             correction = describe_check_fix(self._ledger.run, [spec], is_built=True)
             unrunnable = await self._base_commands.explain_unrunnable(
-                task, spec, spec.checks, result, request.base, correction
+                task, spec, spec.check_commands, result, request.base, correction
             )
         return result, unrunnable
 

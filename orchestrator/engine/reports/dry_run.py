@@ -113,7 +113,7 @@ def build_dry_run(
             phases=[phase.name for phase in config.phases_of(spec.workflow)],
             program=programs[spec.id],
             starts_from=target if spec.builds_on_target else config.base,
-            checks=spec.checks,
+            checks=spec.check_commands,
             attempts=spec.attempts,
             timeout=spec.timeout,
             idle_timeout=spec.idle_timeout,

@@ -35,6 +35,7 @@ from orchestrator.domain.runs.outcome import (
 from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
+from orchestrator.domain.settings.run_settings import Check
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.check_runs import CheckRequest
 from orchestrator.engine.phases.completion import PhaseHandlers
@@ -135,7 +136,8 @@ class AttemptRecorder:
         """Return the failure of the `until` checks of a phase; None if they pass."""
         base, worktree = active.session.assignment.base, active.session.assignment.worktree
         commands, unrunnable = active.next_phase.phase.until, None
-        request = CheckRequest(worktree.task, worktree.attempt, active.spec, commands, commit, base)
+        checks = tuple(Check(run=command) for command in commands)
+        request = CheckRequest(worktree.task, worktree.attempt, active.spec, checks, commit, base)
         result: CheckResult = CHECKS_STOPPED
         with active.checks:
             result = await self.base_commands.runs.run(request)

@@ -204,7 +204,7 @@ class AttemptRunner:
                 self._session_workspace(active),
                 keep_ownership=True,
                 validate_handoff=check_handoff,
-                stop_checks=StopChecks(active.spec.checks, active.spec.checks_timeout) if is_gated else None,
+                stop_checks=StopChecks(active.spec.check_commands, active.spec.checks_timeout) if is_gated else None,
             )
             await stack.enter_async_context(service)
             finished = await active.session.run()

@@ -139,7 +139,7 @@ async def _inherit_session(ledger: Ledger, context: RunContext, task: str) -> No
 
 
 async def remove_abandoned(ledger: Ledger, context: RunContext) -> None:
-    """Remove session folders of ended attempts that a dead process left behind.
+    """Remove session folders of ended attempts that a dead process left behind, and files of killed git commands.
 
     A free slot lock proves that its process is dead: a process holds the lock until it has removed the session folder.
     """
@@ -153,6 +153,7 @@ async def remove_abandoned(ledger: Ledger, context: RunContext) -> None:
                 async with slot.lock.hold(0):
                     await end_orphaned_session(worktree)
                     await worktrees.remove_session_folder(worktree)
+    await worktrees.remove_stale_files(context.hub, ledger.run.id, is_alone=False)
 
 
 async def _take_over(ledger: Ledger, context: RunContext, *, counts: bool) -> list[str]:
