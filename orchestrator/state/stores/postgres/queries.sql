@@ -26,14 +26,8 @@ ORDER BY id
 SELECT position, first, bytes FROM {schema}.head WHERE is_only
 
 -- name: records
--- The range of the second join repeats that of the first, so that no plan reads the whole history.
-SELECT e.first, l.position, l.time, l.by, l.events, h.kind, h.id, h.version, h.previous, h.expires, h.value
-FROM {schema}.head e
-LEFT JOIN {schema}.log l ON l.position > %(after)s AND l.position <= %(after)s + %(limit)s
-LEFT JOIN {schema}.history h ON h.position = l.position
-    AND h.position > %(after)s AND h.position <= %(after)s + %(limit)s
-WHERE e.is_only
-ORDER BY l.position, h.number
+SELECT first, position, time, by, events, kind, id, version, previous, expires, value
+FROM {schema}.records(%(after)s, %(limit)s)
 
 -- name: history
 SELECT h.version, h.position, l.time, l.by, h.value, l.events
