@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from orchestrator.domain.runs.model import HaltCause, RunRequest, TaskDocument
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import read_requests, read_tasks, run_key
 from orchestrator.errors import HistoryCompacted
 from orchestrator.protocols import CommitRecord, JsonObject, Key
+
+_FOLLOWED_KINDS: Final = frozenset({"adapter", "request", "run", "task"})
 
 
 class ExternalChange(NamedTuple):
@@ -57,8 +59,11 @@ async def _changes_in(ledger: Ledger, record: CommitRecord) -> AsyncGenerator[Ex
     run = ledger.run.id
     if run_key(run) in record.documents and await ledger.tasks.load_new():
         yield ExternalChange(has_new_tasks=True)
-    for key, (version, value) in record.documents.items():
-        if value is not None and f"{key.id}/".startswith(f"{run}/"):
+    for key in record.documents:
+        if key.kind in _FOLLOWED_KINDS and f"{key.id}/".startswith(f"{run}/"):
+            version, value = record.documents[key]
+            if value is None:
+                continue
             if key.kind == "task":
                 await ledger.tasks.wait_settled(key.id.partition("/")[2])
             for change in _changes_of_document(ledger, record, key, version, value):

@@ -18,7 +18,7 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -33,6 +33,7 @@ from orchestrator.protocols import (
     DumpedDocument,
     Event,
     Guard,
+    JsonObject,
     Key,
 )
 
@@ -124,6 +125,33 @@ class IncompleteLine:
     """The beginning of a line whose rest does not exist (yet)."""
 
     end: int
+
+
+class RecordedDocuments(Mapping[Key, tuple[int, JsonObject | None]]):
+    """The documents of a `CommitRecord`, decoded when they are read: most followers read few of them."""
+
+    def __init__(self, encoded: Mapping[Key, tuple[int, bytes | None]]) -> None:
+        """Take the version and the encoded value (None: deleted) of each document."""
+        self._encoded = encoded
+        self._decoded: dict[Key, tuple[int, JsonObject | None]] = {}
+
+    def __getitem__(self, key: Key) -> tuple[int, JsonObject | None]:
+        if key not in self._decoded:
+            version, value = self._encoded[key]
+            self._decoded[key] = version, None if value is None else json.loads(value)
+        return self._decoded[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._encoded)
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._encoded
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 ScanResult = DecodedLine | UnreadableBytes | IncompleteLine
@@ -268,8 +296,11 @@ def to_dumped(line: LogLine) -> DumpedCommit:
         DumpedDocument(change.key, change.version, value, change.expires, change.previous)
         for change, value in iter_values(line)
     )
-    events = tuple(Event(*event) for event in json.loads(b"[%b]" % split_events(line.changes, line.payload)))
-    return DumpedCommit(line.position, line.time, line.writer, documents, events)
+    return DumpedCommit(line.position, line.time, line.writer, documents, _decode_events(line))
+
+
+def _decode_events(line: LogLine) -> tuple[Event, ...]:
+    return tuple(Event(*event) for event in json.loads(b"[%b]" % split_events(line.changes, line.payload)))
 
 
 def from_dumped(commit: DumpedCommit) -> LogLine:
@@ -291,10 +322,8 @@ def to_record(line: LogLine) -> CommitRecord:
         deleted = {change.key: (change.version, None) for change in line.changes if change.length == 0}
         lost = [change.key for change in line.changes if change.length]
         return CommitRecord(line.position, line.time, deleted, (), lost, line.writer)
-    found, events = json.loads(line.payload)
-    remaining = iter(found)
-    documents = {change.key: (change.version, next(remaining) if change.length else None) for change in line.changes}
-    return CommitRecord(line.position, line.time, documents, tuple(Event(*event) for event in events), (), line.writer)
+    documents = RecordedDocuments({change.key: (change.version, value) for change, value in iter_values(line)})
+    return CommitRecord(line.position, line.time, documents, _decode_events(line), (), line.writer)
 
 
 def to_version(line: LogLine, key: Key) -> DocumentVersion:

@@ -23,7 +23,7 @@ from orchestrator.protocols import (
     Event,
     Key,
 )
-from orchestrator.state.log.codec import EncodedCommit, LogLine, split_events, split_values
+from orchestrator.state.log.codec import EncodedCommit, LogLine, RecordedDocuments, split_events, split_values
 
 MAX_NAME_BYTES: Final = 2_000
 """The maximum size of a kind and an id together: an index can't contain longer ones."""
@@ -126,9 +126,7 @@ def to_commits(rows: Iterable[tuple[Any, ...]]) -> Iterator[DumpedCommit]:
 
 def to_record(commit: DumpedCommit) -> CommitRecord:
     """Return the record of a commit for watchers."""
-    documents = {
-        one.key: (one.version, None if one.encoded is None else json.loads(one.encoded)) for one in commit.documents
-    }
+    documents = RecordedDocuments({one.key: (one.version, one.encoded) for one in commit.documents})
     return CommitRecord(commit.position, commit.time, documents, commit.events, (), commit.writer)
 
 
