@@ -1,17 +1,16 @@
 """Claims of tasks by eight processes on PostgreSQL, compared with the fetches of procrastinate.
 
 python -m benchmarks.postgres_claims [--quick], with COUNCIL_TEST_POSTGRES_URL or an installed server. Both use the same
-server, durable transactions, and number of concurrent claims. As in a run, each process knows the tasks, follows the
-claims of the others, and claims a task by one guarded commit.
+server, durable transactions, and number of concurrent claims. As in a run, each process has a board of the tasks, which
+follows the claims of the others, and claims a task by one guarded commit.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -21,6 +20,8 @@ from procrastinate import App, PsycopgConnector
 from benchmarks.measure import BenchmarkRow, median, percentile
 from benchmarks.server_stores import PROCESSES, Outcome, main, run_processes, wait_for_begin
 from benchmarks.state import make_document
+from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
 from orchestrator.state.stores.postgres.store import PostgresStore
@@ -97,56 +98,61 @@ async def _claim_all(slots: int, claim: Claim) -> dict[str, Any]:
     return {"claimed": claimed, "took": took}
 
 
-class _Board:
-    """The tasks that a process knows as free."""
+class _Process:
+    """A process that follows the claims of the others on its board."""
 
     def __init__(self, store: Store, me: int) -> None:
         self._store, self._me = store, me
-        self._dice = random.Random(me)  # noqa: S311  no secret
-        self._free: list[Document] = []
-        self._taken: set[str] = set()
-        self._guard: Guard | None = None
+        self._owner = Key("orchestrator", str(me))
+        self._tasks: dict[str, Document] = {}
+        self._board = DispatchBoard({})
+        self._position, self._news = 0, anyio.Event()
 
     async def open(self) -> int:
         """Register the process and read all tasks; return the position up to which they are known."""
-        owner = Key("orchestrator", str(self._me))
-        await self._store.commit(Commit([Write(owner, 0, {"epoch": 1})]))
-        self._guard = Guard(owner, 1)
+        await self._store.commit(Commit([Write(self._owner, 0, {"epoch": 1})]))
         position = await self._store.position()
-        self._free = list(await self._store.list("task"))
-        self._dice.shuffle(self._free)
+        self._tasks = {task.key.id: task for task in await self._store.list("task")}
+        self._board = DispatchBoard(dict.fromkeys(sorted(self._tasks, key=int), DispatchEntry()), worker=self._me)
         return position
 
     async def follow(self, position: int) -> None:
-        """Forget the tasks that any process claims."""
+        """Show the claims of all processes on the board."""
         async with aclosing(self._store.watch(position)) as records:
             async for record in records:
-                self._taken.update(key.id for key in record.documents if key.kind == "claim")
+                for key in record.documents:
+                    if key.kind == "claim":
+                        self._board.sync_task(key.id, TaskStatus.RUNNING, 0.0)
+                self._position = record.position
+                self._news.set()
+                self._news = anyio.Event()
 
     async def claim(self) -> int | None:
         """Claim a free task, as the commit that starts an attempt does."""
-        while self._free:
-            task = self._free.pop()
-            if (name := task.key.id) in self._taken:
-                continue
+        while chosen := self._board.choose_tasks(1, 0.0):
+            task = self._tasks[chosen[0]]
             writes = [
                 Write(task.key, task.version, {**task.value, "owner": self._me}),
-                Write(Key("claim", name), 0, {"epoch": 1, "owner": self._me}),
+                Write(Key("claim", task.key.id), 0, {"epoch": 1, "owner": self._me}),
             ]
-            assert self._guard  # noqa: S101  set by `open`
-            try:
-                await self._store.commit(Commit(writes, [Event("task.started", {"task": name})], [self._guard]))
-            except VersionConflict:
-                continue
-            return int(name)
+            event, guard = Event("task.started", {"task": task.key.id}), Guard(self._owner, 1)
+            with suppress(VersionConflict):
+                await self._store.commit(Commit(writes, [event], [guard]))
+                return int(task.key.id)
+            await self._catch_up()  # in a run, the preparation of the next attempt takes longer
         return None
+
+    async def _catch_up(self) -> None:
+        position = await self._store.position()
+        while self._position < position:
+            await self._news.wait()
 
 
 async def _by_store(slots: int, url: str, _tasks: int, me: int) -> dict[str, Any]:
     async with PostgresStore.open(url) as store, anyio.create_task_group() as group:
-        board = _Board(store, me)
-        group.start_soon(board.follow, await board.open())
-        outcome = await _claim_all(slots, board.claim)
+        process = _Process(store, me)
+        group.start_soon(process.follow, await process.open())
+        outcome = await _claim_all(slots, process.claim)
         group.cancel_scope.cancel()
     return outcome
 

@@ -125,6 +125,21 @@ async def test_three_processes_finish_one_queue_despite_a_kill(repository: Repos
 
 
 @pytest.mark.extended
+async def test_additional_process_begins_with_its_share_of_the_tasks(repository: Repository) -> None:
+    """The first process starts tasks in the order of the file; a claim of the same task would be rejected."""
+    gate = repository.spawns.parent / "gate"
+    tasks = [{"id": f"t{number}", "prompt": f"await {gate}\nwrite {number}.txt x"} for number in range(10)]
+    leader = repository.start("run", str(repository.configure(tasks, capacity=1)), "--json")
+    wait_for(lambda: states(repository).get("t0") == "running")
+    worker = repository.start("work", "--capacity", "2", "--json")
+    wait_for(lambda: Counter(states(repository).values())["running"] == 3)
+    assert {task for task, status in states(repository).items() if status == "running"} == {"t0", "t1", "t9"}
+    gate.touch()
+    assert ended(leader, worker) == [0, 0]
+    await assert_each_landed_once(repository, [f"t{number}" for number in range(10)])
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("make_url", [lambda: "", redis_server.empty_store_url, postgres_server.empty_store_url])
 async def test_process_stopped_past_its_lease_is_rejected_with_the_reason(
     repository: Repository, make_url: Callable[[], str]

@@ -31,6 +31,14 @@ def test_higher_priority_starts_first_then_file_order() -> None:
     assert started(board) == ["b", "d", "a", "c"]
 
 
+def test_additional_workers_start_other_tasks_of_equal_rank_first() -> None:
+    """Each begins with every eighth task, and continues with the last tasks of the others; priorities come first."""
+    tasks = {f"t{number}": DispatchEntry() for number in range(18)} | {"urgent": DispatchEntry(priority=1)}
+    first, second = DispatchBoard(tasks, worker=1), DispatchBoard.of(tasks, {}, worker=2)
+    assert started(first) == ["urgent", "t1", "t9", "t17", "t10", "t2", "t11", "t3", "t12"]
+    assert started(second, 4) == ["urgent", "t2", "t10", "t11"]
+
+
 @pytest.mark.parametrize(("age", "first"), [(AGING_SECONDS * 2 - 1, "new"), (AGING_SECONDS * 2 + 1, "old")])
 def test_waiting_compensates_priority(age: float, first: str) -> None:
     """`AGING_SECONDS` seconds of waiting outweigh one priority level."""

@@ -167,7 +167,8 @@ class RunExecutor:
         wanted = capacity or before.run.capacity
         room = await Capacity.measure(wanted, ledger, context.clock)
         async with run_context.pool(sessions=_max_sessions(wanted, before.run)) as pool:
-            board = _board(context, ledger, run_context, entries, disabled)
+            worker = 0 if ledger.writer.became_leader.is_set() else _number_of(ledger.orchestrators.me.id, before)
+            board = _board(context, ledger, run_context, entries, disabled, worker)
             handlers = await self._phase_handlers(context, ledger, run_context)
             scheduler = Scheduler(ledger, run_context, pool, board, room, handlers, disabled)
             self._stop.add(scheduler.stop)
@@ -228,16 +229,23 @@ async def _entries(context: ProjectContext, before: RunRecord, ledger: Ledger) -
     return with_subtasks({task: known[task] for task in ledger.run.tasks}, ledger.tasks.documents())
 
 
+def _number_of(worker: str, run: RunRecord) -> int:
+    """Return the number of active processes that joined a run before a worker, at least 1 for its leader."""
+    active = sorted((one.since, one.owner.id) for one in run.orchestrators if one.ended is None)
+    return max(1, [name for _, name in active].index(worker))
+
+
 def _board(
     context: ProjectContext,
     ledger: Ledger,
     run_context: RunContext,
     entries: Mapping[str, DispatchEntry],
     disabled: Mapping[str, str],
+    worker: int,
 ) -> DispatchBoard:
     capacities = {name: one.capacity for name, one in run_context.configs.items() if one.capacity is not None}
     statuses = ledger.statuses()
-    board = DispatchBoard.of(entries, statuses, capacities)
+    board = DispatchBoard.of(entries, statuses, capacities, worker)
     for task, status in statuses.items():
         if ledger.is_claimed_elsewhere(task):
             board.sync_task(task, status, context.clock.monotonic())

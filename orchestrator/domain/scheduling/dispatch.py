@@ -31,6 +31,10 @@ from orchestrator.domain.settings.run_settings import CheckField
 
 #: The waiting time in seconds that equals one level of priority.
 AGING_SECONDS = 600.0
+#: The number of shares into which the processes of a run divide tasks that could start at the same time.
+_SHARES = 8
+#: More than the number of tasks.
+_SHARE_WIDTH = 1e7
 
 _NO_LIMITS: Mapping[str, int] = {}
 
@@ -110,11 +114,20 @@ class DispatchBoard:
     longer for each level between them; ties are resolved by file order. The wait starts at the first decision that
     finds the task ready.
 
+    Additional processes of a run resolve ties by other orders, so that they rarely claim the same tasks: each begins
+    with its share of the tasks, and continues with the last tasks of the other shares.
+
     More methods than most: each is a transition of the same state of one task.
     """
 
-    def __init__(self, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int] = _NO_LIMITS) -> None:
-        """Create a board of pending tasks; `capacities` limits sessions by adapter."""
+    def __init__(
+        self, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int] = _NO_LIMITS, worker: int = 0
+    ) -> None:
+        """Create a board of pending tasks; `capacities` limits sessions by adapter.
+
+        `worker` is the number of an additional process of the run, which selects its share.
+        """
+        self._worker = worker
         self.entries = dict(entries)
         """The entries of all tasks, including those that plans have added."""
         self._state = dict.fromkeys(entries, _PENDING)
@@ -138,9 +151,10 @@ class DispatchBoard:
         entries: Mapping[str, DispatchEntry],
         statuses: Mapping[str, TaskStatus],
         capacities: Mapping[str, int] = _NO_LIMITS,
+        worker: int = 0,
     ) -> DispatchBoard:
         """Return the board of a run in progress; built tasks own paths until they land."""
-        board = cls(entries, capacities)
+        board = cls(entries, capacities, worker)
         for task, status in statuses.items():
             if status in SUCCESS_STATUSES:
                 board.landed(task)
@@ -307,12 +321,18 @@ class DispatchBoard:
         for task in tasks:
             states[task] = _READY
             order, priority, bucket = places[task]
+            if self._worker:
+                order = self._order_by_share(order)
             # Sharing one float object makes tuple comparisons of ranks faster.
             rank = ranks.get(priority)
             if rank is None:
                 rank = ranks[priority] = since / AGING_SECONDS - priority
             ready.append((rank, order, task, bucket))
         self._queue.add(ready)
+
+    def _order_by_share(self, order: float) -> float:
+        share = (int(order) - self._worker) % _SHARES
+        return share * _SHARE_WIDTH + (-order if share else order)
 
     def _offer(self, task: str) -> None:
         if self._state[task] is _PENDING and self._graph.is_ready(task):
