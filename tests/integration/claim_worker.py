@@ -1,7 +1,8 @@
 """Run worker processes that share a task queue: `python claim_worker.py STATE LOCKS PATIENCE FAULT…`.
 
 One process per fault. After a process has claimed its N-th task, and before it runs the task, it kills or stops itself:
-`none`, `kill@N` or `stop@N`. With `seed COUNT` instead of a patience, the program creates the queue.
+`none`, `kill@N` or `stop@N`; for `group@N`, it claims many tasks at once, and kills itself when it has claimed N. With
+`seed COUNT` instead of a patience, the program creates the queue.
 """
 
 import os
@@ -26,6 +27,7 @@ from tests.stores import open_store
 
 RUN = "run"
 QUEUE = Key("queue", RUN)
+_GROUP = 20
 
 
 def say(*words: object) -> None:
@@ -90,6 +92,8 @@ class Worker:
                 async with anyio.create_task_group() as group:
                     group.start_soon(self._again_and_again, others.renew, self.timing.heartbeat_interval)
                     group.start_soon(self._again_and_again, takeovers.sweep, self.timing.stale_check_interval)
+                    if self.fault.startswith("group"):
+                        await self._claim_group(claims)
                     await self._empty(claims, others)
                     group.cancel_scope.cancel()
             except BaseExceptionGroup as errors:
@@ -137,6 +141,15 @@ class Worker:
             if begin == self.done:
                 await anyio.sleep(0.02)
 
+    async def _claim_group(self, claims: Claims) -> None:
+        async def claim(task: str) -> None:
+            if not isinstance(await claims.claim(task), ClaimHolder):
+                self._meet_fate(task)
+
+        async with anyio.create_task_group() as group:
+            for number in range(_GROUP):
+                group.start_soon(claim, f"t{number:04}")
+
     def _awaits_fault(self) -> bool:
         _, _, at = self.fault.partition("@")
         return bool(at) and self.claimed < int(at)
@@ -147,7 +160,7 @@ class Worker:
         if at and self.claimed == int(at):
             self.faults.add()
             say(self.number, kind, task, os.getpid())
-            os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
 
     async def _finishes(self, task: str, guard: Guard, claims: Claims, others: RunMembership) -> bool:
         work = Write(work_key(task), 0, {"by": others.me.id, "epoch": guard.epoch})

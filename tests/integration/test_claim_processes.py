@@ -85,6 +85,10 @@ MANY = [*SOME, *SOME, *SOME, *SOME]
         pytest.param("postgres", FEW, 60, 2.0, id="postgres-two"),
         pytest.param("redis", FEW, 60, 2.0, id="redis-two", marks=pytest.mark.extended),
         *(
+            pytest.param(kind, ["none", "group@7"], 60, 2.0, id=f"{kind}-group", marks=pytest.mark.extended)
+            for kind in ("file", *SERVERS)
+        ),
+        *(
             pytest.param(kind, SOME, 300, 2.0, id=f"{kind}-eight", marks=pytest.mark.slow)
             for kind in ("file", *SERVERS)
         ),
@@ -113,10 +117,9 @@ async def test_every_task_of_a_shared_queue_is_done_once(
                         os.kill(int(pid), signal.SIGCONT)
             assert process.wait() == 0
         history = check([record async for record in read_range(store, 0, await store.position())], tasks)
-    killed, stopped = [[one for one in said if one[1] == kind] for kind in ("kill", "stop")]
-    assert (len(killed), len(stopped)) == tuple(
-        sum(fault.startswith(kind) for fault in faults) for kind in ("kill", "stop")
-    )
+    killed, stopped = [[one for one in said if one[1] in kinds] for kinds in (("kill", "group"), ("stop",))]
+    expected = Counter(fault.partition("@")[0] for fault in faults)
+    assert (len(killed), len(stopped)) == (expected["kill"] + expected["group"], expected["stop"])
     for number, _, task, _ in stopped:
         assert [number, "refused", task] in said
         (why,) = [" ".join(one[2:]) for one in said if one[:2] == [number, "fenced"]][:1]
