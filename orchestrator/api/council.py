@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from orchestrator.api import topics
 from orchestrator.api.context import ProjectContext, StopSignal
-from orchestrator.api.opening import open_project
+from orchestrator.api.opening import OnOutage, open_project
 from orchestrator.api.run_index import RunIndex
 from orchestrator.domain.security.secrets import redact_urls
 from orchestrator.engine.state.records import read_run
@@ -55,12 +55,12 @@ class Council:
         context: ProjectContext,
         config: RunConfig | None,
         opened_at: int,
+        stop: StopSignal,
         notices: Sequence[str] = (),
     ) -> None:
         """Set up a council; `opened_at` is the log position at which it was opened."""
         self.project, self.config, self.notices = context.project, config, notices
-        self._context, self._opened_at = context, opened_at
-        self._stop = StopSignal()
+        self._context, self._opened_at, self._stop = context, opened_at, stop
 
     @classmethod
     @asynccontextmanager
@@ -72,7 +72,7 @@ class Council:
         state: str | None = None,
         clock: Clock | None = None,
         environ: Mapping[str, str] = os.environ,
-        waits_for_server: bool = False,
+        on_outage: OnOutage = "fail",
     ) -> AsyncIterator[Self]:
         """Open a project's state for the body of the `async with`.
 
@@ -88,16 +88,17 @@ class Council:
         If the state is empty and `.worktrees` has state in an earlier format, that state is imported and `notices`
         reports it, but not into a store from `state`.
 
-        With `waits_for_server`, waits while the store's server does not answer, and logs a warning; otherwise raises
-        StoreUnreachable.
+        With `on_outage="wait"`, this and all operations wait while the store's server does not answer, and log a
+        warning; with `"pause"`, only once it has answered; with `"fail"`, they raise StoreUnavailable. An active run
+        follows its own setting, `when_unreachable`.
 
         Raises ConfigError, with all problems of the file; RefusedError if there is nothing to open, or if the store was
         created on another machine and `adopt_state` has not accepted it.
         """
-        clock = clock or SystemClock()
-        opening = open_project(source, plugins, state, clock, environ, waits_for_server=waits_for_server)
+        clock, stop = clock or SystemClock(), StopSignal()
+        opening = open_project(source, plugins, state, clock, environ, on_outage, stop)
         async with opening as (context, config, notices):
-            yield cls(context, config, await context.store.position(), notices)
+            yield cls(context, config, await context.store.position(), stop, notices)
 
     @cached_property
     def runs(self) -> topics.Runs:
@@ -170,6 +171,11 @@ class Council:
     def store_url(self) -> str:
         """The URL of the store."""
         return self._context.url
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the store had no commits when it was opened."""
+        return self._opened_at == 0
 
     @property
     def damage(self) -> tuple[str, ...]:

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import anyio.to_thread
 
-from orchestrator.api.context import LazyPlugins, ProjectContext
+from orchestrator.api.context import LazyPlugins, ProjectContext, StopSignal
 from orchestrator.config.store import folder_url, scheme_of, to_store_url
 from orchestrator.errors import CouncilError, RefusedError, StoreUnreachable
 from orchestrator.project import (
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from orchestrator.config.schema import Config
     from orchestrator.plugins import Plugins
 
+OnOutage = Literal["fail", "pause", "wait"]
+"""What to do while the server of the store does not answer; see `Council.open`."""
+
 
 @asynccontextmanager
 async def open_project(
@@ -42,10 +45,10 @@ async def open_project(
     state: str | None,
     clock: Clock,
     environ: Mapping[str, str],
-    *,
-    waits_for_server: bool = False,
+    on_outage: OnOutage,
+    stop: StopSignal,
 ) -> AsyncIterator[tuple[ProjectContext, RunConfig | None, Sequence[str]]]:
-    """Open a project and its store during the body; see `Council.open`.
+    """Open a project and its store during the body; see `Council.open`. The store gives up waiting after `stop`.
 
     Yields the project, the run of the source if it is not a folder, and messages about how the state was opened.
     """
@@ -65,7 +68,7 @@ async def open_project(
     is_named = chosen is not None or config is not None or url == folder_url(project.state_folder)
     await anyio.to_thread.run_sync(partial(check_trusted, url, council_home(environ), is_named=is_named))
     lazy_plugins = LazyPlugins(plugins, environ, [project.top])
-    async with _open_store(url, lazy_plugins, clock, waits_for_server=waits_for_server) as store:
+    async with _open_store(url, lazy_plugins, clock, on_outage, stop) as store:
         notices = await _import_legacy_state(store, project, clock, environ) if state is None else ()
         context = ProjectContext(project, store, url, clock, environ, lazy_plugins, follows_file=chosen is None)
         yield context, config, notices
@@ -113,7 +116,9 @@ async def _import_legacy_state(
 
 
 @asynccontextmanager
-async def _open_store(url: str, plugins: LazyPlugins, clock: Clock, *, waits_for_server: bool) -> AsyncIterator[Store]:
+async def _open_store(
+    url: str, plugins: LazyPlugins, clock: Clock, on_outage: OnOutage, stop: StopSignal
+) -> AsyncIterator[Store]:
     """Open the store at a URL, without loading plugins if it is a built-in one."""
     async with AsyncExitStack() as stack:
 
@@ -129,9 +134,13 @@ async def _open_store(url: str, plugins: LazyPlugins, clock: Clock, *, waits_for
         try:
             store = await enter()
         except StoreUnreachable as error:
-            if not waits_for_server:
+            if on_outage != "wait":
                 raise
             from orchestrator.state.offline.outage import wait_for_server  # noqa: PLC0415  (slow, and rarely needed)
 
             store = await wait_for_server(enter, error, clock)
+        if on_outage != "fail" and not store.local_paths():
+            from orchestrator.state.offline.outage import pausing_store  # noqa: PLC0415  (slow, and not for files)
+
+            store = pausing_store(store, clock, lambda: stop.is_set)
         yield store

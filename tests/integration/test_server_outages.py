@@ -14,9 +14,11 @@ import pytest
 import zstandard
 from anyio import to_thread
 
+from orchestrator import Council
 from orchestrator.domain.events.base import TypedEvent
 from orchestrator.domain.events.runs import RunJoined
 from orchestrator.domain.events.state import OutageEnded
+from orchestrator.errors import StoreUnavailable, StoreUnreachable
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import CommitRecord
 from orchestrator.state.documents.log_reader import read_range
@@ -283,6 +285,37 @@ def test_command_waits_for_its_server_and_continues(
     output, error = child.communicate(timeout=60)
     assert (child.wait(), "Traceback" in error) == (0, False), (output, error)
     assert states(repository) == {"one": "landed"}
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["returns", "stopped"])
+async def test_operations_wait_for_a_server_that_dies_after_the_opening(
+    repository: Repository, server: Server, is_stopped: bool
+) -> None:
+    """Also before a run starts; `stop` ends the wait with the error."""
+    outcomes = list[object]()
+    async with Council.open(
+        repository.top, state=server.url(), environ=repository.environ, on_outage="pause"
+    ) as council:
+        server.kill()
+
+        async def list_runs() -> None:
+            try:
+                outcomes.append(await council.runs.list())
+            except StoreUnavailable as error:
+                outcomes.append(type(error))
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                group.start_soon(list_runs)
+                while not council._context.store._outage.is_active:  # type: ignore[attr-defined]
+                    await anyio.sleep(0.01)
+                assert not outcomes
+                if is_stopped:
+                    council.stop()
+                else:
+                    await to_thread.run_sync(server.start)
+    assert outcomes == [StoreUnreachable if is_stopped else []]
 
 
 @pytest.mark.extended

@@ -241,6 +241,8 @@ async def test_reading_creates_no_store(project: Repository, tmp_path: Path) -> 
     for location in (missing, file):
         refused = project.council("state", "log", "--state", str(location), "--json")
         assert (refused.code, refused.result["error"]) == (2, f"there is no state in {location}")
+    refused = project.council("status", "--state", "memory:", "--json")
+    assert (refused.code, refused.result["error"]) == (2, "there is no state in memory:")  # as of a plugin's store
     project.environ["COUNCIL_STATE"] = str(missing)
     assert project.council("runs").code == 2
     assert not missing.exists()

@@ -19,6 +19,7 @@ import anyio.to_thread
 import click
 
 from orchestrator.api.council import Council
+from orchestrator.api.opening import OnOutage
 from orchestrator.cli.core.completion import complete_runs
 from orchestrator.cli.core.error_boundary import EXIT_INTERNAL_ERROR, EXIT_UNAVAILABLE, ErrorLog, error_boundary
 from orchestrator.cli.core.options import json_option, remember_option, wants_json
@@ -27,6 +28,7 @@ from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import printable
 from orchestrator.cli.streams import write_error_message
 from orchestrator.config.store import to_store_url
+from orchestrator.domain.security.secrets import redact_urls
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.errors import CouncilError, RefusedError, StoreUnavailable, describe_shortage
 from orchestrator.state.stores.file import require_store
@@ -166,19 +168,20 @@ async def open_council(
     context: CommandContext,
     source: Path | RunConfig | None = None,
     plugins: Plugins | None = None,
-    *,
-    waits_for_server: bool = False,
+    on_outage: OnOutage = "fail",
 ) -> AsyncIterator[CouncilContext]:
     """Open the council of a run or a folder, by default of the current folder.
 
-    Without `source`, an explicit store must exist, so that a mistyped name does not create one.
+    Without `source`, an explicit store must exist, so that a mistyped name is noticed; only commands that wait for a
+    server may be earlier than the first run.
     """
-    if source is None and (url := explicit_store_url()):
+    url = explicit_store_url() if source is None else ""
+    if url:
         await anyio.to_thread.run_sync(require_store, url)
-    async with Council.open(
-        source, plugins=plugins, state=store_option_url(), waits_for_server=waits_for_server
-    ) as council:
+    async with Council.open(source, plugins=plugins, state=store_option_url(), on_outage=on_outage) as council:
         context.log.path = council.project.log_file
+        if url and council.is_empty and on_outage != "wait":
+            raise RefusedError(f"there is no state in {redact_urls(url)}", "correct the URL, or start a run there")
         for notice in council.notices:
             Output(as_json=False).notice(printable(notice))
         yield CouncilContext(context.output, context.log, context.interrupt, council)
@@ -206,16 +209,16 @@ def async_command(
 
 
 def council_command(
-    *, is_short_lived: bool = False, prints_json: bool = True, waits_for_server: bool = False
+    *, is_short_lived: bool = False, prints_json: bool = True, on_outage: OnOutage = "fail"
 ) -> Callable[[Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]], Callable[P, None]]:
     """Extend `async_command` for a command that needs a project; add `--state`.
 
-    With `waits_for_server`, the command waits until the server of the store answers.
+    `on_outage` is that of `Council.open`.
     """
 
     def decorate(body: Callable[Concatenate[CouncilContext, P], Awaitable[int | None]]) -> Callable[P, None]:
         async def with_council(context: CommandContext, /, *args: P.args, **kwargs: P.kwargs) -> int | None:
-            async with open_council(context, waits_for_server=waits_for_server) as opened:
+            async with open_council(context, on_outage=on_outage) as opened:
                 return await body(opened, *args, **kwargs)
 
         update_wrapper(with_council, body)

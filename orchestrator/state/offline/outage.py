@@ -235,7 +235,7 @@ class PausingStore(StoreWrapper):
 
     def __init__(self, inner: Store, outage: Outage) -> None:
         super().__init__(inner)
-        self._outage = outage
+        self.inner, self._outage = inner, outage
         self._commit_lock = anyio.Lock()
         """Held by the commit that is being retried; other commits queue in order of arrival."""
         self._waiting = 0
@@ -282,6 +282,16 @@ async def wait_for_server(open_store: Callable[[], Awaitable[T]], error: StoreUn
     outage = Outage(clock, DEFAULT_INTERVALS, log_event, "pause", lambda found: isinstance(found, StoreUnreachable))
     outage.begin(error)
     return await outage.retry_until_reached(open_store)
+
+
+def pausing_store(store: Store, clock: Clock, gives_up: Callable[[], bool]) -> Store:
+    """Return a store that waits for its server, and logs its outages."""
+    return PausingStore(store, Outage(clock, DEFAULT_INTERVALS, log_event, "pause", gives_up=gives_up))
+
+
+def without_pauses(store: Store) -> Store:
+    """Return the store that a store of `pausing_store` wraps; other stores are returned unchanged."""
+    return store.inner if isinstance(store, PausingStore) else store
 
 
 def waiting_store(store: Store, clock: Clock) -> Store:

@@ -167,7 +167,7 @@ async def run_file(  # noqa: PLR0917  one for each option
             config, plugins, allow_deferred=allow_deferred, coordination=coordination
         )
         return _show_plan(plan, context.output, mermaid=mermaid)
-    async with open_council(context, config, plugins) as opened:
+    async with open_council(context, config, plugins, "pause") as opened:
         council = opened.council
         if detach and council.store_url == MEMORY:
             raise RefusedError("a memory store is lost when this process exits", "omit --detach, or use another store")
@@ -206,7 +206,7 @@ def _show_plan(plan: DryRun, output: Output, *, mermaid: bool) -> int:
 @trust_option
 @coordination_options
 @verbose_option
-@council_command(waits_for_server=True)
+@council_command(on_outage="wait")
 async def resume(
     context: CouncilContext,
     run: str | None,
@@ -328,7 +328,7 @@ def _other_interrupted_runs(others: Sequence[str]) -> str:
 @click.option("--follow", is_flag=True, help="Also join runs that start later.")
 @partial(coordination_options, joins=True)
 @verbose_option
-@council_command(waits_for_server=True)
+@council_command(on_outage="wait")
 async def work(
     context: CouncilContext, run: str | None, capacity: int | None, follow: bool, coordination: CoordinationOverrides
 ) -> int:
