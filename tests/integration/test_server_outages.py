@@ -308,7 +308,7 @@ async def test_operations_wait_for_a_server_that_dies_after_the_opening(
         with anyio.fail_after(60):
             async with anyio.create_task_group() as group:
                 group.start_soon(list_runs)
-                while not council._context.store._outage.is_active:  # type: ignore[attr-defined]
+                while not council._context.store.outage.is_active:  # type: ignore[attr-defined]
                     await anyio.sleep(0.01)
                 assert not outcomes
                 if is_stopped:

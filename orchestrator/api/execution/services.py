@@ -25,7 +25,7 @@ from orchestrator.plugins import Plugins
 from orchestrator.protocols import Commit, Event
 from orchestrator.state.documents.validation import DOCUMENT_KINDS
 from orchestrator.state.offline.fork import survive_outages
-from orchestrator.state.offline.outage import is_full, is_outage, log_event, without_pauses
+from orchestrator.state.offline.outage import end_pauses, is_full, is_outage, log_event
 
 #: Seconds to update the views at the end of a run.
 _VIEWS_TIMEOUT = 10.0
@@ -83,7 +83,7 @@ async def survive_store_outages(
     if context.url == MEMORY:
         yield context
         return
-    store, clock = without_pauses(context.store), context.clock
+    store, clock = end_pauses(context.store), context.clock
     is_local = bool(context.store.local_paths())
 
     async def record_event(event: TypedEvent) -> None:

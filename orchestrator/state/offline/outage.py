@@ -61,6 +61,10 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(error, StoreUnavailable) and not isinstance(error, StateLost)
 
 
+def _is_unreachable(error: BaseException) -> bool:
+    return isinstance(error, StoreUnreachable)
+
+
 def is_full(error: BaseException) -> bool:
     """Return True if the store's disk is full."""
     return isinstance(error, StoreFull)
@@ -235,14 +239,14 @@ class PausingStore(StoreWrapper):
 
     def __init__(self, inner: Store, outage: Outage) -> None:
         super().__init__(inner)
-        self.inner, self._outage = inner, outage
+        self.inner, self.outage = inner, outage
         self._commit_lock = anyio.Lock()
         """Held by the commit that is being retried; other commits queue in order of arrival."""
         self._waiting = 0
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`; if cancelled while waiting, nothing is committed."""
-        if not self._outage.is_active and not self._waiting:
+        if not self.outage.is_active and not self._waiting:
             try:
                 return await self._inner.commit(commit)
             except StoreUnavailable as error:
@@ -250,22 +254,22 @@ class PausingStore(StoreWrapper):
         self._waiting += 1
         try:
             async with self._commit_lock:
-                return await self._outage.retry_until_reached(partial(commit_idempotently, self._inner, commit))
+                return await self.outage.retry_until_reached(partial(commit_idempotently, self._inner, commit))
         finally:
             self._waiting -= 1
 
     def _begin_outage(self, error: StoreUnavailable) -> None:
         """Begin an outage. Raises the error if waiting can't help."""
-        if not self._outage.is_temporary(error):
+        if not self.outage.is_temporary(error):
             raise error
-        self._outage.begin(error)
+        self.outage.begin(error)
 
     async def _read(self, read: Callable[[], Awaitable[T]]) -> T:
         try:
             return await read()  # even during an outage, which may only affect commits: a full disk can be read
         except StoreUnavailable as error:
             self._begin_outage(error)
-        return await self._outage.retry_until_reached(read)
+        return await self.outage.retry_until_reached(read)
 
     async def _wait_for_recovery(self, error: StoreUnavailable) -> None:
         self._begin_outage(error)
@@ -279,19 +283,22 @@ def log_event(event: TypedEvent) -> None:
 
 async def wait_for_server(open_store: Callable[[], Awaitable[T]], error: StoreUnreachable, clock: Clock) -> T:
     """Return the result of `open_store`, which failed with `error`, once the server answers."""
-    outage = Outage(clock, DEFAULT_INTERVALS, log_event, "pause", lambda found: isinstance(found, StoreUnreachable))
+    outage = Outage(clock, DEFAULT_INTERVALS, log_event, "pause", _is_unreachable)
     outage.begin(error)
     return await outage.retry_until_reached(open_store)
 
 
 def pausing_store(store: Store, clock: Clock, gives_up: Callable[[], bool]) -> Store:
-    """Return a store that waits for its server, and logs its outages."""
-    return PausingStore(store, Outage(clock, DEFAULT_INTERVALS, log_event, "pause", gives_up=gives_up))
+    """Return a store that waits while its server does not answer, and logs that."""
+    return PausingStore(store, Outage(clock, DEFAULT_INTERVALS, log_event, "pause", _is_unreachable, gives_up))
 
 
-def without_pauses(store: Store) -> Store:
-    """Return the store that a store of `pausing_store` wraps; other stores are returned unchanged."""
-    return store.inner if isinstance(store, PausingStore) else store
+def end_pauses(store: Store) -> Store:
+    """Return the store in a store of `pausing_store`, which raises its errors from now on; return others unchanged."""
+    if not isinstance(store, PausingStore):
+        return store
+    store.outage.is_temporary = lambda _: False
+    return store.inner
 
 
 def waiting_store(store: Store, clock: Clock) -> Store:
