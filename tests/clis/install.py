@@ -48,7 +48,6 @@ PACKAGES: Final = {
     "llm": Package("llm", ("3.11", "3.12", "3.13", "3.14")),
     "mini": Package("mini-swe-agent", ("3.11", "3.12", "3.13"), ("mcp",)),
     "opencode": Package("opencode-ai"),
-    "openhands": Package("openhands", ("3.12", "3.13")),
     "qwen": Package("@qwen-code/qwen-code"),
     "vibe": Package("mistral-vibe", ("3.12", "3.13")),
 }

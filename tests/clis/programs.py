@@ -156,7 +156,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
     "qwen-code": Program(
         {"use": "qwen-code", "model": "qwen3-coder-plus", "args": ["--auth-type", "openai"]},
         needs="qwen",
-        calls=8,
+        calls=7,
         remedy="OPENAI_API_KEY",
         keys={"OPENAI_API_KEY": _KEY},
         environ={"OPENAI_BASE_URL": f"{MODEL}/v1"},
@@ -230,7 +230,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
     "vibe": Program(
         {"use": "vibe"},
         needs="vibe",
-        calls=6,
+        calls=1,
         remedy="vibe --setup",
         keys={"MISTRAL_API_KEY": _KEY},
         files={
@@ -240,6 +240,15 @@ PROGRAMS: Final[Mapping[str, Program]] = {
                 '[[models]]\nname = "gpt-4o"\nprovider = "local"\nalias = "scripted"\n'
             )
         },
+    ),
+    "kimi": Program(
+        {"use": "kimi"},
+        needs="kimi",
+        calls=9,
+        remedy="kimi login",
+        keys={"KIMI_API_KEY": _KEY},
+        environ={"KIMI_BASE_URL": f"{MODEL}/v1", "KIMI_MODEL_NAME": "kimi-k2"},
+        tells_tokens=False,
     ),
     "llm": Program(
         {"use": "llm", "model": "gpt-4o-mini"},

@@ -21,6 +21,14 @@ _TYPES: Final = load_plugins({"COUNCIL_PLUGINS": ""}).adapters
 
 #: The expected results of recordings, by profile.
 RECORDED: Final[Mapping[str, Mapping[str, ExpectedResult]]] = {
+    "cline": {
+        "edit": ExpectedResult(text="It is written.", tokens=(2 * 120, 2 * 34)),
+        "tool": ExpectedResult(text="Both done.", tokens=(3 * 100, 3 * 10)),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
+    },
     "continue": {
         "edit": ExpectedResult(text="It is written."),
         "tool": ExpectedResult(text="Both done."),
@@ -56,6 +64,17 @@ RECORDED: Final[Mapping[str, Mapping[str, ExpectedResult]]] = {
         "limited-then-well": ExpectedResult(),
         "no-login": ExpectedResult(FailureClass.AUTH),
         "invalid": ExpectedResult(FailureClass.INVALID),
+    },
+    "vibe": {
+        "resumed": ExpectedResult(
+            session="052d055d-de2d-df4a-34f3-3b708768d0d4", text="Both are there.", tokens=(2 * 20, 2 * 4)
+        ),
+        "edit": ExpectedResult(text="It is written.", tokens=(2 * 120, 2 * 34), paths=frozenset({"hello.txt"})),
+        "tool": ExpectedResult(text="Both done.", tokens=(3 * 100, 3 * 10)),
+        "limited": ExpectedResult(FailureClass.RATE_LIMITED),
+        "no-login": ExpectedResult(FailureClass.AUTH),
+        "dead-server": ExpectedResult(FailureClass.TRANSIENT),
+        "broken-stream": ExpectedResult(FailureClass.TRANSIENT),
     },
     "qwen-code": {
         "edit": ExpectedResult(text="It is written.", tokens=(2 * 120, 2 * 34), paths=frozenset({"/work/hello.txt"})),

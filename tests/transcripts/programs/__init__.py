@@ -13,7 +13,7 @@ from tests.transcripts.programs.codex import CODEX
 from tests.transcripts.programs.gemini import GEMINI
 from tests.transcripts.programs.ollama import OLLAMA
 from tests.transcripts.programs.opencode import OPENCODE
-from tests.transcripts.programs.profiles import CONTINUE, COPILOT, LLM, MINI_SWE_AGENT
+from tests.transcripts.programs.profiles import CLINE, CONTINUE, COPILOT, KILO, LLM, MINI_SWE_AGENT, VIBE
 from tests.transcripts.programs.qwen_code import QWEN_CODE
 
 #: By the name of the folder with its recordings.
@@ -23,13 +23,16 @@ PROGRAMS: Final[Mapping[str, Program]] = {
     "acp-opencode": ACP_OPENCODE,
     "aider": AIDER,
     "claude-code": CLAUDE_CODE,
+    "cline": CLINE,
     "codex": CODEX,
     "continue": CONTINUE,
     "copilot": COPILOT,
     "gemini": GEMINI,
+    "kilo": KILO,
     "llm": LLM,
     "mini-swe-agent": MINI_SWE_AGENT,
     "ollama": OLLAMA,
     "opencode": OPENCODE,
     "qwen-code": QWEN_CODE,
+    "vibe": VIBE,
 }

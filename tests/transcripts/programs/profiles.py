@@ -76,3 +76,56 @@ COPILOT: Final = _program(
     lambda url, _: {"COPILOT_PROVIDER_BASE_URL": f"{url}/v1", "COPILOT_PROVIDER_API_KEY": "no-key"},
     resumed=ASKED["resumed"],
 )
+KILO: Final = _program(
+    "kilo",
+    {
+        "model": "anthropic/claude-sonnet-4-5",
+        "files": {".config/kilo/kilo.json": {"provider": {"anthropic": {"options": {"baseURL": f"{MODEL}/v1"}}}}},
+        "settings": {},
+    },
+    lambda *_: {"ANTHROPIC_API_KEY": "no-key"},
+    resumed=ASKED["resumed"],
+    limited=CASES["limited"],
+)
+_CLINE: Final = {
+    "provider": "openai-compatible",
+    "apiKey": "no-key",
+    "model": "gpt-4o",
+    "baseUrl": f"{MODEL}/v1",
+}
+CLINE: Final = _program(
+    "cline",
+    {
+        "files": {
+            ".cline/data/settings/providers.json": {
+                "version": 1,
+                "lastUsedProvider": "openai-compatible",
+                "modes": {},
+                "providers": {"openai-compatible": {"settings": _CLINE, "updatedAt": "2026-11-25T03:11:10.389Z"}},
+            }
+        },
+        "logins": [],
+    },
+    lambda *_: {},
+    limited=CASES["limited"],
+)
+_VIBE: Final = f"""
+active_model = "scripted"
+enable_telemetry = false
+enable_update_checks = false
+[[providers]]
+name = "local"
+api_base = "{MODEL}/v1"
+api_key_env_var = "MISTRAL_API_KEY"
+[[models]]
+name = "gpt-4o"
+provider = "local"
+alias = "scripted"
+"""
+VIBE: Final = _program(
+    "vibe",
+    {"files": {".vibe/config.toml": _VIBE}, "links": []},
+    lambda *_: {"MISTRAL_API_KEY": "no-key"},
+    resumed=ASKED["resumed"],
+    limited=CASES["limited"],
+)
