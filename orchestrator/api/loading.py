@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from orchestrator.config.source.location import named_repository
 from orchestrator.domain.settings.fields import TO_FILE
 from orchestrator.domain.settings.names import is_url
 from orchestrator.engine.diagnostics.preflight import project_of_config
+from orchestrator.engine.diagnostics.trust import find_unconfirmed, list_requests, unconfirmed_error
 from orchestrator.plugins import Plugins, load_plugins
 from orchestrator.project import Project
 from orchestrator.repo.source.run_repository import find_run_repository
@@ -36,6 +38,21 @@ async def load_run(
         config,
         project_of_config(config, await find_run_repository(config.repo, is_url=config.is_url, environ=environ)),
     )
+
+
+async def load_confirmed(file: Path, environ: Mapping[str, str]) -> tuple[Plugins, RunConfig]:
+    """Return the installed plugins, and the run of a file that the user has not chosen.
+
+    Raises ConfigError if the file has errors, RefusedError if it requests permissions that the user has not confirmed.
+    """
+    paths = await anyio.to_thread.run_sync(find_source_paths, file)
+    plugins = await anyio.to_thread.run_sync(load_plugins, environ, paths)
+    config = await anyio.to_thread.run_sync(_load, file, plugins)
+    requests = await list_requests(config, environ, is_chosen=False)
+    if new := await find_unconfirmed(config.path, requests, environ):
+        remedy = f"ask the user to read the file and to run `council doctor {shlex.quote(str(file))} --trust`"
+        raise unconfirmed_error(config.path, new, remedy)
+    return plugins, config
 
 
 def find_source_paths(source: str | Path | Config | RunConfig) -> list[Path]:

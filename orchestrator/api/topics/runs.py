@@ -118,6 +118,25 @@ class Runs(RunIndex):
         name = await self.find(run)
         return await executor.resume(name, budget, coordination, capacity, allow_failing_base=allow_failing_base)
 
+    async def start(
+        self,
+        run: str | None = None,
+        *,
+        budget: Budget | None = None,
+        capacity: int | None = None,
+        allow_failing_base: bool = False,
+    ) -> execution.BackgroundProcess:
+        """Execute a new or interrupted run like `resume`, in a process that outlives this one.
+
+        Returns as soon as the process is active in the run, or has ended. Raises RefusedError if another process
+        executes the run, or if the store is in memory.
+        """
+        await self.context.check_writable()
+        name = await self.find(run)
+        return await execution.start_in_background(
+            self.context, name, budget, capacity, allow_failing_base=allow_failing_base
+        )
+
     async def land(self, run: str | None = None) -> RunReport:
         """Land the queued tasks of a run like `resume`, without starting sessions."""
         return await (await self._executor()).resume(await self.find(run), only_lands=True)

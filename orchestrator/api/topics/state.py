@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.topics.health import Health, StateHealth, read_retention
 from orchestrator.api.topics.topic import Topic
 from orchestrator.api.transfer import export_store, import_store
 from orchestrator.domain.documents.conflicts import DocumentUpdate
+from orchestrator.domain.events.state import SteeringCalled
+from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.phases.verification import RunVerification, verify_run
 from orchestrator.engine.views.export import ViewPosition, export_views
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import CompactionResult, Document, JsonObject, Key, VerificationReport
+from orchestrator.protocols import Commit, CompactionResult, Document, Event, JsonObject, Key, VerificationReport
 from orchestrator.state.documents import conflicts
 from orchestrator.state.documents.conflicts import Conflict, ConflictResolution, UpdateResult
 from orchestrator.state.documents.log_reader import DocumentChange, is_run_document, subscribe
 from orchestrator.state.documents.update import compact_log, delete_expired, update_document
 from orchestrator.state.documents.validation import check_manual_change, repair_documents, verify_store
 from orchestrator.state.transfer.copying import CopyResult
+
+#: The most characters of the name of a client or tool, and of the arguments, in a recorded call.
+_LONGEST_NAME: Final = 100
+_MOST_CHARS: Final = 2000
 
 
 class State(Topic):
@@ -108,6 +115,30 @@ class State(Topic):
         if run is not None and await index.has_live_process(run):
             message = f"{key} belongs to run {run}, which is active"
             raise RefusedError(message, "stop it with SIGINT, or wait until it ends")
+
+    async def record_call(
+        self, client: str, tool: str, arguments: JsonObject, *, run: str | None = None, refused: str | None = None
+    ) -> None:
+        """Record the call of a tool by another agent, as an event `steering.called`.
+
+        `client` is the name that the agent gave itself. `refused` is the reason if the call is not performed.
+        """
+        context = self._context
+        await context.check_writable()
+        redactor = Redactor(secret_values(context.environ))
+
+        def text(value: str, limit: int = _MOST_CHARS) -> str:
+            shown = redactor.text(value)[:limit]
+            return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in shown)
+
+        about = {"run": run, "refused": refused and text(refused)}
+        called = SteeringCalled(
+            client=text(client, _LONGEST_NAME),
+            tool=text(tool, _LONGEST_NAME),
+            arguments=text(json.dumps(arguments, ensure_ascii=False)),
+            **{name: one for name, one in about.items() if one},
+        )
+        await context.store.commit(Commit([], [Event.of(called)]))
 
     async def verify(self) -> VerificationReport:
         """Verify the whole log and all documents."""

@@ -14,13 +14,12 @@ from orchestrator.cli.core.options import remember_option
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.text import printable
 from orchestrator.config.model import RunConfig
-from orchestrator.config.permissions import list_permission_requests
 from orchestrator.engine.diagnostics.trust import (
     TRUST_VARIABLE,
     confirm_requests,
-    enclosing_checkout,
     find_unconfirmed,
-    trusts_all,
+    list_requests,
+    unconfirmed_error,
 )
 from orchestrator.errors import RefusedError
 
@@ -70,23 +69,19 @@ trust_option = click.option(
 async def require_trust(config: RunConfig, *, is_named: bool) -> None:
     """Have the user confirm the permissions that a run's file requests.
 
-    A run without a file needs no confirmation. Neither does a file outside any checkout that is named on the command
-    line: the user has chosen it. Raises RefusedError if the user does not confirm, or if there is no terminal.
+    A file that is named on the command line is chosen by the user. Raises RefusedError if the user does not confirm, or
+    if there is no terminal.
     """
+    is_granted = bool(click.get_current_context().meta.get(_TRUST))
+    requests = await list_requests(config, os.environ, is_chosen=is_named and not is_granted)
     file = config.path
-    if trusts_all(os.environ) or not await anyio.Path(file).is_file():
-        return
-    top = await anyio.to_thread.run_sync(enclosing_checkout, file)
-    if top is None and is_named:
-        return
-    requests = list_permission_requests(config, top or file.parent)
     new = await find_unconfirmed(file, requests, os.environ)
     if not new:
         return
-    if not click.get_current_context().meta.get(_TRUST):
+    if not is_granted:
         remedy = f"read the file, then confirm with --trust, or set {TRUST_VARIABLE}=1"
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise RefusedError(f"{file} has unconfirmed requests: {'; '.join(new)}", remedy)
+            raise unconfirmed_error(file, new, remedy)
         if not await _ask(file, new):
             raise RefusedError(f"{file} is not trusted", remedy)
     await confirm_requests(file, requests, os.environ)

@@ -94,10 +94,16 @@ def error_boundary(output: Output, log: ErrorLog) -> Iterator[None]:
         error = _root_cause(raised)
         if isinstance(error, click.exceptions.Exit | click.ClickException):
             raise error from None
-        code, result, message = _describe(error, partial(log.write, raised), log.resume)
-        redactor = _redactor()
-        output.failure({**redactor.json(result), "exit": code}, redactor.text(message))
+        code, result, message = describe_error(raised, log)
+        output.failure({**result, "exit": code}, message)
         sys.exit(code)
+
+
+def describe_error(raised: BaseException, log: ErrorLog) -> tuple[int, JsonObject, str]:
+    """Return the exit code, JSON object and text of an error, redacted; log internal errors."""
+    code, result, message = _describe(_root_cause(raised), partial(log.write, raised), log.resume)
+    redactor = _redactor()
+    return code, redactor.json(result), redactor.text(message)
 
 
 def _describe(error: BaseException, write_log: Callable[[], Path | None], resume: str) -> tuple[int, JsonObject, str]:

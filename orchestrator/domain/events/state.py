@@ -234,3 +234,26 @@ class OutagePreserved(TypedEvent):
 
     run: str = ""
     folder: str
+
+
+class SteeringCalled(TypedEvent):
+    """An agent called a tool of `council mcp --steer`, or read a resource; if about no run, it has no `run`."""
+
+    type = "steering.called"
+    sentence = "{quoted_client} called {tool} {arguments}: refused: {refused}"
+    sentence_without = ("refused", "{quoted_client} called {tool} {arguments}")
+    shown = Shown.NEVER
+
+    run: str = ""
+    client: str
+    """The name and version that the agent's MCP client gave itself; any text."""
+    tool: str
+    arguments: str
+    """As JSON, at most 2,000 characters."""
+    refused: str = ""
+    """Why the call was refused; absent if it was performed."""
+
+    @property
+    def quoted_client(self) -> str:
+        """The client's name in quotes, because it may be any text."""
+        return repr(self.client)

@@ -15,12 +15,32 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.config.model import RunConfig
+from orchestrator.config.permissions import list_permission_requests
 from orchestrator.errors import RefusedError, to_unusable_error
 from orchestrator.system.file_lock import FileLock
 from orchestrator.system.files import atomic_write
 
 #: If set to 1, every file is trusted, for continuous integration and other unattended use.
 TRUST_VARIABLE = "COUNCIL_TRUST"
+
+
+async def list_requests(config: RunConfig, environ: Mapping[str, str], *, is_chosen: bool) -> Sequence[str]:
+    """Return the permissions that a run's file requests and that the user must confirm.
+
+    A run without a file needs no confirmation. Neither does a file outside any checkout that the user has chosen
+    (`is_chosen`).
+    """
+    file = config.path
+    if trusts_all(environ) or not await anyio.Path(file).is_file():
+        return ()
+    top = await anyio.to_thread.run_sync(enclosing_checkout, file)
+    return () if top is None and is_chosen else list_permission_requests(config, top or file.parent)
+
+
+def unconfirmed_error(file: Path, requests: Iterable[str], remedy: str) -> RefusedError:
+    """Return the refusal of a file with unconfirmed requests."""
+    return RefusedError(f"{file} has unconfirmed requests: {'; '.join(requests)}", remedy)
 
 
 def trusts_all(environ: Mapping[str, str]) -> bool:

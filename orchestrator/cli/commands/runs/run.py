@@ -24,7 +24,6 @@ from orchestrator.cli.core.command import (
     open_council,
     run_argument,
     store_option,
-    store_option_url,
     verbose_option,
 )
 from orchestrator.cli.core.confirm import require_trust, trust_option
@@ -38,16 +37,15 @@ from orchestrator.cli.render.plan import flowchart, plan_text
 from orchestrator.cli.render.text import printable
 from orchestrator.config.coordination import CoordinationOverrides
 from orchestrator.config.inline import InlineTasks, select_tasks, with_capacity, with_failing_base
-from orchestrator.config.store import MEMORY
 from orchestrator.domain.runs.statuses import LANDING_STATUSES
 from orchestrator.domain.settings.names import check_branch
 from orchestrator.domain.settings.run_settings import MAX_CAPACITY, Budget
 from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.errors import NothingToMerge, RefusedError, StoreUnavailable
-from orchestrator.system.process import start_detached
 
 if TYPE_CHECKING:
+    from orchestrator.api.execution import BackgroundProcess
     from orchestrator.config.model import RunConfig
     from orchestrator.engine.reports.dry_run import DryRun
     from orchestrator.plugins import Plugins
@@ -55,9 +53,6 @@ if TYPE_CHECKING:
 allow_failing_base_option = click.option(
     "--allow-failing-base", is_flag=True, help="Start sessions even if checks fail on the base."
 )
-
-#: Seconds between two checks whether a background process has started.
-_POLL_INTERVAL = 0.05
 
 capacity_option = click.option(
     "-j",
@@ -169,14 +164,12 @@ async def run_file(  # noqa: PLR0917  one for each option
         return _show_plan(plan, context.output, mermaid=mermaid)
     async with open_council(context, config, plugins, "pause") as opened:
         council = opened.council
-        if detach and council.store_url == MEMORY:
-            raise RefusedError("a memory store is lost when this process exits", "omit --detach, or use another store")
         run = await council.runs.create(
             allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
         )
         await _warn_of_invisible_files(config, plugins, context.output)
         if detach:
-            return await _detach(opened, run)
+            return _show_background(context.output, await council.runs.start(run))
         return await _execute(opened, run, 0, lambda: council.runs.resume(run, coordination=coordination))
 
 
@@ -244,14 +237,10 @@ async def resume(
     if reloads and not await council.runs.is_live(name):  # a running one is refused below
         await _reload(context, name)
     if detach:
-        limits = {} if budget is None else budget.model_dump(exclude_none=True)
-        budget_text = ",".join(f"{key}={value}{'s' if key == 'time' else ''}" for key, value in limits.items())
-        options = [
-            *(["--budget", budget_text] if budget_text else []),
-            *([] if capacity is None else ["-j", str(capacity)]),
-            *(["--allow-failing-base"] if allow_failing_base else []),
-        ]
-        return await _detach(context, name, options)
+        started = await council.runs.start(
+            name, budget=budget, capacity=capacity, allow_failing_base=allow_failing_base
+        )
+        return _show_background(context.output, started)
     after = await council.history.position()
     resumed = partial(
         council.runs.resume,
@@ -364,25 +353,14 @@ async def work(
     return code or 0
 
 
-async def _detach(context: CouncilContext, run: str, options: Sequence[str] = ()) -> int:
-    """Execute a run in another process, which outlives this one and the terminal."""
-    council = context.council
-    if await council.runs.is_live(run):
-        raise RefusedError(f"run {run} is already running", f"`council watch {run}` shows it")
-    log = council.project.background_log(run)
-    store = store_option_url()
-    arguments = ["resume", run, *(["--state", store] if store else []), *options]
-    await anyio.to_thread.run_sync(partial(log.parent.mkdir, mode=0o700, parents=True, exist_ok=True))
-    start = partial(start_detached, arguments, env=os.environ, cwd=council.project.top, log=log)
-    child = await anyio.to_thread.run_sync(start)
-    while child.poll() is None and not await council.runs.is_live(run):  # noqa: ASYNC110  in another process
-        await anyio.sleep(_POLL_INTERVAL)
-    context.output.answer(
-        lambda: {"run": run, "pid": child.pid, "log": str(log), "exit": 0},
+def _show_background(output: Output, started: BackgroundProcess) -> int:
+    run, pid = started.run, started.pid
+    output.answer(
+        lambda: {"run": run, "pid": pid, "log": str(started.log), "exit": 0},
         (
-            f"run {run} continues in the background as process {child.pid}",
+            f"run {run} continues in the background as process {pid}",
             f"  follow: council watch {run}",
-            f"  stop:   kill {child.pid} (council resume {run} resumes it)",
+            f"  stop:   kill {pid} (council resume {run} resumes it)",
         ),
     )
     return 0

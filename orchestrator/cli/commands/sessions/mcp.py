@@ -16,19 +16,25 @@ _INSTALL = "run `pip install 'cli-council[mcp]'` in the environment of `council`
 
 
 @click.command()
-def mcp() -> None:
+@click.option("--steer", is_flag=True, help="Serve tools that steer runs, with your rights.")
+def mcp(steer: bool) -> None:
     """Serve the session commands as Model Context Protocol tools.
 
     Uses standard input and output, and has the permissions of the session in whose worktree it starts. `council run`
-    configures it for CLIs that support such servers.
+    configures it for CLIs that support such servers. With --steer, an agent outside of sessions plans, starts, watches,
+    approves and lands the runs of the current folder's project.
 
     \b
     Examples:
       council mcp
+      council mcp --steer
     """
     with error_boundary(Output(as_json=False), ErrorLog()):
         try:
-            from orchestrator import mcp_server  # noqa: PLC0415  its SDK is an optional dependency
+            if steer:
+                from orchestrator.cli.steering.server import serve_steering as serve  # noqa: PLC0415  as below
+            else:
+                from orchestrator.mcp_server import serve  # noqa: PLC0415  its SDK is an optional dependency
         except ImportError:
             raise RefusedError("the MCP SDK is not installed", _INSTALL) from None
-        anyio.run(mcp_server.serve)
+        anyio.run(serve)
