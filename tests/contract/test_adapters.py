@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from adapters.acp import AcpAdapter
+from adapters.auto_claude import AutoClaudeAdapter
 from adapters.claude_code import ClaudeCodeAdapter
 from adapters.codex import CodexAdapter
 from adapters.gemini import GeminiAdapter
@@ -216,6 +217,9 @@ def test_claude_usage_limit_has_reset_time(stdout: str) -> None:
         (AcpAdapter, {}),
         (AcpAdapter, {"argv": []}),
         (AcpAdapter, {"argv": ["./agent"]}),
+        (AutoClaudeAdapter, {}),
+        (AutoClaudeAdapter, {"path": "Auto-Claude/apps/backend"}),
+        (AutoClaudeAdapter, {"path": "/opt/x", "complexity": "hard"}),
         (OllamaAdapter, {}),
         (OllamaAdapter, {"model": "x", "host": "localhost:11434"}),
         (OllamaAdapter, {"model": "x", "host": "http://user:password@host"}),

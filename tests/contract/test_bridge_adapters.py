@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from adapters.acp import AcpAdapter
+from adapters.auto_claude import AutoClaudeAdapter
 from adapters.ollama import OllamaAdapter
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
@@ -317,6 +318,16 @@ class TestOllama(AdapterContract):
         "interrupted": ExpectedResult(),
         "terminated": ExpectedResult(),
     }
+
+
+class TestAutoClaude(AdapterContract):
+    """Two programs through a bridge. It was never run: `tests.integration.test_auto_claude` has a fake of it."""
+
+    adapter_type = AutoClaudeAdapter
+    options: ClassVar = {"path": "/opt/Auto-Claude", "complexity": "simple", "model": "sonnet", "qa": False}
+    lines = BRIDGE_LINES
+    ends = BRIDGE_ENDS
+    limits = LIMITS
 
 
 @pytest.mark.parametrize("program", ["acp-claude", "acp-gemini", "acp-opencode", "ollama"])

@@ -72,7 +72,7 @@ def site(repository: Repository, tmp_path: Path) -> Path:
 
 #: The shipped adapters.
 OURS = {
-    *("acp", "claude-code", "codex", "command", "gemini", "ollama", "opencode"),
+    *("acp", "auto-claude", "claude-code", "codex", "command", "gemini", "ollama", "opencode"),
     *(path.stem for path in (ROOT / "adapters/profiles").glob("*.yaml")),
 }
 
