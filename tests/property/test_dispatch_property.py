@@ -43,13 +43,16 @@ class Run:
         self.running, self.built, self.waiting = list[str](), list[str](), dict[str, float]()
         self.adapters = dict[str, str]()
         self.landed, self.over, self.parked = set[str](), set[str](), dict[str, float]()
+        self.unproven, self.probes = set[str](), dict[str, str]()
 
     def decide(self) -> None:
         for task in self.board.choose_tasks(self.capacity - len(self.running), self.now):
             self._check_start(task)
             self.waiting.pop(task, None)
             self.running.append(task)
-            self.adapters[task] = self.board.adapter_of(task)
+            adapter = self.adapters[task] = self.board.adapter_of(task)
+            if adapter in self.unproven:
+                self.probes[adapter] = task
         assert len(self.running) == self.board.adapters.running() <= self.capacity
         counts = Counter(self.adapters[task] for task in self.running)
         assert all(counts[adapter] <= limit for adapter, limit in self.capacities.items())
@@ -66,7 +69,8 @@ class Run:
                 continue
             if best is not None and len(self.running) < self.capacity:
                 assert counts[best] >= self.capacities.get(best, self.capacity), "its adapter has capacity"
-            ends = [self.parked[one] for one in self.better(task, best) if one not in self.board.adapters.disabled]
+            better = [one for one in self.better(task, best) if one not in self.board.adapters.disabled]
+            ends = [self.parked[one] for one in better if self.parked.get(one, 0.0) > self.now]
             due = self.board.forecast.next_time()
             assert not ends or (due is not None and due <= min(ends)), "no wake-up at the end of its adapter's cooldown"
 
@@ -88,7 +92,9 @@ class Run:
         assert not [other for other in live if has_any_overlap(entry.owns, self.tasks[other].owns)]
 
     def is_open(self, adapter: str) -> bool:
-        return adapter not in self.board.adapters.disabled and self.parked.get(adapter, 0.0) <= self.now
+        if adapter in self.board.adapters.disabled or adapter in self.probes:
+            return False
+        return self.parked.get(adapter, 0.0) <= self.now
 
     def _check_blocked(self) -> None:
         dead = self.over | set(self.board.blocked)
@@ -115,6 +121,7 @@ class Run:
     def end(self, task: str, how: str, delay: float) -> None:
         if task in self.running:
             self.running.remove(task)
+            self._end_probe(task, has_response=how in {"build", "land"})
         elif task in self.built:
             self.built.remove(task)
         self.waiting.pop(task, None)
@@ -132,12 +139,21 @@ class Run:
                 self.landed.add(task)
                 self.board.landed(task)
 
+    def _end_probe(self, task: str, *, has_response: bool) -> None:
+        adapter = self.adapters[task]
+        if self.probes.get(adapter) == task:
+            del self.probes[adapter]
+        if has_response and adapter in self.unproven and self.is_open(adapter):
+            self.unproven.remove(adapter)
+            self.board.adapters.enable(adapter)
+
     def disturb(self, what: str, task: str, delay: float) -> None:
         """Apply an external event."""
         adapter = self.tasks[task].adapter
         match what:
             case "park":
                 self.parked[adapter] = max(self.parked.get(adapter, 0.0), self.now + delay)
+                self.unproven.add(adapter)
                 self.board.adapters.start_cooldown(adapter, self.now + delay)
             case "close":
                 self.board.adapters.disable(adapter, "its login failed")

@@ -293,9 +293,9 @@ def test_fallback_adapter_is_used_only_during_a_cooldown() -> None:
     assert board.adapter_of("t1") == "b"
     assert board.forecast.next_time() == 10.0
     assert started(board, now=9.0) == []
-    assert [(task, board.adapter_of(task)) for task in started(board, now=10.0)] == [
-        ("t1", "a"), ("t2", "a"), ("t3", "a"),
-    ]  # fmt: skip
+    assert [(task, board.adapter_of(task)) for task in started(board, now=10.0)] == [("t1", "a")]
+    board.adapters.enable("a")
+    assert [(task, board.adapter_of(task)) for task in started(board, now=10.0)] == [("t2", "a"), ("t3", "a")]
     assert board.adapter_of("t0") == "b"
     board.built("t0")
     assert started(board, now=11.0) == []
@@ -351,3 +351,26 @@ def test_sync_task_of_a_retried_task_waits_for_its_needs(adapters: tuple[str, ..
     assert started(board) == ["a"]
     board.landed("a")
     assert started(board) == ["b"]
+
+
+def test_one_session_probes_an_adapter_after_a_cooldown() -> None:
+    """The others follow after its response, or with another probe if it ends without one."""
+    board = DispatchBoard({f"t{one}": DispatchEntry(adapter="a") for one in range(4)})
+    board.adapters.start_cooldown("a", 10.0)
+    assert started(board, now=10.0) == ["t0"]
+    assert (board.adapters.is_probe("t0"), started(board, now=11.0)) == (True, [])
+    assert (board.forecast.has_work(), board.forecast.next_time()) == (True, None)
+    board.ended("t0")
+    assert started(board, now=12.0) == ["t1"]
+    board.adapters.enable("a")
+    assert (started(board, now=13.0), board.adapters.is_probe("t1")) == (["t2", "t3"], False)
+
+
+def test_tasks_use_their_fallback_while_an_adapter_is_probed() -> None:
+    """Of another process, too, until its session ends."""
+    board = DispatchBoard({f"t{one}": DispatchEntry(adapter="a", fallback=("b",)) for one in range(3)}, {"b": 1})
+    board.adapters.expect_probe("a", "elsewhere")
+    assert [(task, board.adapter_of(task)) for task in started(board)] == [("t0", "b")]
+    board.adapters.end_probe("elsewhere")
+    assert [(task, board.adapter_of(task)) for task in started(board)] == [("t1", "a")]
+    assert started(board) == []

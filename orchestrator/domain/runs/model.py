@@ -315,7 +315,9 @@ class AdapterDocument(_Document):
     cooldown_since: Instant | None = None
     """When its cooldown was recorded."""
     cooldowns: int = 0
-    """Its consecutive cooldowns; reset by a successful session."""
+    """Its consecutive cooldowns; reset by a session that has a response."""
+    probe: str | None = None
+    """The task whose session probes it after a cooldown; others wait for its response, or its end."""
     disabled_reason: str | None = None
     """The reason for disabling it, until `council adapters enable` or a resume."""
     enabled_at: Instant | None = None

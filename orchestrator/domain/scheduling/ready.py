@@ -3,6 +3,8 @@
 Tasks with the same list of adapters share an adapter group, which uses the first available adapter. When an adapter
 enters or leaves its cooldown, no task has to move: only the current adapter of its group changes.
 
+After a cooldown, one session at a time probes the adapter, until it is enabled because a session had a response.
+
 Tasks of one group that own the same paths share a bucket: if the first of them can't start because its paths are in
 use, none can, so each decision considers only buckets. A bucket that can't start is held by the owner of its paths, and
 is skipped until that owner releases them. Buckets without paths are never held.
@@ -46,7 +48,7 @@ _Entry = tuple[float, float, str, ReadyBucket]
 class _Adapter:
     """The session limit and availability of one adapter."""
 
-    __slots__ = ("available_at", "capacity", "disabled", "name", "running")
+    __slots__ = ("available_at", "capacity", "disabled", "is_unproven", "name", "probe", "running")
 
     def __init__(self, name: str, capacity: float) -> None:
         self.name = name
@@ -54,6 +56,18 @@ class _Adapter:
         self.running = 0
         self.available_at = 0.0  # the end of its cooldown; 0.0: none
         self.disabled = False
+        self.is_unproven = False  # no session has had a response since its cooldown
+        self.probe: str | None = None  # the task, perhaps of another process, whose session probes it
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further session may start before one ends, or proves that it is available."""
+        return self.running >= self.capacity or self.is_probed
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether a session probes it, so that others wait."""
+        return self.is_unproven and self.probe is not None and not self.available_at
 
 
 class AdapterGroup:
@@ -73,7 +87,7 @@ class AdapterGroup:
 
     def choose(self) -> None:
         """Choose the first available adapter, or the one that becomes available first."""
-        self.current = min(self.adapters, key=lambda adapter: adapter.available_at)  # the first of equals
+        self.current = min(self.adapters, key=lambda one: (one.available_at > 0.0, one.is_probed, one.available_at))
 
     @property
     def available_at(self) -> float:
@@ -86,7 +100,7 @@ class AdapterGroup:
     @property
     def is_full(self) -> bool:
         """Whether the current adapter has reached its session limit."""
-        return self.current.running >= self.current.capacity
+        return self.current.is_full
 
     @property
     def next_change(self) -> float:
@@ -96,8 +110,8 @@ class AdapterGroup:
         """
         if self.current.available_at:
             return self.current.available_at
-        better = self.adapters[: self.adapters.index(self.current)]
-        return min((adapter.available_at for adapter in better), default=math.inf)
+        better = self.adapters if self.current.is_probed else self.adapters[: self.adapters.index(self.current)]
+        return min((adapter.available_at for adapter in better if adapter.available_at), default=math.inf)
 
 
 class AdapterPool:
@@ -131,14 +145,24 @@ class AdapterPool:
             known = self._adapters[name] = _Adapter(name, self._capacities.get(name, math.inf))
         return known
 
-    def occupy(self, task: str, group: AdapterGroup) -> None:
-        """Count a running session for the current adapter of a group."""
+    def occupy(self, task: str, group: AdapterGroup) -> bool:
+        """Count a running session for the current adapter of a group; return whether that adapter is full now."""
         adapter = self._sessions[task] = group.current
         adapter.running += 1
+        if adapter.is_unproven:
+            adapter.probe = task
+        if adapter.is_full:
+            self._choose()
+        return adapter.is_full
 
     def free(self, task: str) -> None:
         """Release the session of a task."""
-        self._sessions.pop(task).running -= 1
+        adapter = self._sessions.pop(task)
+        was_full = adapter.is_full
+        adapter.running -= 1
+        self.end_probe(task)
+        if was_full:
+            self._choose()
 
     def running(self) -> int:
         """Return the number of running sessions."""
@@ -153,9 +177,12 @@ class AdapterPool:
         return (self._sessions.get(task) or group.current).name
 
     def start_cooldown(self, name: str, until: float) -> None:
-        """Put an adapter in cooldown until a time, during which tasks use their fallback."""
+        """Put an adapter in cooldown until a time, during which tasks use their fallback.
+
+        Afterwards, one session at a time probes it, until it is enabled.
+        """
         adapter = self._adapter(name)
-        adapter.available_at = max(adapter.available_at, until)
+        adapter.available_at, adapter.is_unproven = max(adapter.available_at, until), True
         self._choose()
         self.on_unavailable()
 
@@ -166,6 +193,25 @@ class AdapterPool:
             adapter.available_at = 0.0
         if expired:
             self._choose()
+
+    def expect_probe(self, name: str, task: str | None) -> None:
+        """Let one session at a time probe an adapter after its cooldown; `task` is one of another process, if any."""
+        adapter = self._adapter(name)
+        adapter.is_unproven, adapter.available_at = True, 0.0
+        adapter.probe = task or (adapter.probe if adapter.probe in self._sessions else None)
+        self._choose()
+
+    def end_probe(self, task: str) -> None:
+        """Let another session probe the adapter that a task's ended session probed."""
+        if ended := [adapter for adapter in self._adapters.values() if adapter.probe == task]:
+            for adapter in ended:
+                adapter.probe = None
+            self._choose()
+
+    def is_probe(self, task: str) -> bool:
+        """Return whether the session of a task needs to probe its adapter; another process may have been faster."""
+        adapter = self._sessions.get(task)
+        return adapter is not None and adapter.is_unproven
 
     def disable(self, name: str, reason: str) -> None:
         """Disable an adapter for new sessions; tasks use their fallback adapters."""
@@ -180,6 +226,7 @@ class AdapterPool:
         self.disabled.pop(name, None)
         adapter = self._adapter(name)
         adapter.disabled, adapter.available_at = False, 0.0
+        adapter.is_unproven, adapter.probe = False, None
         self._choose()
 
     def _choose(self) -> None:
@@ -301,8 +348,7 @@ class ReadyQueue:
                 task = self._take_owner(bucket)
             del known[task]
             taken.append(task)
-            self._adapters.occupy(task, bucket.adapter_group)
-            if bucket.adapter_group.is_full:
+            if self._adapters.occupy(task, bucket.adapter_group):
                 sources = self._open(now)
         return taken
 

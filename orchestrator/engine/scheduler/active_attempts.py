@@ -43,6 +43,8 @@ class ActiveAttempt:
     next_phase: NextPhase
     messages: tuple[str, ...] = ()
     """The ids of the user's messages in its prompt."""
+    is_probe: bool = False
+    """Whether its session probes its adapter after a cooldown."""
     began: float = field(default=0.0, init=False)
     """The start of its attempt in monotonic seconds."""
     checks: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)

@@ -161,14 +161,17 @@ class AttemptRecorder:
             reason += ": set `access: read` for a phase that should change nothing"
         policy = get_failure_policy(failure, active.spec.retry_on)
         if policy in {FailurePolicy.COOLDOWN, FailurePolicy.DISABLE}:
+            # The adapter first: at the end of this attempt, another process may start the next probe.
+            if policy is FailurePolicy.COOLDOWN:
+                adapter = await self.ledger.adapters.start_cooldown(active.adapter, outcome.until, reason)
+            else:
+                started = self.ledger.task(active.task).attempts[active.session.assignment.worktree.attempt - 1].started
+                adapter = await self.ledger.adapters.disable(active.adapter, reason, started)
             postponed = TaskPostponed(outcome=failure, reason=reason)
             await self._end(active, finished, TaskUpdate(Trigger.POSTPONE, postponed))
-            if policy is FailurePolicy.COOLDOWN:
-                return AttemptEnd(
-                    adapter=await self.ledger.adapters.start_cooldown(active.adapter, outcome.until, reason)
-                )
-            started = self.ledger.task(active.task).attempts[active.session.assignment.worktree.attempt - 1].started
-            return AttemptEnd(adapter=await self.ledger.adapters.disable(active.adapter, reason, started))
+            return AttemptEnd(adapter=adapter)
+        if finished.transcript.output_tokens:
+            await self.ledger.adapters.clear_cooldown(active.adapter)
         failures = self.ledger.task(active.task).failures + 1
         changes = {"failures": failures}
         spec = active.spec

@@ -29,6 +29,7 @@ from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, Attempt
 from orchestrator.engine.scheduler.attempt_results import AttemptRecorder, end_events
 from orchestrator.engine.scheduler.budgets import Budgets
 from orchestrator.engine.scheduler.local_work import LocalWork
+from orchestrator.engine.scheduler.probes import watch_probe
 from orchestrator.engine.session_api.details import SessionWorkspace
 from orchestrator.engine.session_api.locks import StopChecks
 from orchestrator.engine.state.ledger import Ledger
@@ -41,6 +42,7 @@ from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.preserved import try_to_preserve
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.assignment import Assignment, Conversation
+from orchestrator.sessions.output.follow import OutputFollower
 from orchestrator.sessions.output.log_files import log_path
 from orchestrator.sessions.program import SessionProgram
 from orchestrator.sessions.session import Session, SessionResult
@@ -59,10 +61,12 @@ class AttemptRunner:
     phase_handlers: PhaseHandlers
     recorder: AttemptRecorder
 
-    async def prepare(self, task: str, spec: TaskSpec, next_phase: NextPhase, adapter: str) -> ActiveAttempt:
+    async def prepare(
+        self, task: str, spec: TaskSpec, next_phase: NextPhase, adapter: str, *, is_probe: bool = False
+    ) -> ActiveAttempt:
         """Return the next attempt of a task, with one of its adapters.
 
-        Nothing is created yet.
+        Nothing is created yet. `is_probe`: its session probes the adapter after a cooldown.
         """
         document = self.ledger.task(task)
         notes = await self._notes(task, spec)
@@ -98,7 +102,8 @@ class AttemptRunner:
             writes=next_phase.phase.writes,
         )
         session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm_claims, task))
-        return ActiveAttempt(task, spec, adapter, session, next_phase, tuple(message.id for message in messages))
+        messages_sent = tuple(message.id for message in messages)
+        return ActiveAttempt(task, spec, adapter, session, next_phase, messages_sent, is_probe)
 
     async def _diff(self, next_phase: NextPhase) -> str | None:
         """Return the diff that a phase starts with, or that conflicts with the target.
@@ -167,7 +172,8 @@ class AttemptRunner:
         update = self.phase_handlers.starter.build_start_update(
             active.task, active.next_phase, attempt, (*earlier, attempt)
         )
-        writes = partial(self._start_writes, active) if active.spec.owns or active.messages else None
+        has_writes = active.spec.owns or active.messages or active.is_probe
+        writes = partial(self._start_writes, active) if has_writes else None
         if not await self.ledger.start(active.task, update, writes):
             return False
         for message in active.messages:
@@ -175,9 +181,13 @@ class AttemptRunner:
         return True
 
     async def _start_writes(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | None:
-        """Return writes that claim a task's paths and deliver its messages; None if its base is outdated."""
-        writes = await self._paths(active, claim)
-        if writes is None or not active.messages:
+        """Return writes that claim a task's paths and adapter, and deliver its messages; None if it can't start now."""
+        probes = await self.ledger.adapters.plan_probe(active.adapter, active.task) if active.is_probe else []
+        paths = None if probes is None else await self._paths(active, claim)
+        if probes is None or paths is None:
+            return None
+        writes = [*paths, *probes]
+        if not active.messages:
             return writes
         run, number = self.ledger.run.id, active.session.assignment.worktree.attempt
         found = await read_messages(self.ledger.writer.store, run, active.task)
@@ -192,6 +202,10 @@ class AttemptRunner:
                 active.task, assignment.worktree.attempt, active.spec, assignment.adapter, log, active.stop_for_budget
             )
             await stack.enter_async_context(watched)
+            if active.is_probe:
+                proven = partial(self.ledger.adapters.clear_cooldown, active.adapter)
+                follower = OutputFollower(assignment.adapter, log)
+                await stack.enter_async_context(watch_probe(follower, self.context.tools.clock, proven))
             if session_service is None:
                 return await active.session.run()
             check_handoff = self.phase_handlers.completer.make_handoff_checker(
@@ -292,7 +306,9 @@ class AttemptPreparer:
             next_phase = await self.attempts.base_selector.select(task, spec, next_phase, tips)
             if not self.local.board.adapters.is_running(task):  # cancelled in the meantime
                 return None
-            return await self.attempts.prepare(task, spec, next_phase, self.local.board.adapter_of(task))
+            board = self.local.board
+            is_probe = board.adapters.is_probe(task)
+            return await self.attempts.prepare(task, spec, next_phase, board.adapter_of(task), is_probe=is_probe)
         except (RefusedError, HandoffCorrupted) as error:  # an invalid template, condition or handoff
             await self._refuse(task, Failed(FailureClass.INVALID, str(error)))
             return None

@@ -107,7 +107,13 @@ class LocalWork:
         """Apply the recorded state of an adapter."""
         if document.disabled_reason is not None:
             self.board.adapters.disable(adapter, document.disabled_reason)
-        elif not self._cool_down(adapter, document) and adapter not in self._unavailable_adapters:
+        elif self._cool_down(adapter, document) or adapter in self._unavailable_adapters:
+            return
+        elif document.cooldowns:
+            self.board.adapters.expect_probe(
+                adapter, None if document.probe in self.active_attempts else document.probe
+            )
+        else:
             self.board.adapters.enable(adapter)
 
     async def restore_adapters(self, documents: Mapping[str, AdapterDocument]) -> None:
@@ -122,7 +128,7 @@ class LocalWork:
                     adapter, lambda current: None if current.disabled_reason is None else enabled
                 )
             else:
-                self._cool_down(adapter, document)
+                self.update_adapter(adapter, await self._ledger.adapters.read(adapter))
 
     def _cool_down(self, adapter: str, document: AdapterDocument) -> bool:
         """Apply the recorded cooldown of an adapter; return whether it has one."""
@@ -152,6 +158,8 @@ class LocalWork:
         self.add_planned_tasks()
         self.board.set_subtasks(task, self._ledger.tasks.subtasks(task))
         status, until = self._ledger.task(task).status, self._clock.monotonic() + retry_in
+        if status is not TaskStatus.RUNNING:
+            self.board.adapters.end_probe(task)
         adapters, keeps = self._phase_adapters(task)
         self.board.sync_task(task, status, until, adapters, keeps_paths=keeps)
 

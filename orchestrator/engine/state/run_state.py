@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ from orchestrator.domain.events.runs import (
     RunFinished,
     RunHalted,
 )
-from orchestrator.domain.runs.model import AdapterDocument, HaltCause, RunDocument
+from orchestrator.domain.runs.model import AdapterDocument, HaltCause, RunDocument, TaskDocument
 from orchestrator.domain.runs.retry import compute_cooldown_end
-from orchestrator.engine.state.records import adapter_key, run_key
+from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.engine.state.records import adapter_key, run_key, task_key
 from orchestrator.engine.state.writer import RunWriter
 from orchestrator.errors import RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Write
@@ -99,8 +100,8 @@ class AdapterStates:
         self._writer = writer
 
     async def read(self, adapter: str) -> AdapterDocument:
-        """Return the state of an adapter in this run."""
-        return (await self._read(adapter))[1]
+        """Return the state of an adapter in this run, with its probe only while that session runs."""
+        return (await self._read_probed(adapter))[1]
 
     async def update(
         self, adapter: str, decide: Callable[[AdapterDocument], AdapterUpdate | None]
@@ -157,12 +158,35 @@ class AdapterStates:
 
         return (await self.update(adapter, decide))[0]
 
+    async def plan_probe(self, adapter: str, task: str) -> Sequence[Write] | None:
+        """Return the writes that let a task's session probe an adapter after a cooldown.
+
+        None if another session does, or if it is unavailable. Empty if it needs no probe.
+        """
+        version, known = await self._read_probed(adapter)
+        if known.probe or known.disabled_reason is not None or known.is_cooling_down(self._writer.clock.now()):
+            return None
+        if not known.cooldowns:
+            return []
+        probed = known.model_copy(update={"probe": task})
+        return [Write(adapter_key(self._writer.run, adapter), version, probed.model_dump(mode="json"))]
+
     async def clear_cooldown(self, adapter: str) -> None:
-        """Forget the cooldowns of an adapter, because a later session succeeded."""
+        """Forget the cooldowns of an adapter, because a later session had a response."""
         enabled, now = AdapterUpdate(AdapterDocument(), AdapterEnabled()), self._writer.clock.now()
         await self.update(
             adapter, lambda known: enabled if known.cooldowns and not known.is_cooling_down(now) else None
         )
+
+    async def _read_probed(self, adapter: str) -> tuple[int, AdapterDocument]:
+        version, known = await self._read(adapter)
+        if known.probe is not None:
+            # Read from the store, because its start may not have reached this process.
+            stored = await self._writer.store.get(task_key(self._writer.run, known.probe))
+            task = TaskDocument() if stored is None else TaskDocument.model_validate_json(stored.encoded)
+            if task.status is not TaskStatus.RUNNING or task.attempt.adapter != adapter:
+                known = known.model_copy(update={"probe": None})
+        return version, known
 
     async def _read(self, adapter: str) -> tuple[int, AdapterDocument]:
         stored = await self._writer.store.get(adapter_key(self._writer.run, adapter))
