@@ -261,7 +261,7 @@ def _home(request: SessionRequest, hooks: JsonObject, *, is_own: bool) -> Sessio
     if hooks:
         files[_SETTINGS] = json.dumps({"hooks": hooks})
     if is_own:
-        return SessionHome(files, _LINKS, (_LOGIN,))
+        return SessionHome(files, _LINKS, (_LOGIN,), folders={_FOLDER: "~/.claude"})
     return SessionHome(files) if files else None
 
 

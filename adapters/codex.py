@@ -61,6 +61,7 @@ _KEYS: Final = ("CODEX_API_KEY", "CODEX_ACCESS_TOKEN")
 _USUAL_KEY: Final = "OPENAI_API_KEY"
 _VARIABLES: Final = ("CODEX_CA_CERTIFICATE", "OPENAI_ORGANIZATION", "OPENAI_PROJECT")
 _FOLDER: Final = "CODEX_HOME"
+_FOLDERS: Final = {_FOLDER: "~/.codex"}
 #: User files that a task's own home links to.
 _LOGIN: Final = "auth.json"
 _LINKS: Final = {
@@ -212,7 +213,7 @@ class CodexAdapter:
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
-            home=SessionHome(links=_LINKS, renewed=(_LOGIN,)) if options.has_own_home else None,
+            home=SessionHome(links=_LINKS, renewed=(_LOGIN,), folders=_FOLDERS) if options.has_own_home else None,
         )
 
     def agent(self) -> Agent:

@@ -222,7 +222,7 @@ class GeminiAdapter:
             stdin=request.prompt_file,
             env=env,
             pass_env=passed,
-            home=SessionHome({}, _LINKS, (_LOGIN,), settings) if options.has_own_home else None,
+            home=SessionHome({}, _LINKS, (_LOGIN,), settings, {_FOLDER: "~"}) if options.has_own_home else None,
         )
 
     def agent(self) -> Agent:

@@ -75,6 +75,8 @@ _FOLDERS: Final = {
     "XDG_STATE_HOME": "state",
 }
 _LOGIN: Final = "share/opencode/auth.json"
+#: The folders of the user that `_LINKS` leads to.
+_MOVED: Final = {"XDG_CONFIG_HOME": "~/.config", "XDG_DATA_HOME": "~/.local/share"}
 #: User files that a task's own home links to, for opencode and git.
 _LINKS: Final = {
     _LOGIN: "~/.local/share/opencode/auth.json",
@@ -267,7 +269,7 @@ class OpencodeAdapter:
             files[INSTRUCTIONS_FILE] = request.instructions
         if request.pre_edit:
             files[_HOOK_FILE] = _HOOK.replace("ARGV", json.dumps([*request.pre_edit]))
-        home = SessionHome(files, _LINKS, (_LOGIN,)) if options.has_own_home else SessionHome(files)
+        home = SessionHome(files, _LINKS, (_LOGIN,), folders=_MOVED) if options.has_own_home else SessionHome(files)
         return SessionCommand(
             argv=(
                 *(options.bin, "run", "--format", "json", "--auto", "--print-logs", "--log-level", "ERROR"),

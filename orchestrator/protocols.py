@@ -631,32 +631,36 @@ class SessionHome:
 
     `files` maps names in the home to text, and `settings` to JSON; both are rewritten for each session. `links` maps
     names in the home to existing files and folders of the user, absolute or from `~`. The session can read these, and
-    can write those in `renewed`, such as a login that is refreshed in use.
+    can write those in `renewed`, such as a login that is refreshed in use. `folders` maps the variables that relocate
+    a folder of the user to its default path from `~`: an account in another folder has its links and settings there.
     """
 
     files: Mapping[str, str] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     renewed: Sequence[str] = ()
     settings: Mapping[str, SettingsOverlay] = field(default_factory=dict)
+    folders: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class SessionCommand:
     """A program to run in the worktree.
 
-    `stdin` is a file to read from (None means /dev/null). `env` is set as given, and `pass_env` lists variables that
-    are passed on if set; apart from a small base set, the program gets no other variables. `readable` lists files and
-    folders (absolute) that must be readable even if the sandbox hides their location. `scratch_patterns` (gitignore(5))
-    match the program's own files in the worktree, such as a cache: new files that match are not part of its work.
-    `home` is the contents of its home, or None if it has none. With `interrupt`, the program gets SIGINT before it is
-    terminated, to clean up its child processes and finish its output. Only the process that `argv` starts is
-    interrupted; a wrapper has to forward the signal.
+    `stdin` is a file to read from (None means /dev/null). `env` is set as given, `pass_env` lists variables that are
+    passed on if set, and `renamed_env` maps further ones to the names of the user's variables with their values; apart
+    from a small base set, the program gets no other variables. `readable` lists files and folders (absolute) that
+    must be readable even if the sandbox hides their location. `scratch_patterns` (gitignore(5)) match the program's own
+    files in the worktree, such as a cache: new files that match are not part of its work. `home` is the contents of its
+    home, or None if it has none. With `interrupt`, the program gets SIGINT before it is terminated, to clean up its
+    child processes and finish its output. Only the process that `argv` starts is interrupted; a wrapper has to forward
+    the signal.
     """
 
     argv: Sequence[str]
     stdin: Path | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     pass_env: Sequence[str] = ()
+    renamed_env: Mapping[str, str] = field(default_factory=dict)
     readable: Sequence[Path] = ()
     scratch_patterns: Sequence[str] = ()
     home: SessionHome | None = None

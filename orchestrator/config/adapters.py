@@ -13,6 +13,7 @@ from orchestrator.config.source.document import Node
 from orchestrator.config.source.problems import Position, Problems
 from orchestrator.config.source.validation import validate
 from orchestrator.config.workflows.load import iter_phase_nodes, workflow_of
+from orchestrator.domain.settings.names import account_adapter_name, entry_of_adapter
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import AdapterConfig, AdapterSettings
 from orchestrator.domain.wording import quote_text, suggest
@@ -28,9 +29,29 @@ def read_adapters(
     """Return the valid adapters, and report errors in the others."""
     read = read_entries(root, "adapter", adapter_types, AdapterSettings, folder, explain, problems)
     return {
-        name: AdapterConfig(**dict(settings) | read_path_access(node, folder, problems), options=options)
+        name: AdapterConfig(
+            **dict(settings) | read_path_access(node, folder, problems) | _read_accounts(node, problems),
+            options=options,
+        )
         for name, node, settings, options in read
     }
+
+
+def _read_accounts(node: Node, problems: Problems) -> dict[str, dict[str, dict[str, str]]]:
+    """Return the accounts of an adapter with absolute folders; report missing ones."""
+    accounts: dict[str, dict[str, str]] = {}
+    section = node.get("accounts")
+    for name, account in section.children.items() if section is not None else ():
+        variables = accounts[str(name)] = {}
+        for variable, item in account.children.items():
+            if isinstance(item.value, str) and item.value.startswith(("~/", "/")):
+                variables[str(variable)] = os.path.realpath(Path(item.value).expanduser())
+                if not Path(variables[str(variable)]).is_dir():
+                    remedy = f"create it, and log in there with {variable} set to it"
+                    problems.add(item.at, f"there is no folder {quote_text(item.value)}", remedy)
+            else:
+                variables[str(variable)] = item.value
+    return {"accounts": accounts}
 
 
 def read_path_access(node: Node, folder: Path, problems: Problems) -> dict[str, tuple[str, ...]]:
@@ -93,6 +114,18 @@ def has_only_optional_options(adapter_type: AdapterType, folder: Path) -> bool:
     return validate(adapter_type.Options, nothing, Problems(""), folder=folder) is not None
 
 
+def list_adapter_names(section: Node) -> list[str]:
+    """Return the names of the adapters in `adapters:`, followed by those of their accounts."""
+    accounts = ((name, node.get("accounts")) for name, node in section.children.items())
+    each = (
+        account_adapter_name(str(name), str(account))
+        for name, found in accounts
+        if found is not None
+        for account in found.children
+    )
+    return [*map(str, section.value), *each]
+
+
 def find_only_adapter(written: Node, root: Node) -> str | None:
     """Return the only adapter in a file, by entries or else uses; None if several.
 
@@ -116,7 +149,7 @@ def assign_adapters(
     adapters = root.get("adapters")
     if adapters is None or not isinstance(adapters.value, dict) or not adapters.value:
         return {}
-    names = adapters.value.keys()
+    names = list_adapter_names(adapters)
     for named in _named(root):
         if isinstance(named.value, str) and named.value not in names:
             remedy = suggest(named.value, names, "the adapters")
@@ -173,7 +206,7 @@ def default_adapter(
     default, adapters, trackers = root.get("defaults", "adapter"), root.get("adapters"), root.get("trackers")
     names = list(adapters.value) if adapters is not None and isinstance(adapters.value, dict) else []
     if default is not None:
-        return default.value if default.value in names else None
+        return default.value if adapters is not None and default.value in list_adapter_names(adapters) else None
     found = only or _of_phases(root, root, workflows)
     if found is None and len(names) > 1 and trackers is not None:
         remedy = "add `adapter:` under `defaults:`"
@@ -209,7 +242,7 @@ def try_commands(
         if index not in prompts:
             continue
         request = make_trial_request(str(task.value.get("id")), prompts[index])
-        for name in possible.get(index, ()):
+        for name in map(entry_of_adapter, possible.get(index, ())):
             if name not in made:
                 continue
             try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.config.adapters import has_only_optional_options
+from orchestrator.config.adapters import has_only_optional_options, list_adapter_names
 from orchestrator.config.entries import Extensions
 from orchestrator.config.load import NO_EXTENSIONS, build_run_config, default_slot_count, read_file
 from orchestrator.config.model import RunConfig
@@ -90,7 +90,9 @@ def check_adapter_choice(
     if not isinstance(named, dict):  # reported as an error in the file
         return
     ready = [use for use, kind in sorted(adapter_types.items()) if has_only_optional_options(kind, folder)]
-    possible = [*named, *(use for use in ready if use not in named)]
+    section = file.get("adapters")
+    listed = [] if section is None else list_adapter_names(section)
+    possible = [*listed, *(use for use in ready if use not in named)]
     if wanted is None:
         default = file.get("defaults", "adapter")
         if default is None and not named and possible and not any(_is_installed(adapter_types[one]) for one in ready):

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from orchestrator.config import adapters, references
 from orchestrator.config.entries import Extensions, read_sinks, read_trackers
-from orchestrator.config.model import RunConfig
+from orchestrator.config.model import RunConfig, expand_accounts
 from orchestrator.config.schema import Config, StateSettings, Task
 from orchestrator.config.source.document import RUN_KEYS, Node, read_document
 from orchestrator.config.source.files import MAX_FILE_BYTES, open_regular_file
@@ -152,7 +152,7 @@ def _read_run(
     adapters.try_commands(root, prompts, possible, configured, adapter_types, problems)
     if file is None or problems:
         return None
-    return RunConfig(
+    run = RunConfig(
         **{name: getattr(file, name) for name in RunSettings.model_fields.keys() - {"repo", "worktrees"}},
         path=path,
         texts=_texts(root, path.parent),
@@ -169,6 +169,7 @@ def _read_run(
         template=_resolve(Task(id="template"), file, "", default) if default is not None else None,
         tasks=tuple(_resolve(task, file, prompts[index], assigned[index]) for index, task in enumerate(file.tasks)),
     )
+    return expand_accounts(run)
 
 
 def _texts(root: Node, folder: Path) -> tuple[Path, ...]:

@@ -8,7 +8,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from orchestrator.config.accounts import AccountAdapter
 from orchestrator.config.schema import StateSettings
+from orchestrator.domain.settings.names import account_adapter_name
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import (
     AdapterConfig,
@@ -72,6 +74,7 @@ class RunConfig(ResolvedSettings):
 
 
 T = TypeVar("T")
+WithAdapter = TypeVar("WithAdapter", TaskSpec, Phase)
 
 
 def restore_options(
@@ -111,9 +114,44 @@ def restore_adapters(
     return restored
 
 
+def expand_accounts(config: RunConfig) -> RunConfig:
+    """Return a run with an adapter for each account, such as `claude@work`.
+
+    The accounts of an adapter replace it, in their order, wherever it is named.
+    """
+    accounts = {
+        name: {account_adapter_name(name, account): {account: given} for account, given in adapter.accounts.items()}
+        for name, adapter in config.adapters.items()
+        if adapter.accounts
+    }
+    if not accounts:
+        return config
+
+    def expand(settings: WithAdapter) -> WithAdapter:
+        if settings.adapter is None:
+            return settings
+        named = (settings.adapter, *settings.fallback)
+        adapter, *fallback = (each for one in named for each in accounts.get(one, (one,)))
+        return settings.model_copy(update={"adapter": adapter, "fallback": tuple(fallback)})
+
+    adapters = {
+        each: adapter if one is None else adapter.model_copy(update={"accounts": one})
+        for name, adapter in config.adapters.items()
+        for each, one in accounts.get(name, {name: None}).items()
+    }
+    workflows = {name: tuple(map(expand, phases)) for name, phases in config.workflows.items()}
+    template = None if config.template is None else expand(config.template)
+    tasks = tuple(map(expand, config.tasks))
+    return config.model_copy(
+        update={"adapters": adapters, "workflows": workflows, "template": template, "tasks": tasks}
+    )
+
+
 def make_adapters(configs: Mapping[str, AdapterConfig], adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:
     """Return an adapter instance for each config, by name."""
-    return {name: adapter_types[config.use](config.options) for name, config in configs.items()}
+    made = {name: adapter_types[config.use](config.options) for name, config in configs.items()}
+    accounts = {name: next(iter(config.accounts.items())) for name, config in configs.items() if config.accounts}
+    return made | {name: AccountAdapter(made[name], *account) for name, account in accounts.items()}
 
 
 def used_adapters(config: RunConfig, adapter_types: Mapping[str, AdapterType]) -> dict[str, Adapter]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from orchestrator.config.accounts import VARIABLE_MARK
 from orchestrator.config.model import RunConfig
 from orchestrator.domain.settings.run_settings import (
     AdapterConfig,
@@ -72,6 +73,10 @@ def _sinks_and_trackers(kind: str, entries: Mapping[str, SinkConfig] | Mapping[s
 
 def _adapter(at: str, adapter: AdapterConfig) -> Iterator[str]:
     yield from _access(at, adapter.access)
+    for variables in adapter.accounts.values():
+        for name, value in variables.items():
+            passed = f"passed from your environment as {name}" if value.startswith(VARIABLE_MARK) else f"set as {name}"
+            yield f"{at}accounts: {value} ({passed}: sessions use the account there)"
     options = adapter.options.model_dump(mode="json", exclude_unset=True)
     for key in ("bin", "argv", "command"):
         written = options.get(key)

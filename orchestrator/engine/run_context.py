@@ -10,6 +10,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.config.accounts import account_secrets
 from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.coordination import SlotPortsChanged
 from orchestrator.domain.events.runs import RunHooksSkipped
@@ -210,7 +211,10 @@ async def open_run_context(
         target,
         configs,
         adapters,
-        await _open_session_resources(run.id, git, worktrees, provisions, sandbox, project.logs(run.id), store, clock),
+        await _open_session_resources(
+            *(run.id, git, worktrees, provisions, sandbox, project.logs(run.id), store, clock),
+            secrets=account_secrets(configs.values(), environ),
+        ),
         worktrees,
         Accounting(known_prices() | run.prices),
         refs,
@@ -254,6 +258,8 @@ async def _open_session_resources(
     logs: Path,
     store: Store,
     clock: Clock,
+    *,
+    secrets: frozenset[str],
 ) -> SessionResources:
     await anyio.to_thread.run_sync(lambda: logs.mkdir(mode=0o700, exist_ok=True))
     leases = PortLeases(store, clock, worktrees.ports)
@@ -270,7 +276,7 @@ async def _open_session_resources(
         return port_lease.environment()
 
     environ = git.environ
-    redactor = Redactor(secret_values(environ) | await provisions.secrets())
+    redactor = Redactor(secret_values(environ) | secrets | await provisions.secrets())
     setup = WorktreeSetup(git, worktrees, provisions, lease, record_event, sandbox, redactor, logs, environ)
     return SessionResources(git, sandbox, redactor, logs, environ, clock, setup)
 

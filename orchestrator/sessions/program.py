@@ -27,7 +27,7 @@ from orchestrator.sessions.output.transcript import (
 )
 from orchestrator.sessions.sandbox.run_sandbox import SandboxScope
 from orchestrator.sessions.setup import adapter_homes
-from orchestrator.sessions.setup.environment import build_session_environment
+from orchestrator.sessions.setup.environment import build_session_environment, passed_variables
 from orchestrator.sessions.setup.worktree_setup import PreparedWorktree
 from orchestrator.sessions.socket.listener import SessionSocket
 from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
@@ -47,10 +47,11 @@ class SessionProgram:
     denied_hosts: tuple[str, ...] = ()
 
     def secret_names(self) -> tuple[str, ...]:
-        """Return the names of the variables passed to the program that contain secrets."""
-        passed = self.command().pass_env
-        given = {name: self.tools.environ[name] for name in passed if name in self.tools.environ}
-        return tuple(sorted(name for name, value in given.items() if secret_values({name: value})))
+        """Return the names of the user's variables passed to the program that contain secrets."""
+        command = self.command()
+        given = passed_variables(command, self.tools.environ)
+        secret = [name for name, value in given.items() if secret_values({name: value})]
+        return tuple(sorted({command.renamed_env.get(name, name) for name in secret}))
 
     @property
     def home(self) -> Path:

@@ -230,7 +230,7 @@ class AdapterContract(OptionsContract):
         """Variables have portable names without COUNCIL_, and values without NUL."""
         for command in self.commands(tmp_path):
             assert not isinstance(command.pass_env, str), "pass_env must be a list of names"
-            for name in (*command.env, *command.pass_env):
+            for name in (*command.env, *command.pass_env, *command.renamed_env):
                 assert _ENV_NAME.fullmatch(name), name
                 assert not name.startswith("COUNCIL_"), name
             assert [v for v in command.env.values() if type(v) is not str or "\0" in v] == []

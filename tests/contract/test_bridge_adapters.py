@@ -74,6 +74,7 @@ def limited(reason: str) -> SessionEnd:
 
 LIMITS: Sequence[tuple[SessionEnd, float]] = (
     (limited("Resource has been exhausted (e.g. check quota). Suggested retry after 4000s."), 1_790_004_000.0),
+    (limited("You exceeded your current quota. Please retry in 901.5s."), 1_790_000_901.5),
     (limited("Claude AI usage limit reached|1790003600"), 1_790_003_600.0),
     (limited("You've hit your limit: resets 5pm (UTC)"), 1_790_010_000.0),
     (limited("usage limit reached, resets at 2026-09-21T17:00:00Z"), 1_790_010_000.0),

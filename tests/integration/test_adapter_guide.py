@@ -115,3 +115,68 @@ async def test_profile_guide_example_runs(repository: Repository, tmp_path: Path
     (adapter,) = failed["adapters"]
     assert adapter["name"] == "odd"
     assert "there is no key: set ODD_KEY" in adapter["disabled_reason"]
+
+
+#: Claude Code, Codex and Qwen Code in one: each account but the last meets a limit or has no login.
+ACCOUNTS_CLI = """
+import json, os, sys
+from pathlib import Path
+program, seen = Path(sys.argv[0]).name, Path({seen!r})
+folder = os.environ.get({{"claude": "CLAUDE_CONFIG_DIR", "codex": "CODEX_HOME"}}.get(program, "-"), "")
+login = Path(folder, {{"claude": ".credentials.json", "codex": "auth.json"}}.get(program, "-"))
+names = {{"claude": ("ANTHROPIC_API_KEY",), "qwen": ("OPENAI_API_KEY", "OPENAI_BASE_URL")}}.get(program, ())
+keys = (os.environ.get(name, "") for name in names)
+account = " ".join(filter(None, (login.read_text() if login.is_file() else "", *keys)))
+seen.open("a").write(f"{{program}} {{account}}\\n")
+said = {{
+    "login of claude-work": {{"type": "result", "is_error": True, "api_error_status": 429, "result": "hit your limit"}},
+    "spare": {{"type": "result", "is_error": True, "api_error_status": 401, "result": "Invalid API key"}},
+    "login of codex-work": {{"type": "turn.failed", "error": {{"message": "You've hit your usage limit."}}}},
+    "login of codex-private": {{"type": "turn.failed", "error": {{"message": "unexpected status 401 Unauthorized"}}}},
+    "first": {{"type": "result", "result": "x", "error": {{"message": "429 try again in 900 s"}}}},
+}}
+if account in said:
+    print(json.dumps(said[account]))
+    sys.exit(1)
+Path("a.txt").write_text("done\\n")
+print(json.dumps({{"type": "result", "result": "Done.", "usage": {{"input_tokens": 5, "output_tokens": 7}}}}))
+"""
+
+
+async def test_accounts_example_runs(repository: Repository, tmp_path: Path) -> None:
+    """Every account is tried with its own login and no other, and the last one does the work."""
+    guide, home = section("Accounts"), Path(repository.environ["HOME"])
+    whole, commands = yaml.safe_load(block(guide, "yaml")), block(guide, "console")
+    seen = tmp_path / "seen" / "accounts"
+    seen.parent.mkdir()
+    (tmp_path / "bin").mkdir()
+    for name in ("claude", "codex", "qwen"):
+        program = tmp_path / "bin" / name
+        program.write_text(f"#!{sys.executable} -S\n{ACCOUNTS_CLI.format(seen=str(seen))}")
+        program.chmod(0o755)
+    for folder in re.findall(r"~/\.([\w-]+)", commands.splitlines()[0]):
+        (home / f".{folder}").mkdir()
+        login = "auth.json" if "codex" in folder else ".credentials.json"
+        (home / f".{folder}" / login).write_text(f"login of {folder}")
+    exported = dict.fromkeys(re.findall(r"(\w+)=…", commands), "")
+    assert exported.keys() == set(re.findall(r"\$(\w+)", block(guide, "yaml")))
+    values = {name: name.partition("_")[0].lower() for name in exported} | {"SECOND_QWEN_URL": "http://127.0.0.1:9"}
+    path = f"{tmp_path / 'bin'}{os.pathsep}{repository.environ['PATH']}"
+    repository.environ.update(values, ANTHROPIC_API_KEY="wrong", OPENAI_API_KEY="wrong", PATH=path)
+    tasks = [one for one in whole["tasks"] if one["id"] == "api"]
+    shared = {"readable": [str(tmp_path / "bin"), sys.prefix], "writable": [str(seen.parent)]}
+    ended = repository.council("run", str(repository.configure(tasks, adapters=whole["adapters"], **shared)), "--json")
+    assert ended.states == {"api": "landed"}, ended
+    assert seen.read_text().splitlines() == [
+        "claude login of claude-work",
+        "claude spare",
+        "codex login of codex-work",
+        "codex login of codex-private",
+        "qwen first",
+        "qwen second http://127.0.0.1:9",
+    ]
+    used = repository.council("usage", "--json").result["adapters"]
+    assert (used["qwen@second"]["input_tokens"], used["qwen@second"]["output_tokens"]) == (5, 7)
+    reasons = {one["name"]: one["disabled_reason"] for one in ended.result["adapters"]}
+    assert [*reasons] == ["claude@spare", "claude@work", "codex@private", "codex@work", "qwen@first"]
+    assert str(reasons["codex@private"]).endswith(f"(account 'private', with CODEX_HOME={home / '.codex-private'})")

@@ -374,3 +374,21 @@ def test_tasks_use_their_fallback_while_an_adapter_is_probed() -> None:
     board.adapters.end_probe("elsewhere")
     assert [(task, board.adapter_of(task)) for task in started(board)] == [("t1", "a")]
     assert started(board) == []
+
+
+def test_full_account_is_replaced_by_the_next_one() -> None:
+    """And by no other adapter; a task of one account waits for it."""
+    accounts = ("a@1", "a@2")
+    entries = {f"t{one}": DispatchEntry(adapter="a@1", fallback=("a@2", "b")) for one in range(5)}
+    board = DispatchBoard(entries | {"pinned": DispatchEntry(adapter="a@1")}, {"a@1": 2, "a@2": 1})
+    assert [(task, board.adapter_of(task)) for task in started(board)] == [
+        ("t0", "a@1"), ("t1", "a@1"), ("t2", "a@2"),
+    ]  # fmt: skip
+    board.built("t1")
+    assert [(task, board.adapter_of(task)) for task in started(board)] == [("t3", "a@1")]
+    board.built("t2")
+    assert [(task, board.adapter_of(task)) for task in started(board)] == [("t4", "a@2")]
+    for name in accounts:
+        board.adapters.start_cooldown(name, 50.0)
+    board.wait("t0", 0.0)
+    assert [(task, board.adapter_of(task)) for task in started(board)] == [("t0", "b")]

@@ -193,7 +193,7 @@ def test_every_failure_class_is_documented() -> None:
 def test_every_example_of_the_reference_loads(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each example is valid once the required keys are added."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for folder in (".codex", ".some-cli"):
+    for folder in {".codex", *re.findall(r"~/([\w.-]+)", block)}:
         (tmp_path / folder).mkdir(parents=True)
     smallest = {"version": 1, "adapters": {"x": {"use": "command", "argv": ["x"]}}}
     text = json.dumps({**smallest, "tasks": [{"id": "a", "prompt": "Fix it."}], **yaml.safe_load(block)})

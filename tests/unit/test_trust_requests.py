@@ -40,6 +40,8 @@ ASKS: dict[str, dict[str, Any]] = {
     "adapters.a.argv: ./x ": command(argv=["./x", "{prompt_file}"]),
     "adapters.a.env: MY_KEY ": command(env=["MY_KEY"]),
     "adapters.a.env: PATH=. ": command(env={"PATH": "."}),
+    "adapters.a@b.accounts: $KEY (passed from your environment as X": command(accounts={"b": {"X": "$KEY"}}),
+    "adapters.a@b.accounts: /usr (set as X": command(accounts={"b": {"X": "/usr"}}),
     "adapters.a.bin: /opt/claude ": {"adapters": {"a": {"use": "claude-code", "bin": "/opt/claude"}}},
     "mcp_servers.m.env: KEY ": {"mcp_servers": {"m": {"command": ["x"], "env": ["KEY"]}}},
     "worktrees.env: KEY ": {"worktrees": {"env": ["KEY"]}},

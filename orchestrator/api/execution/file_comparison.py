@@ -17,6 +17,8 @@ from orchestrator.config.load import load_config, read_digest
 from orchestrator.config.model import used_adapters
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
+from orchestrator.domain.settings.names import entry_of_adapter
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.diagnostics.preflight import check_programs
 from orchestrator.engine.state.records import read_spec, read_specs, run_key, spec_key
 from orchestrator.engine.state.reload import TASKS_KEY, FileChanges, build_reload, compare_with_file
@@ -65,9 +67,15 @@ async def _inline_tasks(store: Store, run: RunDocument) -> InlineTasks | None:
         return None
     specs = (await read_specs(store, run.id, run.tasks)).values()
     own = [spec for spec in specs if spec.plan is None]
-    adapter = own[0].adapter if "adapter" in run.overrides else None
+    adapter = _named_adapter(own[0]) if "adapter" in run.overrides else None
     checks = own[0].check_commands if "checks" in run.overrides else ()
     return InlineTasks([one.prompt for one in own], adapter, checks=checks)
+
+
+def _named_adapter(spec: TaskSpec) -> str:
+    """Return the adapter that the command line named: one account, or an adapter with several."""
+    entry = entry_of_adapter(spec.adapter)
+    return entry if entry in map(entry_of_adapter, spec.fallback) else spec.adapter
 
 
 async def apply_config_file(context: ProjectContext, run: str, tasks: Sequence[str], changes: FileChanges) -> None:

@@ -21,7 +21,7 @@ class TaskStarted(TaskEvent):
     phase: str = ""
     """The phase, if the task has a workflow."""
     reason: str = ""
-    """The reason for a start from scratch, although there is work to fix."""
+    """The reason for a start from scratch, or for a new conversation, although there is one to continue."""
 
 
 class TaskRetrying(AttemptEvent):

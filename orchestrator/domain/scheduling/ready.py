@@ -1,7 +1,8 @@
 """The queue of ready tasks, limited by adapter capacity and path ownership.
 
 Tasks with the same list of adapters share an adapter group, which uses the first available adapter. When an adapter
-enters or leaves its cooldown, no task has to move: only the current adapter of its group changes.
+enters or leaves its cooldown, no task has to move: only the current adapter of its group changes. Accounts of one
+adapter also replace each other at their session limit.
 
 After a cooldown, one session at a time probes the adapter, until it is enabled because a session had a response.
 
@@ -19,6 +20,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from heapq import heappop, heappush
 
+from orchestrator.domain.settings.names import entry_of_adapter
 from orchestrator.domain.settings.path_patterns import has_any_overlap
 
 #: From this number on, tasks that become ready together are sorted instead of pushed onto a heap.
@@ -48,10 +50,10 @@ _Entry = tuple[float, float, str, ReadyBucket]
 class _Adapter:
     """The session limit and availability of one adapter."""
 
-    __slots__ = ("available_at", "capacity", "disabled", "is_unproven", "name", "probe", "running")
+    __slots__ = ("available_at", "capacity", "disabled", "entry", "is_unproven", "name", "probe", "running")
 
     def __init__(self, name: str, capacity: float) -> None:
-        self.name = name
+        self.name, self.entry = name, entry_of_adapter(name)
         self.capacity = capacity
         self.running = 0
         self.available_at = 0.0  # the end of its cooldown; 0.0: none
@@ -86,8 +88,13 @@ class AdapterGroup:
         self.choose()
 
     def choose(self) -> None:
-        """Choose the first available adapter, or the one that becomes available first."""
-        self.current = min(self.adapters, key=lambda one: (one.available_at > 0.0, one.is_probed, one.available_at))
+        """Choose the first available adapter, or the one that becomes available first.
+
+        If it is full, another account with free capacity replaces it.
+        """
+        best = min(self.adapters, key=lambda one: (one.available_at > 0.0, one.is_probed, one.available_at))
+        accounts = (one for one in self.adapters if one.entry == best.entry and not one.available_at)
+        self.current = next((one for one in accounts if not one.is_full), best) if best.is_full else best
 
     @property
     def available_at(self) -> float:

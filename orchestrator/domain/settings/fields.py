@@ -64,6 +64,7 @@ TO_FILE: Final = {"to_file": True}
 
 _ENV_NAME: Final = "[A-Za-z_][A-Za-z0-9_]*"
 _VALUE_NAME: Final = "[A-Za-z_][A-Za-z0-9_]{0,63}"
+_ACCOUNT_VALUE: Final = rf"\$(?:{_ENV_NAME})|~?/[^\x00-\x1f]+"
 _NOT_BLANK: Final = r"\S"
 
 
@@ -137,6 +138,13 @@ def _check_host(text: str) -> str:
     from orchestrator.domain.security.hosts import parse_allowed_host  # noqa: PLC0415  few runs name hosts
 
     return str(parse_allowed_host(text))
+
+
+def _check_account_value(value: str) -> str:
+    if re.fullmatch(_ACCOUNT_VALUE, value) is None:  # perhaps a key, which must not be printed
+        message = "a value of an account is neither one of your variables nor a folder"
+        raise InvalidValue(message, "write $NAME for your variable NAME, or a folder such as ~/.some-cli-work")
+    return value
 
 
 def is_value_name(name: str) -> bool:
@@ -238,6 +246,8 @@ KeptPaths = Annotated[
     tuple[Annotated[str, AfterValidator(check_kept_path), _text(KEPT_PATTERN)], ...], Field(strict=False)
 ]
 Commands = Annotated[tuple[Command, ...], Field(strict=False)]
+#: A variable of an account: `$NAME`, taken from the user's environment, or a folder.
+AccountValue = Annotated[str, AfterValidator(_check_account_value), _text(f"^(?:{_ACCOUNT_VALUE})$")]
 EnvNames = Annotated[tuple[EnvName, ...], Field(strict=False)]
 ValueName = Annotated[str, AfterValidator(_check_value_name), _text(f"^{_VALUE_NAME}$")]
 ValueNames = Annotated[tuple[ValueName, ...], Field(strict=False)]

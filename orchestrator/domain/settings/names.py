@@ -30,6 +30,20 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _SCHEMES: Final = ("https", "http", "ssh", "git", "file")
 
 
+#: Between the name of an adapter and that of one of its accounts; names contain none.
+_ACCOUNT_SEPARATOR: Final = "@"
+
+
+def account_adapter_name(entry: str, account: str) -> str:
+    """Return the name of the adapter of an account, such as `claude@work`."""
+    return f"{entry}{_ACCOUNT_SEPARATOR}{account}"
+
+
+def entry_of_adapter(adapter: str) -> str:
+    """Return the name of an adapter without its account, if any."""
+    return adapter.partition(_ACCOUNT_SEPARATOR)[0]
+
+
 def check_name(text: str) -> str:
     """Validate a task or adapter id, which is used in git refs and folder names."""
     if not _NAME.fullmatch(text) or ".." in text or text.endswith((".", ".lock")):

@@ -25,6 +25,7 @@ from pydantic import (
 
 from orchestrator.domain.settings.failures import RETRIED_BY_DEFAULT, FailureClass
 from orchestrator.domain.settings.fields import (
+    AccountValue,
     AllowedHost,
     Attempts,
     Branch,
@@ -33,6 +34,7 @@ from orchestrator.domain.settings.fields import (
     Context,
     Count,
     Duration,
+    EnvName,
     EnvNames,
     KeptPaths,
     Name,
@@ -453,6 +455,8 @@ class AdapterSettings(Settings):
     """Files and folders inside hidden folders that its sessions may read."""
     keep_ignored: KeptPaths = ()
     """Ignored files and folders to preserve for the adapter's next session, in addition to `worktrees.keep_ignored`."""
+    accounts: dict[Name, dict[EnvName, AccountValue]] = Field(default_factory=dict)
+    """Accounts by name, each with variables: `$NAME`, which takes the value of yours, or a folder."""
 
     @property
     def access(self) -> PathAccess:

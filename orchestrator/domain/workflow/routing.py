@@ -19,6 +19,7 @@ from orchestrator.domain.runs.phases import (
 )
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.names import entry_of_adapter
 from orchestrator.domain.settings.phase_settings import Phase
 
 #: Failures that a follow-up message in the same conversation may fix.
@@ -292,9 +293,22 @@ def has_built_work(task: TaskDocument) -> bool:
 def current_adapters(workflow: Workflow, task: TaskDocument, adapter: str, fallback: Sequence[str]) -> tuple[str, ...]:
     """Return the adapters of the current phase, in order of preference.
 
-    `adapter` and `fallback` are the task's.
+    `adapter` and `fallback` are the task's. The account of its last session precedes the others of its adapter, because
+    conversations can only be continued there.
     """
     phase = current_phase(workflow, task)
-    if phase is None or phase.adapter is None:
-        return (adapter, *fallback)
-    return (phase.adapter, *phase.fallback)
+    adapters = (adapter, *fallback)
+    if phase is not None and phase.adapter is not None:
+        adapters = (phase.adapter, *phase.fallback)
+    return prefer_account(task, adapters)
+
+
+def prefer_account(task: TaskDocument, adapters: tuple[str, ...]) -> tuple[str, ...]:
+    """Return adapters with the account of a task's last session before the others of its adapter."""
+    accounts = [one for one in adapters if one != entry_of_adapter(one)]
+    last = next((one.adapter for one in reversed(task.attempts) if one.adapter in accounts), None)
+    if last is None:
+        return adapters
+    first = next(index for index, one in enumerate(adapters) if entry_of_adapter(one) == entry_of_adapter(last))
+    others = [one for one in adapters[first:] if one != last]
+    return (*adapters[:first], last, *others)

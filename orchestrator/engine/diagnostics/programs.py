@@ -29,7 +29,7 @@ from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import Adapter, AdapterType, JsonObject, Program, SessionHome
 from orchestrator.sessions.setup.adapter_homes import set_up
-from orchestrator.sessions.setup.environment import BASE_VARIABLES
+from orchestrator.sessions.setup.environment import BASE_VARIABLES, passed_variables
 from orchestrator.system.process import CompletedCommand, kill_by_environment, run_untrusted
 
 K = TypeVar("K", bound=Hashable)
@@ -171,8 +171,8 @@ def _programs_of(
         try:
             with plugin_code():
                 command = adapter.command(make_trial_request("task", "Do nothing.", _HOME_PLACEHOLDER))
-                names = {*BASE_VARIABLES, "HOME", *command.pass_env}
-                env = {"PATH": os.defpath, **{key: environ[key] for key in names if key in environ}, **command.env}
+                base = {key: environ[key] for key in (*BASE_VARIABLES, "HOME") if key in environ}
+                env = {"PATH": os.defpath, **base, **passed_variables(command, environ), **command.env}
                 variables, programs = tuple(sorted(env.items())), adapter.programs()
                 found[name] = [_ProbeRequest(program, variables, command.home) for program in programs]
         except PluginFailed as failed:

@@ -81,6 +81,8 @@ class NextPhase:
     """The commit that its work is compared with, if not the start."""
     earlier: int | None = None
     """The attempt whose conversation it continues."""
+    new_conversation: str = ""
+    """Why it can't continue that conversation, if its adapter could."""
     conflicting: ConflictingWork | None = None
     """The earlier work, if it conflicts and the session starts from scratch instead of fixing it."""
     is_newest: bool = True
@@ -180,8 +182,8 @@ class PhaseStarter:
         """Return the update that records the start of an attempt at a phase."""
         document, now = self.ledger.task(task), self.clock.now()
         event = TaskStarted(base=attempt.base, adapter=attempt.adapter)
-        if attempt.restart_reason:
-            event = event.replace(reason=attempt.restart_reason)
+        if reasons := [*filter(None, (attempt.restart_reason, following.new_conversation))]:
+            event = event.replace(reason="; ".join(reasons))
         changes: dict[str, Any] = {"attempts": tuple(attempts), "current": None}
         if following.workflow.is_default:
             return TaskUpdate(Trigger.START, event, changes)

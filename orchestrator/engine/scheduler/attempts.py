@@ -20,6 +20,7 @@ from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.domain.sessions.messages import due_messages, find_conversation_attempts, render_messages
 from orchestrator.domain.sessions.notes import format_notes
 from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.settings.names import entry_of_adapter
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.phases.completion import PhaseHandlers
@@ -71,11 +72,12 @@ class AttemptRunner:
         document = self.ledger.task(task)
         notes = await self._notes(task, spec)
         diff = await self._diff(next_phase)
+        can_resume = Capability.RESUME in self.context.adapters[adapter].capabilities() and not next_phase.conflicting
+        if can_resume:
+            next_phase = replace(next_phase, new_conversation=_explain_new_conversation(document, next_phase, adapter))
         next_phase = await self.phase_handlers.starter.build_prompt(task, spec, next_phase, diff)
         assert next_phase.base is not None, "its start is selected"  # noqa: S101  the caller has selected it
-        conversation = None
-        if Capability.RESUME in self.context.adapters[adapter].capabilities():
-            conversation = None if next_phase.conflicting else _conversation(document, next_phase.earlier, adapter)
+        conversation = _conversation(document, next_phase.earlier, adapter) if can_resume else None
         received_by = find_conversation_attempts(document.attempts, None if conversation is None else conversation.id)
         found = await read_messages(self.ledger.writer.store, self.ledger.run.id, task)
         messages = due_messages((message for _, message in found.values()), received_by)
@@ -349,3 +351,13 @@ def _conversation(document: TaskDocument, number: int | None, adapter: str) -> C
     if attempt.adapter != adapter or attempt.session is None or attempt.folder is None:
         return None
     return Conversation(attempt.session, Path(attempt.folder))
+
+
+def _explain_new_conversation(document: TaskDocument, next_phase: NextPhase, adapter: str) -> str:
+    """Return why a session can't continue a conversation that took place on another account; empty otherwise."""
+    if next_phase.earlier is None:
+        return ""
+    earlier = document.attempts[next_phase.earlier - 1]
+    if earlier.adapter == adapter or entry_of_adapter(earlier.adapter) != entry_of_adapter(adapter):
+        return ""
+    return f"new conversation, because that of session {earlier.number} is on {earlier.adapter}"

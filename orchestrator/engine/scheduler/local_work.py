@@ -20,7 +20,7 @@ from orchestrator.domain.runs.statuses import (
     TaskStatus,
 )
 from orchestrator.domain.scheduling.dispatch import DispatchBoard
-from orchestrator.domain.workflow.routing import current_adapters, has_built_work
+from orchestrator.domain.workflow.routing import current_adapters, has_built_work, prefer_account
 from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt
 from orchestrator.engine.state.ledger import Ledger
@@ -174,11 +174,11 @@ class LocalWork:
     def _phase_adapters(self, task: str) -> tuple[tuple[str, ...] | None, bool]:
         """Return the adapters of a task's phase, and whether it keeps its paths.
 
-        The adapters are None without a workflow.
+        The adapters are None if it has no workflow and only one adapter.
         """
         entry, document = self.board.entries[task], self._ledger.task(task)
         if entry.workflow is None:
-            return None, False
+            return prefer_account(document, entry.adapters) if entry.fallback else None, False
         workflow = self._ledger.definitions.workflow(entry.workflow)
         return current_adapters(workflow, document, entry.adapter, entry.fallback), has_built_work(document)
 

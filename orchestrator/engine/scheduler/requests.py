@@ -24,6 +24,7 @@ from orchestrator.domain.runs.statuses import (
 )
 from orchestrator.domain.security.secrets import has_secret_key
 from orchestrator.domain.sessions.messages import MAX_MESSAGE_CHARS, MAX_TASK_CHARS, UserMessage
+from orchestrator.domain.settings.names import entry_of_adapter
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.routing import change_last_visit, find_first_incomplete, restart_task
@@ -129,8 +130,8 @@ def _explain_not_retryable(task: str, status: TaskStatus, record: RunRecord, *, 
 def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: float) -> Sequence[str]:
     """Return the adapters to enable.
 
-    These are the named ones, or all that are disabled or cooling down. Raises RefusedError for unknown adapters, and if
-    there is nothing to enable.
+    These are the named ones, or all that are disabled or cooling down; a name without an account means all accounts.
+    Raises RefusedError for unknown adapters, and if there is nothing to enable.
     """
     unavailable = {
         name
@@ -138,6 +139,8 @@ def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: fl
         if document.disabled_reason is not None or document.is_cooling_down(now)
     }
     known = ", ".join(record.run.adapters)
+    accounts = {name: [one for one in unavailable if entry_of_adapter(one) == name] for name in adapters}
+    adapters = [each for name in adapters for each in accounts[name] or [name]]
     for name in adapters:
         if name not in record.run.adapters:
             raise RefusedError(f"run {record.run.id} has no adapter {name!r}", f"use one of: {known}")

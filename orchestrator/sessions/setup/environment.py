@@ -48,6 +48,12 @@ def build_session_environment(
     The adapter can't override the variables that we set. `variables` are those of the worktree slot.
     """
     own = {**variables, **attempt_variables(worktree), HANDOFF_VARIABLE: str(worktree.handoff_file)}
-    base = build_base_environment(command.pass_env, environ, worktree.tree, own)
+    base = build_base_environment((), environ, worktree.tree, own)
     ours = {name: value for name, value in base.items() if name.startswith("COUNCIL_")}
-    return {**base, **command.env, **ours}
+    return {**passed_variables(command, environ), **base, **command.env, **ours}
+
+
+def passed_variables(command: SessionCommand, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the user's variables that a program gets, by their names there."""
+    passed = {**dict(zip(command.pass_env, command.pass_env, strict=True)), **command.renamed_env}
+    return {name: environ[source] for name, source in passed.items() if source in environ}

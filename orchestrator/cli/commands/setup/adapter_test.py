@@ -261,7 +261,7 @@ def _config(
         "version": 1,
         "repo": str(repo),
         "target": "landed",
-        "adapters": {name: {"use": "command", "argv": ["true"]}},
+        "adapters": {"tested": {"use": "command", "argv": ["true"]}},  # an account has no name in a file
         "defaults": {
             "attempts": 1,
             "timeout": format_duration(timeout),
@@ -272,7 +272,8 @@ def _config(
         "tasks": [{"id": "hello", "prompt": prompt}],
     }
     config = load_value(value, repo, scene.plugins.adapters)
-    changes: dict[str, Any] = {"adapters": {name: adapter}}
+    tasks = tuple(task.model_copy(update={"adapter": name}) for task in config.tasks)
+    changes: dict[str, Any] = {"adapters": {name: adapter}, "tasks": tasks}
     if isinstance(scene.config, RunConfig):
         changes |= {"sandbox": scene.config.sandbox, "prices": scene.config.prices}
     return config.model_copy(update=changes)
