@@ -84,10 +84,7 @@ MANY = [*SOME, *SOME, *SOME, *SOME]
         pytest.param("file", FEW, 150, 2.0, id="file-two"),
         pytest.param("postgres", FEW, 60, 2.0, id="postgres-two"),
         pytest.param("redis", FEW, 60, 2.0, id="redis-two", marks=pytest.mark.extended),
-        *(
-            pytest.param(kind, ["none", "group@7"], 60, 2.0, id=f"{kind}-group", marks=pytest.mark.extended)
-            for kind in ("file", *SERVERS)
-        ),
+        pytest.param("postgres", ["none", "group@7"], 60, 2.0, id="postgres-group", marks=pytest.mark.extended),
         *(
             pytest.param(kind, SOME, 300, 2.0, id=f"{kind}-eight", marks=pytest.mark.slow)
             for kind in ("file", *SERVERS)
