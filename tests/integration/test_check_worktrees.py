@@ -183,6 +183,21 @@ async def test_setup_runs_once_for_checks_and_again_for_changed_inputs(repositor
     await repository.assert_invariants()
 
 
+async def test_run_does_not_wait_for_a_setup_that_nothing_needs(repository: Repository, outside: Path) -> None:
+    """The third setup would take longer than the run."""
+    setup = f"mkdir {outside}/first || mkdir {outside}/second || sleep 20"
+    tasks = [{"id": "a", "prompt": "write a x"}, {"id": "b", "prompt": "write b x", "needs": ["a"]}]
+    writable, worktrees = [str(outside)], {"setup": [setup]}
+    config = repository.configure(
+        tasks, capacity=2, defaults={"checks": ["true"]}, worktrees=worktrees, writable=writable
+    )
+    ended = run(repository, config)
+    assert ended.states == {"a": "landed", "b": "landed"}, ended
+    names = [line.get("event") for line in ended.lines]
+    assert names.count("slot.setup_started") == 3, ended
+    assert names.count("slot.setup_finished") == 2, ended
+
+
 @pytest.mark.extended
 async def test_unlanded_work_sets_nothing_up_for_other_checks(repository: Repository, outside: Path) -> None:
     """Setup runs a file that is not a declared input: a task's version of it has no effect on the next task."""

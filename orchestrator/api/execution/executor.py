@@ -166,14 +166,18 @@ class RunExecutor:
         entries = await _entries(context, before, ledger)
         wanted = capacity or before.run.capacity
         room = await Capacity.measure(wanted, ledger, context.clock)
-        async with run_context.pool(sessions=_max_sessions(wanted, before.run)) as pool:
+        # The pool is closed first: it ends setups that are no longer needed, for which the fork server would wait.
+        async with (
+            open_fork_server(run_context.tools.redactor.bytes_pattern),
+            run_context.pool(sessions=_max_sessions(wanted, before.run)) as pool,
+        ):
             worker = 0 if ledger.writer.became_leader.is_set() else _number_of(ledger.orchestrators.me.id, before)
             board = _board(context, ledger, run_context, entries, disabled, worker)
             handlers = await self._phase_handlers(context, ledger, run_context)
             scheduler = Scheduler(ledger, run_context, pool, board, room, handlers, disabled)
             self._stop.add(scheduler.stop)
             try:
-                async with _raise_if_fenced(ledger), open_fork_server(run_context.tools.redactor.bytes_pattern):
+                async with _raise_if_fenced(ledger):
                     finished = await scheduler.run(before.adapters, only_lands=only_lands)
             finally:
                 self._stop.remove(scheduler.stop)
