@@ -186,7 +186,10 @@ async def test_setup_runs_once_for_checks_and_again_for_changed_inputs(repositor
 async def test_run_does_not_wait_for_a_setup_that_nothing_needs(repository: Repository, outside: Path) -> None:
     """The third setup would take longer than the run."""
     setup = f"mkdir {outside}/first || mkdir {outside}/second || sleep 20"
-    tasks = [{"id": "a", "prompt": "write a x"}, {"id": "b", "prompt": "write b x", "needs": ["a"]}]
+    tasks: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "write a x"},
+        {"id": "b", "prompt": "write b x", "needs": ["a"]},
+    ]
     writable, worktrees = [str(outside)], {"setup": [setup]}
     config = repository.configure(
         tasks, capacity=2, defaults={"checks": ["true"]}, worktrees=worktrees, writable=writable
