@@ -16,7 +16,7 @@ from orchestrator.config.workflows.load import iter_phase_nodes, workflow_of
 from orchestrator.domain.settings.names import account_adapter_name, entry_of_adapter
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import AdapterConfig, AdapterSettings
-from orchestrator.domain.wording import quote_text, suggest
+from orchestrator.domain.wording import quote_text, suggest, suggest_similar
 from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import Adapter, AdapterType, SessionRequest
 
@@ -139,7 +139,12 @@ def find_only_adapter(written: Node, root: Node) -> str | None:
 
 
 def assign_adapters(
-    root: Node, only: str | None, workflows: Mapping[str, Sequence[Phase]], problems: Problems
+    root: Node,
+    only: str | None,
+    workflows: Mapping[str, Sequence[Phase]],
+    adapter_types: Mapping[str, AdapterType],
+    folder: Path,
+    problems: Problems,
 ) -> dict[int, str]:
     """Return the adapter of each task by index, and report unknown adapters.
 
@@ -152,7 +157,8 @@ def assign_adapters(
     names = list_adapter_names(adapters)
     for named in _named(root):
         if isinstance(named.value, str) and named.value not in names:
-            remedy = suggest(named.value, names, "the adapters")
+            usable = [name for name, one in adapter_types.items() if has_only_optional_options(one, folder)]
+            remedy = suggest_similar(named.value, [*names, *usable]) or suggest(named.value, names, "the adapters")
             problems.add(named.at, f"there is no adapter {quote_text(named.value)}", remedy)
     default = root.get("defaults", "adapter")
     assigned: dict[int, str] = {}

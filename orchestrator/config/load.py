@@ -146,7 +146,7 @@ def _read_run(
     access = adapters.read_path_access(root, path.parent, problems)
     phases = load.read_workflows(root, path.parent, extensions, problems)
     load.check_contexts(root, problems)
-    assigned = adapters.assign_adapters(root, only, phases, problems)
+    assigned = adapters.assign_adapters(root, only, phases, adapter_types, path.parent, problems)
     default = adapters.default_adapter(root, only, phases, problems) if trackers else None
     possible = adapters.possible_adapters(root, assigned, phases)
     adapters.try_commands(root, prompts, possible, configured, adapter_types, problems)

@@ -48,7 +48,7 @@ def check_size(root: Node, problems: Problems) -> bool:
 def _check_required_sections(root: Node, problems: Problems) -> None:
     """Report missing adapters, or missing tasks without a tracker."""
     if root.get("adapters") is None:
-        problems.add(root.at, "the key 'adapters' is missing", "add `adapters:` here")
+        problems.add(root.at, "no adapter is set", "add `defaults: {adapter: NAME}`, or `adapters:` with an entry")
     tasks, trackers = root.get("tasks"), root.get("trackers")
     if trackers is not None and trackers.children:
         return

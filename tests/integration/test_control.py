@@ -191,7 +191,7 @@ def test_dropped_work_is_not_listed(repository: Repository) -> None:
     assert repository.council("checkpoint", "list", "--json").result["checkpoints"] == []
     refused = repository.council("salvage", "apply", "a/1")
     assert refused.code == 2
-    assert "preserved work 'a/1' not found: this run has no preserved work" in refused.stderr
+    assert "preserved work 'a/1' not found: this run has no preserved work; for another run add --run" in refused.stderr
 
 
 async def test_cancel_of_all_tasks_ends_a_live_run(repository: Repository) -> None:

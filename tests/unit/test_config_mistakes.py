@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from adapters.claude_code import ClaudeCodeAdapter
 from adapters.command.adapter import CommandAdapter
 from orchestrator.config.load import load_config
 from orchestrator.errors import ConfigError
+from orchestrator.protocols import AdapterType
 
-TYPES = {"command": CommandAdapter}
+TYPES: dict[str, AdapterType] = {"command": CommandAdapter, "claude-code": ClaudeCodeAdapter}
 HEAD = "version: 1\nadapters: {x: {use: command, argv: [x]}}\n"  # two lines
 TASKS = "tasks: [{id: a, prompt: p}]\n"
 TOKEN = "ghp_" + "a1B2" * 9
@@ -137,6 +139,11 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "prompt file missing": (HEAD + "tasks: [{id: a, prompt_file: f}]\n", 3, 30, "no such file"),
     "prompt file is a folder": (HEAD + "tasks: [{id: a, prompt_file: .}]\n", 3, 30, "not a regular file"),
     "unknown adapter": (HEAD + "tasks: [{id: a, prompt: p, adapter: y}]\n", 3, 37, "'y': the adapters are x"),
+    "unknown adapter like a type": (HEAD + "tasks: [{id: a, prompt: p, adapter: claude}]\n", 3, 37,
+                                    "'claude': did you mean 'claude-code'?"),
+    "unknown adapter, type with options": (HEAD + "tasks: [{id: a, prompt: p, adapter: comand}]\n", 3, 37,
+                                           "'comand': the adapters are x"),
+    "no adapter at all": ("version: 1\n" + TASKS, 1, 1, "no adapter is set: add `defaults: {adapter: NAME}`"),
     "unknown fallback": (HEAD + TASKS + "defaults: {fallback: [x, y]}\n", 4, 26, "no adapter 'y'"),
     "unknown default adapter": (HEAD + TASKS + "defaults: {adapter: y}\n", 4, 21, "no adapter 'y'"),
     "several adapters, none named": ("version: 1\nadapters:\n  x: {use: command, argv: [x]}\n"

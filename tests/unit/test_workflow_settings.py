@@ -160,7 +160,7 @@ def test_adapter_with_required_options_needs_an_entry(tmp_path: Path) -> None:
     found = mistakes(tmp_path, {"build": {"adapter": "command", "fallback": ["codecks"]}}, adapters=COMMAND)
     assert found == [
         ("workflows.w[0].build.adapter", "there is no adapter 'command': the adapters are x"),
-        ("workflows.w[0].build.fallback[0]", "there is no adapter 'codecks': the adapters are x"),
+        ("workflows.w[0].build.fallback[0]", "there is no adapter 'codecks': did you mean 'codex'?"),
     ]
 
 

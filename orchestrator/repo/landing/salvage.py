@@ -80,6 +80,7 @@ def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str) -> Unmerged
     names = sorted({work.name for work in preserved})
     near = [known for known in names if known.startswith(f"{name}/")] or find_similar(name, names, 3)
     remedy = f"choose one of {', '.join(near or names[:10])}" if names else "this run has no preserved work"
+    remedy += "; for another run add --run RUN"
     raise RefusedError(f"preserved work {name!r} not found", remedy)
 
 
