@@ -31,7 +31,7 @@ class Program:
     requests of one session to a model that always answers 429. `remedy` is a part of the message without a login, which
     means without `keys` or, if it has none, with one that the server rejects. `renews` are files that it writes again.
     `without_server` and `broken_stream` are the failure classes without a listener, and of streams that break.
-    `tells_tokens`: reports the model's token usage instead of an estimate. `keeps_path`: its shell, if any
+    `tells_tokens`: reports the tokens of the model, False: an estimate, None: nothing. `keeps_path`: its shell, if any
     (`has_shell`), has the PATH of the CLI. `edits`: changes files.
     """
 
@@ -45,7 +45,7 @@ class Program:
     renews: Sequence[str] = ()
     without_server: str = "transient"
     broken_stream: str = "transient"
-    tells_tokens: bool = True
+    tells_tokens: bool | None = True
     keeps_path: bool = True
     has_shell: bool = True
     edits: bool = True
@@ -191,7 +191,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
                 ],
             }
         },
-        tells_tokens=False,
+        tells_tokens=None,
     ),
     "kilo": Program(
         {"use": "kilo", "model": "anthropic/claude-sonnet-4-5"},
@@ -248,7 +248,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         remedy="kimi login",
         keys={"KIMI_API_KEY": _KEY},
         environ={"KIMI_BASE_URL": f"{MODEL}/v1", "KIMI_MODEL_NAME": "kimi-k2"},
-        tells_tokens=False,
+        tells_tokens=None,
     ),
     "llm": Program(
         {"use": "llm", "model": "gpt-4o-mini"},

@@ -33,7 +33,7 @@ async def test_edit_lands_with_its_token_usage(stage: Stage, program: Program) -
     assert stage.repository.git("show", "main:hello.txt") == "hi"
     (task,) = ended.result["tasks"]
     assert task["attempts"] == 1
-    least = (120, 34) if program.tells_tokens else (1, 1)
+    least = {True: (120, 34), False: (1, 1), None: (0, 0)}[program.tells_tokens]
     assert task["input_tokens"] >= least[0]
     assert task["output_tokens"] >= least[1]
     await stage.assert_clean()
