@@ -120,8 +120,11 @@ async def _check_adapters(subject: DoctorInput, environ: Mapping[str, str]) -> l
     tasks = () if run is None else (*run.tasks, *filter(None, [run.template]))
     used = set() if run is None else {name for task in tasks for name in run.adapters_of(task)}
     statuses = await probe_adapters(made, environ)
+    installed = [name for name, status in statuses.items() if status.is_installed]
+    if run is None and installed:
+        made = {name: made[name] for name in installed}  # nobody needs the others
     found = [one for name in made for one in findings.check_adapter(name, statuses[name], is_used=name in used)]
-    if subject.config is None and not any(one.is_installed for one in statuses.values()):
+    if subject.config is None and not installed:
         found.insert(0, findings.refusal_finding("adapters", no_program_error(made)))
     return found
 
