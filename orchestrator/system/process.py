@@ -368,7 +368,7 @@ def start_detached(
 
     It also survives the terminal. It becomes a session leader, and its standard error is appended to a file.
     """
-    with log.open("ab") as errors:
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as errors:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "orchestrator", *arguments],
             env=env,

@@ -240,7 +240,6 @@ def test_invalid_options_are_rejected(adapter_type: AdapterType, options: dict[s
         (CodexAdapter, {}),
         (GeminiAdapter, {"approval_mode": "yolo"}),
         (OpencodeAdapter, {}),
-        (AcpAdapter, {"argv": ["agent"]}),
     ],
 )
 def test_reader_has_the_tools_of_a_writer(adapter_type: AdapterType, options: dict[str, Any], tmp_path: Any) -> None:

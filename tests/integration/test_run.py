@@ -38,7 +38,7 @@ async def test_every_final_status_is_reached_in_one_run(repository: Repository) 
         [
             {"id": "second-try", "prompt": "attempt 1 exit 3\nwrite a.txt a"},
             {"id": "idle", "prompt": "print nothing to do"},
-            {"id": "slow", "prompt": "write half.txt half\nhang", "timeout": "500ms", "attempts": 2},
+            {"id": "slow", "prompt": "write half.txt half\nhang", "timeout": "3s", "attempts": 2},
             {"id": "broken", "prompt": "write b.txt b\nexit 7", "attempts": 2},
             {"id": "dependent", "prompt": "write c.txt c", "needs": ["broken"]},
         ]

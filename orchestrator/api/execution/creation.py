@@ -10,11 +10,11 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
+from orchestrator.api.execution.tracked_tasks import add_tracked_tasks
 from orchestrator.api.run_reader import RunReader
 from orchestrator.config.coordination import CoordinationOverrides, apply_max_retries, resolve_coordination
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.config.store import MEMORY
-from orchestrator.config.tracked import add_tracked_tasks
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.engine.diagnostics.preflight import (
     check_branches,
