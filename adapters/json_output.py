@@ -80,7 +80,7 @@ def parse_bridge_line(line: str) -> Sequence[SessionEvent]:
 
 def _bridge_event(value: JsonObject) -> SessionEvent | None:
     match value:
-        case {"type": "said", "text": text}:
+        case {"type": "message", "text": text}:
             return AgentMessage(text)
         case {"type": "tool" | "tool_ended"}:
             return _bridge_tool(value)

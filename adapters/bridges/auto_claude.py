@@ -187,11 +187,11 @@ class _Program:
         value = _parse(marked[2])
         match marked[1], value:
             case "EXEC_PHASE", {"phase": str(phase), "message": str(message)}:
-                write_line("said", text=f"{phase}: {message}" if message else phase)
+                write_line("message", text=f"{phase}: {message}" if message else phase)
             case "TASK_LOG_TEXT", {"content": str(text), "type": "error"}:
                 write_line("warned", text=text)
             case "TASK_LOG_TEXT", {"content": str(text)} if text.strip():
-                write_line("said", text=text)
+                write_line("message", text=text)
             case "TASK_LOG_TOOL_START", {"name": str(name)}:
                 shown = value.get("input")
                 detail = shown if isinstance(shown, str) else ""

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 #: The fields of each line type with their types. `adapters.json_output` parses lines with the same table.
 LINE_FIELDS: Final[Mapping[str, Mapping[str, type | UnionType]]] = {
-    "said": {"text": str},  # the agent's message, in complete lines
+    "message": {"text": str},  # the agent's message, in complete lines
     "planned": {"text": str},  # the agent's steps, in the format of `AgentPlan`
     # `diff`: the changed lines of an edit.
     "tool": {"name": str, "detail": str, "paths": list, "call": str | None, "diff": str | None},
@@ -82,7 +82,7 @@ class MessageBuffer:
             part = text[start : start + MAX_FIELD_CHARS]
             if part.strip():
                 self._shown = time.monotonic()
-                write_line("said", text=part)
+                write_line("message", text=part)
 
 
 class BridgeExit(Exception):

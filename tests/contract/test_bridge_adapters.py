@@ -37,7 +37,7 @@ from tests.contract.verdicts import TRANSCRIPTS, end
 _TYPES: Final = load_plugins({"COUNCIL_PLUGINS": ""}).adapters
 
 BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
-    ('{"type": "said", "text": "Hi."}', (AgentMessage("Hi."),)),
+    ('{"type": "message", "text": "Hi."}', (AgentMessage("Hi."),)),
     ('{"type": "tool", "name": "edit", "detail": "x", "paths": ["a", 1]}', (ToolCall("edit", "x", ("a",)),)),
     ('{"type": "tool", "name": "x", "detail": "", "paths": [], "call": "c"}', (ToolCall("x", call="c"),)),
     ('{"type": "tool_ended", "call": "c", "failed": null}', (ToolResult("c"),)),
@@ -63,7 +63,7 @@ BRIDGE_LINES: Sequence[tuple[str, Sequence[SessionEvent]]] = (
         '{"type": "concluded", "text": "", "failure": "news", "reason": ""}',
         (FinalResult("", Failed(FailureClass.CRASHED, "it failed")),),
     ),
-    ('{"type": "said", "text": 1}', ()),
+    ('{"type": "message", "text": 1}', ()),
     ('{"type": "spent", "input_tokens": 1}', ()),
 )
 
@@ -82,7 +82,7 @@ LIMITS: Sequence[tuple[SessionEnd, float]] = (
 BRIDGE_ENDS: Sequence[tuple[SessionEnd, FailureClass | None]] = (
     (end('{"type": "concluded", "text": "x", "failure": "overloaded", "reason": "y"}'), FailureClass.OVERLOADED),
     (end('{"type": "concluded", "text": "", "failure": null, "reason": ""}', 0), None),
-    (end('{"type": "said", "text": "x"}', None, "Traceback"), None),
+    (end('{"type": "message", "text": "x"}', None, "Traceback"), None),
 )
 
 

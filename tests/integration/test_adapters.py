@@ -294,7 +294,7 @@ async def test_acp_agent_gets_permission_in_the_worktree(bench: Bench, tmp_path:
     target = tmp_path / "outside.txt"
     ended = bench.run("acp", f"edit in.txt x\nedit {target} x\nedit ../up.txt x\nwork")
     assert ended.states == {"t0": "landed"}, ended
-    chosen = re.findall(r'"said", "text": "chosen: (\w+)"', bench.output(ended))
+    chosen = re.findall(r'"message", "text": "chosen: (\w+)"', bench.output(ended))
     assert chosen == ["once", "no", "no", "once"]
     assert not target.exists()
 

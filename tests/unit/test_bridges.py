@@ -226,7 +226,7 @@ def test_line_outside_of_the_table_is_an_error(capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     assert [bool(parse_bridge_line(line)) for line in lines] == [json.loads(line)["type"] != "alive" for line in lines]
     with pytest.raises(TypeError):
-        write_line("said", text="x", more=1)
+        write_line("message", text="x", more=1)
 
 
 def test_conclusion_matches_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
