@@ -95,7 +95,7 @@ class AgentAdapter:
 
     def capabilities(self) -> frozenset[Capability]:
         """Return the capabilities of the bridge and the agent."""
-        can = self._agent.enforced | {Capability.MCP}
+        can = self._agent.enforced | {Capability.MCP, Capability.STOP_GATE}
         return can | {Capability.RESUME} if self._agent.resumes else can
 
     def programs(self) -> Sequence[Program]:
@@ -128,6 +128,8 @@ class AgentAdapter:
             yield "--read-only"
         if request.pre_edit and Capability.PRE_EDIT in agent.enforced:
             yield from ("--pre-edit", json.dumps(request.pre_edit))
+        if request.stop_gate:
+            yield from ("--stop-gate", json.dumps(request.stop_gate))
         for server in request.mcp_servers:
             yield from ("--mcp-server", json.dumps(dataclasses.asdict(server)))
 

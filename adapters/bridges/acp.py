@@ -12,6 +12,7 @@ for the agent. `--ready` checks that the SDK is installed.
 --permissions WHAT    allow all other requests, or only those for edits
 --read-only           deny edits
 --pre-edit JSON       a command, as a list, that may deny an edit
+--stop-gate JSON      a command, as a list, to run after each turn; the reason that it prints is the next prompt
 --mcp-server JSON     an MCP server for the agent (`conversations.ConversationRequest`), repeatable
 """
 
@@ -90,6 +91,7 @@ class _Client:
         self._cost: float | None = None
         self._cost_before = 0.0
         self._tools = ToolCalls()
+        self._tokens = [0, 0]
         self._is_listening = False
         self._last_replayed = 0.0
 
@@ -97,6 +99,14 @@ class _Client:
     def cost(self) -> float | None:
         """US dollars spent since the conversation was loaded, or None if unknown."""
         return None if self._cost is None else max(self._cost - self._cost_before, 0.0)
+
+    def add_usage(self, usage: schema.Usage | None) -> None:
+        """Print the usage so far, with that of another turn."""
+        if usage is not None:
+            self._tokens[0] += usage.input_tokens + (usage.cached_read_tokens or 0) + (usage.cached_write_tokens or 0)
+            self._tokens[1] += usage.output_tokens
+        if usage is not None or self.cost is not None:
+            write_line("spent", input_tokens=self._tokens[0], output_tokens=self._tokens[1], cost=self.cost)
 
     async def wait_for_replay(self) -> None:
         """Wait until a conversation is replayed, which may be after it is loaded."""
@@ -235,17 +245,34 @@ async def _run_conversation(
             await log_in(agent, known, asked.auth)
         session = await _start_conversation(agent, known, client, top, asked)
         client.listen()
-        response = await agent.prompt(session_id=session, prompt=[acp.text_block(prompt)])
+        next_prompt, message = prompt, ""
+        while next_prompt:
+            response = await agent.prompt(session_id=session, prompt=[acp.text_block(next_prompt)])
+            message = client.words.flush()
+            client.add_usage(response.usage or _usage_in_metadata(response))
+            if response.stop_reason in _STOP_REASONS:
+                failure, reason = _STOP_REASONS[response.stop_reason]
+                return BridgeExit(reason, failure)
+            if client.refused:
+                return BridgeExit(f"the agent stopped: {client.refused}", "refused")
+            next_prompt = await _continuation(asked.stop_gate, top)
     except acp.RequestError as error:
         raise make_exit(error, known.auth_methods or ()) from error
-    said = client.words.flush()
-    _write_spent(response.usage or _usage_in_metadata(response), client.cost)
-    if response.stop_reason in _STOP_REASONS:
-        failure, reason = _STOP_REASONS[response.stop_reason]
-        return BridgeExit(reason, failure)
-    if client.refused:
-        return BridgeExit(f"the agent stopped: {client.refused}", "refused")
-    return BridgeExit(said[-2_000:])
+    return BridgeExit(message[-2_000:])
+
+
+async def _continuation(stop_gate: Sequence[str], top: Path) -> str:
+    """Return why the agent must continue, according to the command; empty if it may end."""
+    if not stop_gate:
+        return ""
+    call = json.dumps({"hook_event_name": "Stop", "cwd": str(top)}).encode()
+    try:
+        done = await anyio.run_process(stop_gate, input=call, stderr=None, cwd=top, check=False)
+        answer = json.loads(done.stdout)
+    except (OSError, ValueError):  # it prints nothing if the agent may end
+        return ""
+    is_blocked = isinstance(answer, dict) and answer.get("decision") == "block"
+    return str(answer.get("reason", "")) if is_blocked else ""
 
 
 async def _start_conversation(
@@ -306,13 +333,6 @@ def _usage_in_metadata(response: schema.PromptResponse) -> schema.Usage | None:
         return schema.Usage(input_tokens=sent, output_tokens=received, total_tokens=sent + received)
     except (LookupError, TypeError, ValueError):
         return None
-
-
-def _write_spent(usage: schema.Usage | None, cost: float | None) -> None:
-    if usage is not None or cost is not None:
-        read = 0 if usage is None else usage.input_tokens + (usage.cached_read_tokens or 0)
-        sent = read if usage is None else read + (usage.cached_write_tokens or 0)
-        write_line("spent", input_tokens=sent, output_tokens=0 if usage is None else usage.output_tokens, cost=cost)
 
 
 async def _run(
@@ -386,6 +406,7 @@ def main() -> int:
     parser.add_argument("--permissions", choices=("all", "edits"), default="all")
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--pre-edit", default=(), type=json.loads)
+    parser.add_argument("--stop-gate", default=(), type=json.loads)
     parser.add_argument("--mcp-server", action="append", default=[], type=json.loads)
     parser.add_argument("--ready", action="store_true")
     parser.add_argument("argv", nargs="*")
@@ -396,7 +417,7 @@ def main() -> int:
     log.setFormatter(_OneLineFormatter())
     logging.basicConfig(handlers=[log])
     prompt = options.prompt_file.read_text(encoding="utf-8")
-    asked = ConversationRequest(options.model, options.resume, options.mcp_server, options.auth)
+    asked = ConversationRequest(options.model, options.resume, options.mcp_server, options.stop_gate, options.auth)
     worktree = ConfinedWorktree(options.worktree)
     permissions = Permissions(worktree, options.permissions, options.read_only, options.pre_edit)
     ended: BridgeExit | signal.Signals

@@ -30,6 +30,8 @@ class ConversationRequest:
     model: str | None = None
     resume: str | None = None
     servers: Sequence[Mapping[str, Any]] = ()
+    stop_gate: Sequence[str] = ()
+    """A command to run after each turn; empty if there is none."""
     auth: str | None = None
     """The id of the agent's method to log in by; None if it needs no login."""
 

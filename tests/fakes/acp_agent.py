@@ -3,9 +3,9 @@
 Steps: `write PATH TEXT` (by a request to the client), `edit PATH TEXT` (itself, after asking for permission), `read
 PATH`, `say TEXT`, `run COMMAND` (reported only), `work` (in the worktree itself, after asking for permission),
 `plan STEP…` (reports steps, the first one done), `change PATH TEXT` (itself, reported as a diff),
-`servers` (print those it received), `ask KIND` (for permission for a tool of that kind), `fail
-auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is `edit`, and ends if it is rejected. It prints the responses
-it gets. With ACP_BESIDE it reports its tokens like Gemini CLI.
+`servers` (print those it received), `await PATH` (wait for a file), `ask KIND` (for permission for a tool of that
+kind), `fail auth|limit|die|refuse`, `fail CODE MESSAGE`; `stop PATH` is `edit`, and ends if it is rejected. It prints
+the responses it gets. With ACP_BESIDE it reports its tokens like Gemini CLI.
 
 With ACP_LOADS it stores its conversation, accepts servers by URL, and resumes a conversation: it replays all of it,
 some of it late. ACP_MODES are the modes that it offers, ACP_METHODS its login methods; with ACP_LOGGED_OUT it requires
@@ -136,6 +136,8 @@ class FakeAgent:
             if word == "run":
                 await self.run(session_id, f"{first} {rest}".strip())
                 continue
+            while word == "await" and not Path(first).exists():
+                await asyncio.sleep(0.02)
             await self.step(session_id, word, first, rest)
         await self.spend(session_id)
         if "ACP_BESIDE" in os.environ:
