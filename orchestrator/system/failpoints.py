@@ -40,6 +40,7 @@ FAILPOINTS: Final = frozenset(
         "sink.sent",  # a sink has received events, not recorded in the store
         "request.recorded",  # a user's request is in the store
         "message.sent",  # a user's message to a task is in the store
+        "message.withdrawing",  # a message came after its task was queued or ended, and is about to be withdrawn
         "message.delivered",  # it is recorded that a running session received it; the session has no answer yet
         "request.applied",  # the request was applied, but is still in the store
         "attempt.ended",  # the attempt's end is in the store, its worktree is still there

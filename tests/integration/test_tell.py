@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.system.process_table import process_stat
 from tests.conftest import CommandResult, Repository
-from tests.fakes.script import ROOT
+from tests.fakes.script import ROOT, install
 from tests.waiting import wait_for
 
 
@@ -26,7 +28,7 @@ def configured(claude: Repository, prompt: str, **more: Any) -> Path:
     )
 
 
-def told(repository: Repository, text: str, *options: str) -> CommandResult:
+def send(repository: Repository, text: str, *options: str) -> CommandResult:
     """Send a message to the task."""
     return repository.council("tell", "one", text, "--json", *options)
 
@@ -37,7 +39,7 @@ async def test_message_reaches_a_running_agent_before_it_ends(claude: Repository
     prompt = f"write a.txt wrong\nrun until test -e {go}; do sleep 0.05; done\nstopped a.txt right"
     with claude.start("run", str(configured(claude, prompt)), "--json") as child:
         wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
-        sent = told(claude, "make it right")
+        sent = send(claude, "make it right")
         assert (sent.code, sent.result["receiver"]) == (0, "session"), sent
         go.touch()
         assert child.wait(60) == 0
@@ -49,13 +51,39 @@ async def test_message_reaches_a_running_agent_before_it_ends(claude: Repository
     await claude.assert_invariants()
 
 
+async def test_message_reaches_an_acp_agent_in_the_same_connection(repository: Repository, tmp_path: Path) -> None:
+    """As the next prompt, after its turn; the tokens of both turns count."""
+    install(tmp_path / "bin", "acp-agent", "tests.fakes.acp_agent")
+    repository.environ["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{repository.environ['PATH']}"
+    go = repository.top.parent / "go"
+    path = repository.configure(
+        [{"id": "one", "prompt": f"write a.txt wrong\nawait {go}"}],
+        adapters={"acp": {"use": "acp", "argv": ["acp-agent"]}},
+        readable=[],
+        sandbox="off",
+    )
+    with repository.start("run", str(path), "--json") as child:
+        log = repository.top / ".council/logs"
+        wait_for(lambda: any("session" in file.read_text() for file in log.glob("*/one.1.stdout")))
+        sent = send(repository, "write a.txt right")
+        assert (sent.code, sent.result["receiver"]) == (0, "session"), sent
+        assert "about to end its turn" in sent.result["delivery"]
+        go.touch()
+        assert child.wait(60) == 0
+    shown = repository.council("show", "one", "--json").result
+    assert [one["attempts"] for one in shown["messages"]] == [[1]]
+    assert [(one["input_tokens"], one["output_tokens"], one["cost"]) for one in shown["sessions"]] == [(80, 40, 1.0)]
+    assert repository.git("show", "main:a.txt") == "right"
+    await repository.assert_invariants()
+
+
 async def test_message_before_the_first_session_is_in_its_prompt(claude: Repository) -> None:
-    path = configured(claude, "tell told.json")
+    path = configured(claude, "tell input.json")
     assert claude.council("run", str(path), failpoints="run.seeded=kill").code != 0
-    sent = told(claude, "and be quick")
+    sent = send(claude, "and be quick")
     assert (sent.code, sent.result["receiver"]) == (0, "next_session"), sent
     assert claude.council("resume", "--json").states == {"one": "landed"}
-    assert "and be quick" in json.loads(claude.git("show", "main:told.json"))["prompt"]
+    assert "and be quick" in json.loads(claude.git("show", "main:input.json"))["prompt"]
     await claude.assert_invariants()
 
 
@@ -66,8 +94,9 @@ async def test_message_that_no_session_received_keeps_work_from_landing(reposito
     path = repository.configure([{"id": "one", "prompt": prompt}], readable=[str(repository.top.parent)], sandbox="off")
     with repository.start("run", str(path), "--json") as child:
         wait_for(lambda: list((repository.top / ".council/logs").glob("*/one.1.stdout")))
-        sent = told(repository, "add a line")
+        sent = send(repository, "add a line")
         assert sent.result["receiver"] == "next_session", sent
+        assert "another session follows" in sent.result["delivery"]
         go.touch()
         assert child.wait(60) == 0
     shown = repository.council("show", "one", "--json").result
@@ -93,12 +122,12 @@ def test_unusable_text_is_refused(repository: Repository, text: str) -> None:
     """An empty text, one that is too long, and one with a secret."""
     path = repository.configure([{"id": "one", "prompt": "write a.txt 1"}])
     assert repository.council("run", str(path), failpoints="run.seeded=kill").code != 0
-    assert told(repository, text).code == 2
+    assert send(repository, text).code == 2
 
 
 async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Repository) -> None:
     """Each is in each conversation once, wherever `tell` or the run is killed."""
-    path = configured(claude, "tell told.json")
+    path = configured(claude, "tell input.json")
     assert claude.council("run", str(path), failpoints="run.seeded=kill").code != 0
     texts = [f"message-{number}." for number in range(12)]
     for number, text in enumerate(texts):
@@ -108,7 +137,7 @@ async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Reposi
     for point in ("attempt.recorded", "session.spawned"):
         assert claude.council("resume", failpoints=f"{point}=kill").code != 0
     assert claude.council("resume", "--json").states == {"one": "landed"}
-    prompt = json.loads(claude.git("show", "main:told.json"))["prompt"]
+    prompt = json.loads(claude.git("show", "main:input.json"))["prompt"]
     recorded = [one["text"] for one in claude.council("show", "one", "--json").result["messages"]]
     assert recorded == texts, "a kill after the commit loses nothing"
     assert [prompt.count(text) for text in texts] == [1] * len(texts)
@@ -118,15 +147,67 @@ async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Reposi
 async def test_message_whose_delivery_was_interrupted_arrives_in_the_next_session(claude: Repository) -> None:
     """The run was killed after recording the delivery, before the agent had the message."""
     go = claude.top.parent / "go"
-    prompt = f"run until test -e {go}; do sleep 0.05; done\ntell told.json\nattempt 1 stopped lost.txt x"
+    prompt = f"run until test -e {go}; do sleep 0.05; done\ntell input.json\nattempt 1 stopped lost.txt x"
     path = configured(claude, prompt)
     with claude.start("run", str(path), "--json", failpoints="message.delivered=kill") as child:
         wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
-        assert told(claude, "make it right").code == 0
+        assert send(claude, "make it right").code == 0
         go.touch()
         assert child.wait(60) == -signal.SIGKILL
     assert claude.council("resume", "--json").states == {"one": "landed"}
-    assert json.loads(claude.git("show", "main:told.json"))["prompt"].count("make it right") == 1
+    assert json.loads(claude.git("show", "main:input.json"))["prompt"].count("make it right") == 1
     (message,) = claude.council("show", "one", "--json").result["messages"]
     assert message["attempts"] == [1, 2]
     await claude.assert_invariants()
+
+
+async def test_message_is_not_withdrawn_once_the_task_continues_for_it(claude: Repository) -> None:
+    """`tell` finds the task queued to land, while the run has just seen the message."""
+    go = claude.top.parent / "go"
+    path = configured(
+        claude, f"run until test -e {go}; do sleep 0.05; done\nwrite a.txt 1", coordination={"tools": False}
+    )
+    with claude.start("run", str(path), "--json", failpoints="work.recorded=stop") as child:
+        wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
+        with claude.start("tell", "one", "be quick", failpoints="message.sent=stop,message.withdrawing=stop") as tell:
+            wait_for(lambda: is_stopped(tell.pid))
+            go.touch()
+            wait_for(lambda: is_stopped(child.pid))
+            tell.send_signal(signal.SIGCONT)
+            wait_for(lambda: is_stopped(tell.pid))
+            child.send_signal(signal.SIGCONT)
+            wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.2.stdout")))
+            tell.send_signal(signal.SIGCONT)
+            assert tell.wait(60) == 0
+        assert child.wait(60) == 0
+    shown = claude.council("show", "one", "--json").result
+    assert [(one["text"], one["attempts"]) for one in shown["messages"]] == [("be quick", [2])]
+    assert shown["status"] == "landed"
+    await claude.assert_invariants()
+
+
+async def test_message_withdrawn_before_the_task_continues_is_refused(claude: Repository) -> None:
+    """The run lands the work without another session."""
+    go = claude.top.parent / "go"
+    path = configured(
+        claude, f"run until test -e {go}; do sleep 0.05; done\nwrite a.txt 1", coordination={"tools": False}
+    )
+    with claude.start("run", str(path), "--json", failpoints="work.recorded=stop") as child:
+        wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
+        with claude.start("tell", "one", "be quick", failpoints="message.sent=stop") as tell:
+            wait_for(lambda: is_stopped(tell.pid))
+            go.touch()
+            wait_for(lambda: is_stopped(child.pid))
+            tell.send_signal(signal.SIGCONT)
+            assert tell.wait(60) == 2
+        child.send_signal(signal.SIGCONT)
+        assert child.wait(60) == 0
+    shown = claude.council("show", "one", "--json").result
+    assert (shown["messages"], len(shown["sessions"]), shown["status"]) == ([], 1, "landed")
+    await claude.assert_invariants()
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a failpoint has stopped a process."""
+    stat = process_stat(pid)
+    return stat is not None and stat.is_stopped

@@ -20,13 +20,14 @@ from orchestrator.domain.events.runs import FIXED_KEYS
 from orchestrator.domain.events.tasks import TaskMessageSent, TaskMessageWithdrawn
 from orchestrator.domain.runs.model import RequestAction, RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, TaskStatus
-from orchestrator.domain.sessions.messages import MESSAGE_STATUSES, UserMessage, due_messages
+from orchestrator.domain.sessions.messages import MESSAGE_STATUSES, Receiver, UserMessage
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.engine.reports.task_details import LatestActivity, TaskDefinition, TaskDetails, build_task_details
 from orchestrator.engine.scheduler.requests import check_message, check_note, check_reason
 from orchestrator.engine.state.records import (
     check_task,
     message_key,
+    message_write,
     read_handoffs,
     read_messages,
     read_run,
@@ -45,8 +46,9 @@ class SentMessage:
     """A message that was sent to the agents of a task."""
 
     id: str
-    is_for_running_session: bool
-    """Whether the running session receives it; otherwise the next one does."""
+    receiver: Receiver
+    delivery: str
+    """When and how the agents receive it, as a sentence without a full stop."""
 
 
 def _check_follows(run: str, task: str, status: TaskStatus) -> None:
@@ -134,7 +136,7 @@ class Tasks(Topic):
     async def tell(self, task: str, text: str, *, run: str | None = None) -> SentMessage:
         """Send a message to the agents of a task.
 
-        A running agent receives it when it is about to end its turn, if its CLI has a stop hook. Otherwise another
+        A running agent receives it when it is about to end its turn, if its CLI supports that. Otherwise another
         session receives it, before the work lands; it continues the conversation if the CLI can. Raises RefusedError
         for an invalid text, and if no session of the task follows.
         """
@@ -143,38 +145,38 @@ class Tasks(Topic):
         document = await read_run(context.store, name)
         document.check_not_imported()
         await check_task(context.store, document, task)
-        found = await read_messages(context.store, name, task)
-        check_message(text, [message for _, message in found.values()])
+        check_message(text, await read_messages(context.store, name, task))
         _check_follows(name, task, (await read_task(context.store, name, task)).status)
         now = context.clock.now()
         message = UserMessage(id=f"{int(now * 1000):x}-{secrets.token_hex(3)}", text=text, time=now)
-        key = message_key(name, task, message.id)
         sent = TaskMessageSent(run=name, task=task, message=message.id, text=text)
-        await context.store.commit(Commit([Write(key, 0, message.model_dump(mode="json"))], [Event.of(sent)]))
+        await context.store.commit(Commit([message_write(name, task, message)], [Event.of(sent)]))
         failpoint("message.sent")
         after = await read_task(context.store, name, task)
-        if after.status not in MESSAGE_STATUSES and await self._withdraw(name, task, message.id):
-            _check_follows(name, task, after.status)
-        return SentMessage(message.id, await self._gets_it_now(document, after))
+        if after.status not in MESSAGE_STATUSES:
+            failpoint("message.withdrawing")
+            withdrawn = TaskMessageWithdrawn(run=name, task=task, message=message.id)
+            with suppress(VersionConflict):  # the task continues because of it
+                key = message_key(name, task, message.id)
+                await context.store.commit(Commit([Write(key, 1, None)], [Event.of(withdrawn)]))
+                _check_follows(name, task, after.status)
+        return SentMessage(message.id, *await self._describe_delivery(document, after))
 
-    async def _withdraw(self, run: str, task: str, message: str) -> bool:
-        """Withdraw a message for which a task does not wait, as it was queued or ended; return whether it was due."""
-        store = self._context.store
-        version, found = (await read_messages(store, run, task)).get(message, (0, None))
-        if found is None or found.attempts:
-            return False
-        withdrawn = Event.of(TaskMessageWithdrawn(run=run, task=task, message=message))
-        with suppress(VersionConflict):  # a session has just received it
-            await store.commit(Commit([Write(message_key(run, task, message), version, None)], [withdrawn]))
-            return True
-        return False
-
-    async def _gets_it_now(self, run: RunDocument, task: TaskDocument) -> bool:
-        """Return whether the running session of a task receives messages."""
-        if task.status is not TaskStatus.RUNNING or not run.coordination.tools:
-            return False
-        adapter = (await find_run_adapters(self._context, run))[task.attempt.adapter]
-        return Capability.STOP_GATE in adapter.capabilities()
+    async def _describe_delivery(self, run: RunDocument, task: TaskDocument) -> tuple[Receiver, str]:
+        """Return the receiver of a new message to a task, and when and how it receives the message."""
+        if task.status is TaskStatus.AWAITING_APPROVAL:
+            text = "its next session receives the message, after you approve or reject the result"
+            return Receiver.NEXT_SESSION, text
+        if task.status is not TaskStatus.RUNNING:
+            text = "its next session receives the message at its start; the task does not land before that"
+            return Receiver.NEXT_SESSION, text
+        name = task.attempt.adapter
+        able = (await find_run_adapters(self._context, run))[name].capabilities()
+        if run.coordination.tools and Capability.STOP_GATE in able:
+            return Receiver.SESSION, "its running session receives the message when it is about to end its turn"
+        how = "in the same conversation" if Capability.RESUME in able else "with the whole prompt"
+        text = f"{name} takes no messages while it runs: another session follows, {how}, before the task lands"
+        return Receiver.NEXT_SESSION, text
 
     async def _answer(
         self, action: RequestAction, tasks: tuple[str, ...], note: str | None, run: str | None
@@ -240,8 +242,7 @@ class Tasks(Topic):
         if run.imported is not None:
             return TaskDefinition()
         spec = await read_spec(self._context.store, run.id, task)
-        found = await read_messages(self._context.store, run.id, task)
-        messages = due_messages((message for _, message in found.values()), ())
+        messages = await read_messages(self._context.store, run.id, task)
         definition = TaskDefinition(spec.prompt, spec.tracker, spec.needs, plan=spec.plan, messages=messages)
         if spec.workflow is None:
             return definition

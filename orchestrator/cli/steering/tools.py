@@ -267,7 +267,7 @@ class Tell(SteeringTool):
 
     async def _perform(self, council: Council) -> JsonObject:
         sent = await council.tasks.tell(self.task, self.text, run=self.run)
-        return {"message": sent.id, "is_for_running_session": sent.is_for_running_session}
+        return {"message": sent.id, "receiver": sent.receiver, "delivery": sent.delivery}
 
 
 class Approve(SteeringTool):

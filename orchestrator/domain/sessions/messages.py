@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from enum import StrEnum
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.model import Attempt
@@ -15,6 +16,15 @@ from orchestrator.domain.runs.statuses import TaskStatus
 MESSAGE_STATUSES: Final = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.AWAITING_APPROVAL})
 #: The maximum length of a message in characters, and of all messages of a task.
 MAX_MESSAGE_CHARS, MAX_TASK_CHARS = 10_000, 200_000
+
+
+class Receiver(StrEnum):
+    """The session that receives a message next."""
+
+    SESSION = "session"  #: the running one, when its agent is about to end its turn
+    NEXT_SESSION = "next_session"
+
+
 _HEAD: Final = "The user sent this while the task was in progress; it adds to the task:"
 
 
@@ -29,6 +39,8 @@ class UserMessage(BaseModel):
     """When it was sent, in wall-clock seconds."""
     attempts: tuple[int, ...] = ()
     """The numbers of the attempts whose sessions have received it."""
+    version: int = Field(default=0, exclude=True)
+    """The version of its document; 0 if it is not stored."""
 
     def with_attempt(self, number: int) -> UserMessage:
         """Return the message as received by one more attempt."""
@@ -36,12 +48,11 @@ class UserMessage(BaseModel):
 
 
 def due_messages(messages: Iterable[UserMessage], received_by: Collection[int]) -> list[UserMessage]:
-    """Return the messages that no session of a conversation has received, oldest first.
+    """Return the messages that no session of a conversation has received.
 
     `received_by` are the numbers of the conversation's attempts. A new conversation gets all messages of its task.
     """
-    due = [message for message in messages if not set(received_by) & set(message.attempts)]
-    return sorted(due, key=lambda message: (message.time, message.id))
+    return [message for message in messages if not set(received_by) & set(message.attempts)]
 
 
 def find_conversation_attempts(attempts: Sequence[Attempt], conversation: str | None) -> list[int]:

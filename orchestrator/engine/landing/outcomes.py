@@ -21,14 +21,15 @@ from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.security.quoting import DATA_NOTICE, quote_block
+from orchestrator.domain.sessions.messages import UserMessage
 from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.routing import restart_task, restart_work
 from orchestrator.engine.landing.ownership_check import OwnershipCheck, OwnershipViolation
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.engine.state.records import read_messages
+from orchestrator.engine.state.records import message_write, read_messages
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import GitError, TargetMissing
+from orchestrator.errors import GitError, TargetMissing, VersionConflict
 from orchestrator.locking.merge_lease import HeldMergeLease
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import Git
@@ -187,15 +188,30 @@ class LandingOutcomes:
 
         `council tell` accepts a message only before a task is queued, so none arrives after this.
         """
-        messages = await read_messages(self._ledger.writer.store, self._ledger.run.id, task)
-        document = self._ledger.task(task)
-        if document.commit is None or all(message.attempts for _, message in messages.values()):
+        run, document = self._ledger.run.id, self._ledger.task(task)
+        if document.commit is None:
             return False
         workflow = self._ledger.definitions.workflow((await self._ledger.definitions.spec(task)).workflow)
         changes = {"start": document.commit, "base": document.building_attempt.base, "commit": None, "built_by": None}
         changes |= restart_task(workflow, document)
-        await self._ledger.change(task, Trigger.CONTINUE_WORK, TaskContinued(), **changes)
-        return True
+        due = await self._unreceived_messages(task)
+        while due:
+            # Written again, so that `council tell` can't withdraw them any more.
+            writes = [message_write(run, task, message) for message in due]
+            update = TaskUpdate(Trigger.CONTINUE_WORK, TaskContinued(), changes, writes)
+            try:
+                await self._ledger.change_all({task: update})
+            except VersionConflict:
+                before, due = due, await self._unreceived_messages(task)
+                if due == before:
+                    raise
+            else:
+                return True
+        return False
+
+    async def _unreceived_messages(self, task: str) -> list[UserMessage]:
+        messages = await read_messages(self._ledger.writer.store, self._ledger.run.id, task)
+        return [message for message in messages if not message.attempts]
 
     async def bounce(self, task: str, spec: TaskSpec, merge: str, failed: CommandFailed) -> None:
         """Retry a task whose merge fails its checks, or end the task."""

@@ -34,7 +34,7 @@ from orchestrator.engine.scheduler.probes import watch_probe
 from orchestrator.engine.session_api.details import SessionWorkspace
 from orchestrator.engine.session_api.locks import StopChecks
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.engine.state.records import read_messages, write_delivery
+from orchestrator.engine.state.records import message_write, read_messages
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, HandoffCorrupted, RefusedError, VersionConflict
 from orchestrator.protocols import Capability, Guard, Write
@@ -79,16 +79,15 @@ class AttemptRunner:
         assert next_phase.base is not None, "its start is selected"  # noqa: S101  the caller has selected it
         conversation = _conversation(document, next_phase.earlier, adapter) if can_resume else None
         received_by = find_conversation_attempts(document.attempts, None if conversation is None else conversation.id)
-        found = await read_messages(self.ledger.writer.store, self.ledger.run.id, task)
-        messages = due_messages((message for _, message in found.values()), received_by)
-        said = render_messages(messages)
+        messages = due_messages(await read_messages(self.ledger.writer.store, self.ledger.run.id, task), received_by)
+        rendered = render_messages(messages)
         timeout = next_phase.phase.timeout or spec.timeout
         assignment = Assignment(
             worktree=Worktree(self.context.hub, self.ledger.run.id, task, len(document.attempts) + 1),
             base=next_phase.base,
             start=next_phase.start,
             prompt=next_phase.prompt,
-            context="\n\n".join(filter(None, (notes, next_phase.suffix, said))) or None,
+            context="\n\n".join(filter(None, (notes, next_phase.suffix, rendered))) or None,
             adapter=self.context.adapters[adapter],
             adapter_name=adapter,
             reach=self.context.configs[adapter].access,
@@ -98,7 +97,7 @@ class AttemptRunner:
             mcp_servers=self.context.mcp_servers,
             max_cost=self.budgets.cost_left(task, spec),
             earlier_conversation=conversation,
-            follow_up="\n\n".join(filter(None, (notes, next_phase.follow_up, said))) or None,
+            follow_up="\n\n".join(filter(None, (notes, next_phase.follow_up, rendered))) or None,
             task_prompt=spec.prompt,
             phase=None if next_phase.workflow.is_default else next_phase.phase.name,
             writes=next_phase.phase.writes,
@@ -183,7 +182,10 @@ class AttemptRunner:
         return True
 
     async def _start_writes(self, active: ActiveAttempt, claim: Guard) -> Sequence[Write] | None:
-        """Return writes that claim a task's paths and adapter, and deliver its messages; None if it can't start now."""
+        """Return writes that claim a task's paths and adapter, and deliver its messages.
+
+        None if it can't start now, or if its prompt is outdated because a message was withdrawn.
+        """
         probes = await self.ledger.adapters.plan_probe(active.adapter, active.task) if active.is_probe else []
         paths = None if probes is None else await self._paths(active, claim)
         if probes is None or paths is None:
@@ -192,8 +194,11 @@ class AttemptRunner:
         if not active.messages:
             return writes
         run, number = self.ledger.run.id, active.session.assignment.worktree.attempt
-        found = await read_messages(self.ledger.writer.store, run, active.task)
-        return [*writes, *(write_delivery(run, active.task, *found[name], number) for name in active.messages)]
+        messages = await read_messages(self.ledger.writer.store, run, active.task)
+        due = [message.with_attempt(number) for message in messages if message.id in active.messages]
+        if len(due) < len(active.messages):
+            return None
+        return [*writes, *(message_write(run, active.task, message) for message in due)]
 
     async def _run(self, active: ActiveAttempt) -> SessionResult:
         """Run the session of an attempt within its budget, with the session API served."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Annotated, Any, Final, Literal
 
@@ -28,14 +29,14 @@ from orchestrator.client.commands import (
 from orchestrator.domain.events.tasks import TaskMessageDelivered
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, filter_active
-from orchestrator.domain.sessions.messages import UserMessage, due_messages, render_messages
+from orchestrator.domain.sessions.messages import UserMessage, render_messages
 from orchestrator.engine.session_api.contexts import SessionContexts, SessionStatusUpdate
 from orchestrator.engine.session_api.details import SessionWorkspace, read_session_details
 from orchestrator.engine.session_api.locks import ActiveSession
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT, SharedValues, require_new_value, require_value
-from orchestrator.engine.state.records import read_messages, write_delivery
-from orchestrator.errors import RefusedError
+from orchestrator.engine.state.records import message_write, read_messages
+from orchestrator.errors import RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Event, JsonObject
 from orchestrator.repo.git.command import Git
 from orchestrator.system.failpoints import failpoint
@@ -121,18 +122,18 @@ class SessionCommands:
     async def _deliver_messages(self, active: ActiveSession) -> list[UserMessage]:
         """Record that a session receives the messages that no session has received; return them."""
         store, name = self._contexts.store, active.name
-        found = await read_messages(store, name.run, name.task)
-        due = due_messages((message for _, message in found.values() if not message.attempts), ())
-        if due:
-            writes = [write_delivery(name.run, name.task, *found[message.id], name.attempt) for message in due]
+        guards = [] if active.claim is None else [active.claim]
+        while due := [message for message in await read_messages(store, name.run, name.task) if not message.attempts]:
+            writes = [message_write(name.run, name.task, message.with_attempt(name.attempt)) for message in due]
             events = [
                 TaskMessageDelivered(run=name.run, task=name.task, attempt=name.attempt, message=message.id)
                 for message in due
             ]
-            guards = [] if active.claim is None else [active.claim]
-            await store.commit(Commit(writes, [Event.of(event) for event in events], guards))
-            failpoint("message.delivered")
-        return due
+            with suppress(VersionConflict):  # a message was withdrawn just before
+                await store.commit(Commit(writes, [Event.of(event) for event in events], guards))
+                failpoint("message.delivered")
+                return due
+        return []
 
     async def report(
         self,

@@ -93,19 +93,18 @@ async def read_check(store: Store, digest: str) -> tuple[int, CheckRecord | None
     return document.version, CheckRecord.model_validate_json(document.encoded)
 
 
-async def read_messages(store: Store, run: str, task: str) -> dict[str, tuple[int, UserMessage]]:
-    """Return the messages to a task by id, each with the version of its document."""
-    found = {}
-    for document in await store.list("message", f"{run}/{task}/"):
-        message = _parsed(UserMessage, document)
-        found[message.id] = (document.version, message)
-    return found
+async def read_messages(store: Store, run: str, task: str) -> list[UserMessage]:
+    """Return the messages to a task, oldest first."""
+    documents = await store.list("message", f"{run}/{task}/")
+    messages = [
+        _parsed(UserMessage, document).model_copy(update={"version": document.version}) for document in documents
+    ]
+    return sorted(messages, key=lambda message: (message.time, message.id))
 
 
-def write_delivery(run: str, task: str, version: int, message: UserMessage, attempt: int) -> Write:
-    """Return the write that records that the session of an attempt received a message."""
-    received = message.with_attempt(attempt)
-    return Write(message_key(run, task, message.id), version, received.model_dump(mode="json"))
+def message_write(run: str, task: str, message: UserMessage) -> Write:
+    """Return the write that records a new message, or a change of it; a concurrent withdrawal excludes it."""
+    return Write(message_key(run, task, message.id), message.version, message.model_dump(mode="json"))
 
 
 async def read_handoffs(store: Store, run: str, task: str) -> dict[str, tuple[int, Handoff]]:

@@ -169,8 +169,8 @@ async def tell(context: CouncilContext, task: str, text: str, run: str | None) -
     """Send a message to the agents of a task.
 
     A running agent receives it when it is about to end its turn, if its CLI supports that, or else the next session
-    does, which continues the conversation if possible. The work does not land before that. The command prints which of
-    the two applies. Every later conversation of the task receives the message as well.
+    does, which continues the conversation if possible. The work does not land before that. The command prints when and
+    how this message is delivered. Every later conversation of the task receives the message as well.
 
     \b
     Examples:
@@ -178,12 +178,15 @@ async def tell(context: CouncilContext, task: str, text: str, run: str | None) -
       council tell models "skip the migration" --run 20260102-030405-ab12
     """
     sent = await context.council.tasks.tell(task, text, run=run)
-    receiver = "session" if sent.is_for_running_session else "next_session"
-    line = "its running session receives the message when it is about to end its turn"
-    if not sent.is_for_running_session:
-        line = "its next session receives the message; the task does not land before that"
     context.output.answer(
-        lambda: {"task": task, "message": sent.id, "receiver": receiver, "exit": 0}, [printable(f"{task}: {line}")]
+        lambda: {
+            "task": task,
+            "message": sent.id,
+            "receiver": sent.receiver,
+            "delivery": sent.delivery,
+            "exit": 0,
+        },
+        [printable(f"{task}: {sent.delivery}")],
     )
     return 0
 
