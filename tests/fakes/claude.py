@@ -3,8 +3,12 @@
 Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain|silently`, `fail limit SECONDS`, `hang` until
 interrupted, `spend TOKENS` (a model call, reported twice), `tell PATH` (write its arguments and the prompt), `run
 COMMAND`, `deny COMMAND` (refuse to run it), `stopped PATH TEXT` (a write when a hook keeps it from ending: one each
-time). Before a write and at its end it calls the hooks in its settings. It stores its conversation in its folder, and
-resumes it by id in the same worktree only.
+time), `linger PATH` (end its turn again and again until the file exists). It appends its input to the file
+INPUT_LOG. Before a write and at its end it calls the hooks in its settings. It stores its conversation in its folder,
+and resumes it by id in the same worktree only.
+
+Without `-p` it talks to a user on its terminal: each line is a step and a turn; `size` prints the size of the terminal,
+and `leave CODE` ends.
 """
 
 # ruff: noqa: T201  a program that prints
@@ -103,6 +107,10 @@ def is_denied(path: str) -> bool:
 def stop(prompt: str) -> None:
     """End, unless a hook prevents it."""
     writes = [(first, rest) for word, first, rest in steps(prompt) if word == "stopped"]
+    for file in [first for word, first, _ in steps(prompt) if word == "linger"]:
+        while not Path(file).exists():
+            must_continue()
+            time.sleep(0.2)
     while must_continue():
         if writes:
             write(*writes.pop(0))
@@ -114,8 +122,17 @@ def must_continue() -> bool:
     for answer in call_hooks("Stop", stop_hook_active=False):
         if answer.get("decision") == "block":
             say(answer["reason"])
+            log_input(answer["reason"])
             return True
     return False
+
+
+def log_input(text: str) -> None:
+    """Append its input to a log, if there is one."""
+    if (log := os.environ.get("INPUT_LOG")) is not None:
+        line = {"task": os.environ["COUNCIL_TASK"], "attempt": int(os.environ["COUNCIL_ATTEMPT"]), "text": text}
+        with Path(log).open("ab", 0) as file:
+            file.write(json.dumps(line).encode() + b"\n")
 
 
 def call_hooks(event: str, **fields: Any) -> Iterator[dict[str, Any]]:
@@ -151,6 +168,27 @@ def continue_conversation(prompt: str) -> None:
             file.write(json.dumps(prompt) + "\n")
 
 
+def converse() -> None:
+    """Continue a conversation with the user of the terminal."""
+    assert all(map(os.isatty, range(3)))
+    os.tcgetpgrp(0)  # fails unless it is the controlling terminal
+    continue_conversation("attached")
+    print(f"resumed {sys.argv[sys.argv.index('--resume') + 1]}", flush=True)
+    for line in sys.stdin:
+        for word, first, rest in steps(line):
+            if word == "leave":
+                sys.exit(int(first or 0))
+            elif word == "write":
+                write(first, rest)
+            elif word == "size":
+                size = os.get_terminal_size()
+                print(f"size {size.columns} {size.lines}", flush=True)
+        for answer in call_hooks("Stop", stop_hook_active=False):
+            if answer.get("decision") == "block":
+                print(answer["reason"], flush=True)
+        print("ready", flush=True)
+
+
 def main() -> None:
     assert sys.argv[1:5] == ["-p", "--output-format", "stream-json", "--verbose"], sys.argv
     assert "HOME" in os.environ
@@ -159,6 +197,7 @@ def main() -> None:
     prompt, spent = sys.stdin.read(), 0
     denied: list[dict[str, Any]] = []
     continue_conversation(prompt)
+    log_input(prompt)
     for number, (word, first, rest) in enumerate(steps(prompt)):
         if word == "spend":
             spend(int(first), number)
@@ -189,5 +228,7 @@ if __name__ == "__main__":
     elif sys.argv[1:] == ["auth", "status"]:
         print(json.dumps({"loggedIn": "ANTHROPIC_API_KEY" in os.environ}))
         sys.exit("ANTHROPIC_API_KEY" not in os.environ)
-    else:
+    elif "-p" in sys.argv:
         main()
+    else:
+        converse()
