@@ -54,7 +54,8 @@ EDITOR_LINE = "# yaml-language-server: $schema=council.schema.json\n"
 #: Mistakes that a schema cannot detect: they depend on the system, on other parts of the file, or on its notation.
 BEYOND = {
     "unknown fallback",
-    "unknown adapter", "unknown default adapter", "several adapters, none named", "duplicate id", "same but for case",
+    "unknown adapter", "unknown adapter like a type", "unknown adapter, type with options", "no adapter at all",
+    "unknown default adapter", "several adapters, none named", "duplicate id", "same but for case",
     "self-need", "missing need", "circle", "prompt file missing", "prompt file is a folder", "no folder",
     "unknown scheme", "remote helper", "option as repo", "version 1.0", "long duration", "unknown placeholder",
     "env name", "env key", "git env", "copy and link", "link in a copy", "copy from a URL", "link from a URL",
