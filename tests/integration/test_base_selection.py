@@ -67,12 +67,12 @@ async def test_start_after_owned_files_changed_chooses_a_new_base(
     prepare, looks = AttemptRunner.prepare, [1, 2]
 
     async def land_meanwhile(
-        attempts: AttemptRunner, task: str, spec: TaskSpec, turn: NextPhase, adapter: str
+        attempts: AttemptRunner, task: str, spec: TaskSpec, turn: NextPhase, adapter: str, **options: Any
     ) -> ActiveAttempt:
         if looks.pop() == 2:
             repository.commit({"s.txt": "another\n"}, "another")
             repository.remember()
-        return await prepare(attempts, task, spec, turn, adapter)
+        return await prepare(attempts, task, spec, turn, adapter, **options)
 
     monkeypatch.setattr(AttemptRunner, "prepare", land_meanwhile)
     path = repository.configure([{"id": "t", "prompt": "append s.txt mine", "owns": ["s.txt"]}])

@@ -12,7 +12,6 @@ import pytest
 from orchestrator.errors import StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Key, Store, Write
 from orchestrator.state.stores.postgres.store import PostgresStore
-from orchestrator.state.stores.redis.store import RedisStore
 from tests.cutting_proxy import CuttingProxy
 from tests.pooler import Pooler
 from tests.store_kinds import REACHED, SERVERS, Server
@@ -182,4 +181,4 @@ async def test_watcher_of_another_connection_gets_commits_at_once(server: Server
                     break
                 began = anyio.current_time()
                 await theirs.commit(Commit([], [Event("e")]))
-        assert sorted(delays)[len(delays) // 2] < (0.02 if isinstance(ours, RedisStore) else 0.15)
+        assert sorted(delays)[len(delays) // 2] < 0.15
