@@ -79,7 +79,7 @@ def test_file_is_rated(tmp_path: Path) -> None:
     path.write_text("version: 2\nadapter: {}\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path, {})
-    assert_finding(findings.check_file(path, caught.value), Level.PROBLEM, f"{path}:1:1: ", "more", "add `adapters:`")
+    assert_finding(findings.check_file(path, caught.value), Level.PROBLEM, f"{path}:1:1: ", "more", "`adapters:`")
     assert_finding(findings.check_file(None, None), Level.WARNING, "council init")
 
 
