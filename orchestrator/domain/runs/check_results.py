@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
+
+from orchestrator.domain.settings.run_settings import Check
 
 #: Seconds for which a passed check is reused: what its key does not cover, such as installed programs, may change.
 MAX_CHECK_AGE: Final = 7 * 86_400.0
@@ -42,7 +43,19 @@ class CheckRecord(BaseModel):
         return 0 <= now - self.passed < MAX_CHECK_AGE
 
 
-def check_digest(tree: str, command: str, environment: Sequence[Any]) -> str:
-    """Return the id of a check's result; `environment` has everything else that the result depends on, as JSON."""
-    facts = json.dumps([tree, command, environment], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()[:40]
+class CheckKey(NamedTuple):
+    """What identifies the results of checks."""
+
+    tree: str
+    checks: tuple[Check, ...]
+    environment: str
+    """A digest of everything else that the results depend on."""
+
+    def record_id(self, command: str) -> str:
+        """Return the id of the recorded result of one of the commands."""
+        return digest_facts(self.tree, command, self.environment)
+
+
+def digest_facts(*facts: Any) -> str:
+    """Return a digest of facts, as JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]

@@ -128,7 +128,7 @@ class BaseChecks:
             known = {failed.command for one in found for failed in one.failed}
             if len(known) >= _MAX_UNRUNNABLE:
                 break
-            if not await self.commands.runs.has_passed(self._request(tasks[0], spec, base)):
+            if not await self.commands.runs.has_passed(await self._request(tasks[0], spec, base)):
                 is_allowed = spec.allow_failing_base or self.ledger.run.allow_failing_base
                 failed = await self.commands.find_unrunnable(
                     tasks[0], spec, spec.check_commands, base.commit, may_be_added=is_allowed
@@ -213,7 +213,7 @@ class BaseChecks:
     async def _find_failure(self, tasks: Sequence[str], base: CheckedBase) -> str | _Unrunnable | None:
         """Return the reason for failed shared checks of these tasks on a commit, or None."""
         task, spec, commit = tasks[0], await self.ledger.definitions.spec(tasks[0]), base.commit
-        request = self._request(task, spec, base)
+        request = await self._request(task, spec, base)
         if await self.commands.runs.has_passed(request):
             return None
         if spec.allow_failing_base or self.ledger.run.allow_failing_base:
@@ -243,8 +243,8 @@ class BaseChecks:
             case _:
                 assert_never(result)
 
-    def _request(self, task: str, spec: TaskSpec, base: CheckedBase) -> CheckRequest:
-        return self.commands.request(task, spec, spec.checks, base.commit)
+    async def _request(self, task: str, spec: TaskSpec, base: CheckedBase) -> CheckRequest:
+        return await self.commands.request(task, spec, spec.checks, base.commit)
 
 
 def describe_check_fix(run: RunDocument, specs: Sequence[TaskSpec], *, is_built: bool = False) -> str:

@@ -85,17 +85,16 @@ class BaseCommands:
                     failures += [] if may_be_added and self._may_add(command, missing) else [result]
         return failures
 
-    def request(self, task: str, spec: TaskSpec, checks: Sequence[Check], commit: str) -> CheckRequest:
+    async def request(self, task: str, spec: TaskSpec, checks: Sequence[Check], commit: str) -> CheckRequest:
         """Return the request for checks of a commit."""
         # A separate folder per process avoids conflicts with leftovers of a killed or suspended process.
         checker = self.ledger.orchestrators.me.id.rpartition("-")[2]
-        return CheckRequest(task, _BASE_CHECK_ATTEMPT, spec, tuple(checks), commit, commit, checker)
+        return await self.runs.request(task, _BASE_CHECK_ATTEMPT, spec, checks, commit, commit, checker)
 
     async def _repeat(self, task: str, spec: TaskSpec, commands: Sequence[str], commit: str) -> CheckResult:
         """Run commands on a commit, whatever was recorded: their programs may have been removed since."""
-        return await self.run(
-            self.request(task, spec, [Check(run=command, cache=False) for command in commands], commit)
-        )
+        checks = [Check(run=command, cache=False) for command in commands]
+        return await self.run(await self.request(task, spec, checks, commit))
 
     async def run(self, request: CheckRequest) -> CheckResult:
         """Run checks; retry a few times if they could not complete."""

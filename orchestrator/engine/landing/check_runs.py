@@ -21,7 +21,7 @@ import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from orchestrator.domain.events.tasks import TaskCheckFlaky
-from orchestrator.domain.runs.check_results import CheckRecord, check_digest
+from orchestrator.domain.runs.check_results import CheckKey, CheckRecord, digest_facts
 from orchestrator.domain.settings.run_settings import Check, TaskSpec
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
@@ -45,7 +45,7 @@ class CheckRequest:
     task: str
     attempt: int
     spec: TaskSpec
-    checks: tuple[Check, ...]
+    key: CheckKey
     commit: str
     base: str
     checker: str = ""
@@ -64,10 +64,6 @@ class _Running:
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
 
 
-#: What identifies checks: the tree, the commands, and the environment.
-_Key = tuple[str, tuple[Check, ...], str]
-
-
 class CheckRuns:
     """The checks of one run in this process."""
 
@@ -75,13 +71,33 @@ class CheckRuns:
         """Create the checks; up to `capacity` run at the same time."""
         self._ledger, self._context, self._pool = ledger, context, pool
         self._limiter = anyio.CapacityLimiter(capacity)
-        self._running: dict[_Key, _Running] = {}
-        self._failed: dict[_Key, CommandFailed] = {}
+        self._running: dict[CheckKey, _Running] = {}
+        self._failed: dict[CheckKey, CommandFailed] = {}
         self._worktrees: defaultdict[tuple[str, int, str], anyio.Lock] = defaultdict(anyio.Lock)
         """Held by checks until they have left their worktree, also after they were stopped."""
-        self._passed: set[_Key] = set()
+        self._passed: set[CheckKey] = set()
         """Checks that passed ahead of their turn: each counts once, also if it is not recorded."""
         self._closed = False
+
+    async def request(
+        self,
+        task: str,
+        attempt: int,
+        spec: TaskSpec,
+        checks: Sequence[Check],
+        commit: str,
+        base: str,
+        checker: str = "",
+    ) -> CheckRequest:
+        """Return a request, with what identifies its result now. For the arguments, see `CheckRequest`."""
+        context = self._context
+        tree = await context.git.line("rev-parse", f"{commit}^{{tree}}")
+        setup = await context.tools.worktree_setup.keys(commit) if context.worktrees.setup else ()
+        variables = build_base_environment(spec.checks_env, context.tools.environ, _NO_TREE, {})
+        files = await anyio.to_thread.run_sync(_describe_files, context.tools.worktree_setup.provisions.sources())
+        facts = [variables, setup, files, self._ledger.run.sandbox.model_dump(mode="json"), spec.checks_timeout]
+        key = CheckKey(tree, tuple(checks), digest_facts(*facts))
+        return CheckRequest(task, attempt, spec, key, commit, base, checker)
 
     def stop(self, tasks: Container[str]) -> None:
         """Stop the checks for these tasks; `run` then returns ChecksNotRun."""
@@ -99,48 +115,48 @@ class CheckRuns:
 
         With `confirm`, a failure is repeated once on the same tree before it is believed.
         """
-        key = await self._key(request)
+        key = request.key
         if key in self._passed:
             self._passed.remove(key)
             return ChecksPassed()
-        result = self._failed.get(key) or await self._join(key, request)
+        result = self._failed.get(key) or await self._join(request)
         if not isinstance(result, CommandFailed) or result.unrunnable is not None:
             return result
         if not confirm:
             self._failed[key] = result
             return result
-        again = await self._join(key, request, earlier=result)
+        again = await self._join(request, earlier=result)
         # Believed failures are not kept: their cause may be outside of the tree, and a user may correct it.
         self._failed.pop(key, None)
         return result if isinstance(again, CommandFailed) else again
 
     async def has_passed(self, request: CheckRequest) -> bool:
         """Return True if all checks are recorded as passed on the tree."""
-        return not await self._missing(request, await self._key(request))
+        return not await self._missing(request.key)
 
-    async def prefetch(self, group: TaskGroup, requests: Sequence[CheckRequest]) -> None:
+    def prefetch(self, group: TaskGroup, requests: Sequence[CheckRequest]) -> None:
         """Start checks whose results will be needed if all earlier merges land; stop all others that nobody awaits."""
-        keys = [await self._key(request) for request in requests]
+        keys = [request.key for request in requests]
         for key, running in self._running.items():
             if key not in keys and not running.waiters:
                 running.scope.cancel()
-        for key, request in zip(keys, requests, strict=True):
-            is_known = key in self._running or key in self._failed or key in self._passed
-            if not is_known and await self._missing(request, key):
-                group.start_soon(self._prefetch, key, request)
+        for request in requests:
+            if not any(request.key in known for known in (self._running, self._failed, self._passed)):
+                group.start_soon(self._prefetch, request)
 
-    async def _prefetch(self, key: _Key, request: CheckRequest) -> None:
+    async def _prefetch(self, request: CheckRequest) -> None:
+        key = request.key
         if key in self._running or self._closed:
             return
         running = self._running[key] = _Running(request.task)
-        result = await self._run(key, running, request)
-        match result:
+        match await self._run(running, request):
             case ChecksPassed():
                 self._passed.add(key)
-            case CommandFailed(unrunnable=None):
-                self._failed[key] = result
+            case CommandFailed(unrunnable=None) as failed:
+                self._failed[key] = failed
 
-    async def _join(self, key: _Key, request: CheckRequest, earlier: CommandFailed | None = None) -> CheckResult:
+    async def _join(self, request: CheckRequest, earlier: CommandFailed | None = None) -> CheckResult:
+        key = request.key
         while (running := self._running.get(key)) is not None and running.scope.cancel_called:
             await running.ended.wait()
         if self._closed:
@@ -150,7 +166,7 @@ class CheckRuns:
                 if other.task == request.task and not other.waiters:
                     other.scope.cancel()
             running = self._running[key] = _Running(request.task, waiters=1)
-            return await self._run(key, running, request, earlier)
+            return await self._run(running, request, earlier)
         running.waiters += 1
         try:
             await running.ended.wait()
@@ -158,82 +174,64 @@ class CheckRuns:
             running.waiters -= 1
         return running.result
 
-    async def _run(
-        self, key: _Key, running: _Running, request: CheckRequest, earlier: CommandFailed | None = None
-    ) -> CheckResult:
+    async def _run(self, running: _Running, request: CheckRequest, earlier: CommandFailed | None = None) -> CheckResult:
         # The repetition has its own log: both results are evidence.
-        checker = request.checker if earlier is None else key[0][-6:]
+        checker = request.checker if earlier is None else request.key.tree[-6:]
         try:
             with running.scope:
                 async with self._worktrees[request.task, request.attempt, checker], self._limiter:
-                    running.result = await self._run_missing(key, request, checker, earlier)
+                    running.result = await self._run_missing(request, checker, earlier)
         finally:
-            del self._running[key]
+            del self._running[request.key]
             running.ended.set()
         return running.result
 
-    async def _run_missing(
-        self, key: _Key, request: CheckRequest, checker: str, earlier: CommandFailed | None
-    ) -> CheckResult:
-        missing = await self._missing(request, key)
+    async def _run_missing(self, request: CheckRequest, checker: str, earlier: CommandFailed | None) -> CheckResult:
+        missing = await self._missing(request.key)
         if not missing:
             return ChecksPassed()
         run = self._ledger.run.id
         runner = self._context.checks(self._pool, run, request.task, request.attempt, request.spec, missing, checker)
-
-        recorded = {check.run for check in request.checks if check.cache}
+        recorded = {check.run for check in request.key.checks if check.cache}
 
         async def record(passed: PassedCheck) -> None:
-            is_flaky = earlier is not None and earlier.command == passed.command
-            if is_flaky and earlier is not None:
-                flaky = TaskCheckFlaky(task=request.task, command=earlier.short, log=str(earlier.log))
-                await self._ledger.note(flaky)
+            failed = earlier if earlier is not None and earlier.command == passed.command else None
+            if failed is not None:
+                await self._ledger.note(TaskCheckFlaky(task=request.task, command=failed.short, log=str(failed.log)))
             if passed.command in recorded:
-                await self._record(key, request.task, passed, is_flaky=is_flaky)
+                await self._record(request, passed, is_flaky=failed is not None)
             failpoint("check.recorded")
 
         return await runner.run(request.commit, request.base, record)
 
-    async def _missing(self, request: CheckRequest, key: _Key) -> tuple[str, ...]:
+    async def _missing(self, key: CheckKey) -> tuple[str, ...]:
         """Return the commands that are not known to pass."""
         now, store = self._ledger.writer.clock.now(), self._ledger.writer.store
-        tree, _, environment = key
         missing = []
-        for check in request.checks:
-            digest = check_digest(tree, check.run, [environment])
-            record = (await read_check(store, digest))[1] if check.cache else None
+        for check in key.checks:
+            record = (await read_check(store, key.record_id(check.run)))[1] if check.cache else None
             if record is None or not record.is_valid(now):
                 missing.append(check.run)
         return tuple(missing)
 
-    async def _record(self, key: _Key, task: str, passed: PassedCheck, *, is_flaky: bool) -> None:
-        writer, (tree, _, environment) = self._ledger.writer, key
+    async def _record(self, request: CheckRequest, passed: PassedCheck, *, is_flaky: bool) -> None:
+        writer, key = self._ledger.writer, request.key
         record = CheckRecord(
             command=passed.command,
-            tree=tree,
+            tree=key.tree,
             run=writer.run,
-            task=task,
+            task=request.task,
             passed=writer.clock.now(),
             seconds=round(passed.seconds, 3),
             log=str(passed.log),
             host=socket.gethostname(),
             is_flaky=is_flaky,
         )
-        digest = check_digest(tree, passed.command, [environment])
+        digest = key.record_id(passed.command)
         version, _ = await read_check(writer.store, digest)
         value = writer.sanitize(record.model_dump(mode="json"))
         with suppress(VersionConflict):  # another process recorded the same result
             await writer.store.commit(Commit([Write(check_key(digest), version, value)], durable=False))
-
-    async def _key(self, request: CheckRequest) -> _Key:
-        """Return what identifies checks; the order of its facts does not matter to their results."""
-        context, spec = self._context, request.spec
-        tree = await context.git.line("rev-parse", f"{request.commit}^{{tree}}")
-        setup = await context.tools.worktree_setup.keys(request.commit) if context.worktrees.setup else ()
-        variables = build_base_environment(spec.checks_env, context.tools.environ, _NO_TREE, {})
-        files = await anyio.to_thread.run_sync(_describe_files, context.tools.worktree_setup.provisions.sources())
-        facts = [variables, setup, files, self._ledger.run.sandbox.model_dump(mode="json"), spec.checks_timeout]
-        return tree, request.checks, check_digest("", "", facts)
 
 
 def _describe_files(paths: Iterable[Path]) -> str:

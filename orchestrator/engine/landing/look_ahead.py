@@ -6,74 +6,103 @@ The window follows Zuul's gate pipelines: it grows with each success, and is hal
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 
 import anyio
 from anyio.abc import TaskGroup
 
 from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.engine.landing.batches import Batches
 from orchestrator.engine.landing.check_runs import CheckRequest
-from orchestrator.engine.landing.merge_checks import MergeChecks
+from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.errors import CouncilError, GitError, RefusedError
 from orchestrator.locking.merge_lease import HeldMergeLease
 from orchestrator.repo.landing.target_branch import Target
 
 
 class LookAhead:
-    """Starts the checks of merges that are next in the queue."""
+    """Checks merges and, meanwhile, those that are next in the queue."""
 
-    def __init__(self, ledger: Ledger, target: Target, checks: MergeChecks) -> None:
-        self._ledger, self._target, self._checks = ledger, target, checks
+    def __init__(self, ledger: Ledger, target: Target, checks: MergeChecks, batches: Batches) -> None:
+        self._ledger, self._target, self._checks, self._batches = ledger, target, checks, batches
         self._first_window = min(ledger.run.merge.window, ledger.run.capacity)
         self._window = self._first_window
         self._changed = anyio.Event()
         self._merged: dict[tuple[str, str], PreparedMerge | None] = {}
         """Merges by the commit below and the work; None if it can't be merged."""
+        self._requests: dict[str, CheckRequest | None] = {}
+        """The checks of merges by commit; None if there are none, or if they can't be requested now."""
 
     def update(self) -> None:
         """Consider tasks that were added to the queue."""
         self._changed.set()
         self._changed = anyio.Event()
 
-    def resize(self, *, has_passed: bool) -> None:
-        """Adjust the window to the result of a merge; one that begins with one merge never grows."""
-        if self._first_window == 1:
-            return
-        self._window = min(self._window + 1, self._ledger.run.capacity) if has_passed else max(self._window // 2, 1)
-
-    async def run(
+    async def check(
         self,
         lease: HeldMergeLease,
         merges: Mapping[str, PreparedMerge],
-        batches: Callable[[], Awaitable[Sequence[Sequence[str]]]],
+        waiting: Callable[[], Sequence[str]],
+        group: TaskGroup,
+    ) -> CheckedMerges:
+        """Check consecutive merges, see `MergeChecks.check`.
+
+        Meanwhile, `group` checks the merges of the `waiting` tasks and of those that are added.
+        """
+        task, merge = list(merges.items())[-1]
+        whole = await self._checks.request(task, merge)
+        if whole is None:
+            return CheckedMerges(len(merges))
+        checked, failure = CheckedMerges(0), None
+        async with anyio.create_task_group() as ahead:
+            ahead.start_soon(self._check_waiting, lease, merge, whole, waiting, group)
+            try:
+                checked = await self._checks.check(merges, whole)
+            except CouncilError as error:  # the task group would raise it as a group
+                failure = error
+            ahead.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        self._resize(has_passed=checked.passed == len(merges))
+        return checked
+
+    def _resize(self, *, has_passed: bool) -> None:
+        """Adjust the window to the result of a merge; one that begins with one merge never grows."""
+        if self._first_window > 1:
+            self._window = min(self._window + 1, self._ledger.run.capacity) if has_passed else max(self._window // 2, 1)
+
+    async def _check_waiting(
+        self,
+        lease: HeldMergeLease,
+        merge: PreparedMerge,
+        whole: CheckRequest,
+        waiting: Callable[[], Sequence[str]],
         group: TaskGroup,
     ) -> None:
-        """Check the batches after `merges` in `group`, and those that are added, until cancelled."""
-        task, merge = list(merges.items())[-1]
-        first = await self._checks.request(task, merge)
+        """Check the batches after `merge`, which is being checked, until cancelled."""
         self._merged.clear()
-        while first.checks:
+        self._requests.clear()
+        while True:
             changed = self._changed
-            requests = [first]
-            last = merge
-            for batch in await batches():
-                if len(requests) >= self._window:
-                    break
-                last, request = await self._merge(lease, last, batch)
-                if request is not None and request.checks:
-                    requests.append(request)
-            with suppress(GitError, RefusedError):  # reported when it is their turn
-                await self._checks.runs.prefetch(group, requests)
+            requests, last = [whole], merge
+            async with aclosing(self._batches.divide(waiting())) as batches:
+                async for batch in batches:
+                    if len(requests) >= self._window:
+                        break
+                    last, task = await self._merge(lease, last, batch)
+                    if task is not None and (request := await self._request(task, last)) is not None:
+                        requests.append(request)
+            self._checks.runs.prefetch(group, requests)
             await changed.wait()
 
     async def _merge(
         self, lease: HeldMergeLease, last: PreparedMerge, batch: Sequence[str]
-    ) -> tuple[PreparedMerge, CheckRequest | None]:
-        """Merge tasks, each onto the previous one; return the last merge, and the request to check it, if any."""
-        request = None
+    ) -> tuple[PreparedMerge, str | None]:
+        """Merge tasks, each onto the previous one; return the last merge with its task, None if there is none."""
+        newest = None
         for task in batch:
             document = self._ledger.task(task)
             if document.status is not TaskStatus.QUEUED or document.commit is None:
@@ -87,5 +116,13 @@ class LookAhead:
                     continue
                 self._merged[key] = result if isinstance(result, PreparedMerge) else None
             if (merge := self._merged[key]) is not None:
-                last, request = merge, await self._checks.request(task, merge)
-        return last, request
+                last, newest = merge, task
+        return last, newest
+
+    async def _request(self, task: str, merge: PreparedMerge) -> CheckRequest | None:
+        if merge.new not in self._requests:
+            try:
+                self._requests[merge.new] = await self._checks.request(task, merge)
+            except (GitError, RefusedError):  # reported when it is this task's turn
+                self._requests[merge.new] = None
+        return self._requests[merge.new]

@@ -10,6 +10,7 @@ from orchestrator.domain.events.tasks import TaskChecking
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.statuses import TaskStatus, Trigger
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.landing.base_checks import describe_check_fix
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.check_runs import CheckRequest
@@ -61,41 +62,44 @@ class MergeChecks:
             return False
         return not await self._is_locked(task, merge)
 
-    async def request(self, task: str, merge: PreparedMerge) -> CheckRequest:
-        """Return the request for the checks of a task on a merge."""
-        spec, builder = await self._ledger.definitions.spec(task), self._ledger.task(task).building_attempt
-        return CheckRequest(task, builder.number, spec, spec.checks, merge.new, merge.old or builder.base)
+    async def request(self, task: str, merge: PreparedMerge) -> CheckRequest | None:
+        """Return the request for the checks of a task on a merge; None if it has no checks."""
+        spec = await self._ledger.definitions.spec(task)
+        return await self._request(task, spec, merge) if spec.checks else None
 
-    async def check(self, merges: Mapping[str, PreparedMerge]) -> CheckedMerges:
-        """Check consecutive merges, whose tasks have the same checks.
+    async def _request(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> CheckRequest:
+        builder = self._ledger.task(task).building_attempt
+        return await self.runs.request(task, builder.number, spec, spec.checks, merge.new, merge.old or builder.base)
+
+    async def check(self, merges: Mapping[str, PreparedMerge], whole: CheckRequest) -> CheckedMerges:
+        """Check consecutive merges, whose tasks have the same checks; `whole` is the request for the last one.
 
         If the last merge fails them, the first merge that fails is searched: its task and later ones are queued again.
         The failure of a single merge is recorded as its outcome.
         """
         tasks = list(merges)
-        if not (await self._ledger.definitions.spec(tasks[0])).checks:
-            return CheckedMerges(len(tasks))
-        requests = [await self.request(task, merge) for task, merge in merges.items()]
-        if not await self.runs.has_passed(requests[-1]):
+        if not await self.runs.has_passed(whole):
             checking = {
                 task: TaskUpdate(Trigger.CHECK, TaskChecking(merge=merge.new), {}) for task, merge in merges.items()
             }
             await self._ledger.change_all(checking)
             failpoint("landing.checking")
-        checked = await (self._search_failure(requests) if len(tasks) > 1 else self._check_single(requests[0]))
+        checked = await (self._search_failure(merges, whole) if len(tasks) > 1 else self._check_single(whole))
         leading = tasks[: checked.passed]
         if leading and (reason := await self._find_obstacle(merges, leading)) is not None:
             await self.requeue(leading, reason)
             return CheckedMerges(0, [*leading, *checked.again] if len(tasks) > 1 else ())
         return checked
 
-    async def _search_failure(self, requests: list[CheckRequest]) -> CheckedMerges:
+    async def _search_failure(self, merges: Mapping[str, PreparedMerge], whole: CheckRequest) -> CheckedMerges:
         """Find the leading merges that pass: all, or those before the first that fails."""
-        tasks = [request.task for request in requests]
-        passed, failed = 0, len(requests)
+        tasks = list(merges)
+        passed, failed = 0, len(tasks)
         position = failed
         while passed < failed:
-            match await self.runs.run(requests[position - 1]):
+            task = tasks[position - 1]
+            request = whole if task == whole.task else await self._request(task, whole.spec, merges[task])
+            match await self.runs.run(request):
                 case ChecksPassed():
                     failpoint("landing.checked")
                     passed = position

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import assert_never
 
 import anyio
@@ -25,6 +25,7 @@ from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.landing.base_commands import BaseCommands
+from orchestrator.engine.landing.batches import Batches
 from orchestrator.engine.landing.look_ahead import LookAhead
 from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks
 from orchestrator.engine.landing.outcomes import LandingOutcomes, add_intended_merge
@@ -32,7 +33,7 @@ from orchestrator.engine.landing.ownership_check import OwnershipCheck
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import ClaimLost, CouncilError, GitError, LeaseLost, RefusedError
+from orchestrator.errors import ClaimLost, GitError, LeaseLost, RefusedError
 from orchestrator.locking.merge_lease import HeldMergeLease, MergeLeaseQueue
 from orchestrator.repo.landing.target_branch import (
     OWN_PUSH_DESCRIPTION,
@@ -60,9 +61,6 @@ _LEASE_LOST = "this process was suspended until its merge lease expired: it requ
 #: Errors of the target or of one task's work; the task keeps its position.
 _LANDING_ERRORS = (GitError, RefusedError)
 
-#: The maximum number of tasks without checks in one push.
-MAX_BATCH_SIZE = 16
-
 
 class MergeQueue:
     """Lands the queued tasks of one run, in order."""
@@ -84,9 +82,8 @@ class MergeQueue:
         ownership = OwnershipCheck(ledger, context.git, context.registry)
         self.outcomes = LandingOutcomes(ledger, context.target, context.git, ownership)
         self._checks = MergeChecks(ledger, context, ownership, self.outcomes, base_commands, give_up)
-        self._look_ahead = LookAhead(ledger, context.target, self._checks)
-        self._suspects: set[str] = set()
-        """Tasks whose merge failed its checks in a batch; each is checked alone."""
+        self._batches = Batches(ledger)
+        self._look_ahead = LookAhead(ledger, context.target, self._checks, self._batches)
         self.is_moving = False
         """Whether the target is being moved; during the move its refs and checkouts may be inconsistent."""
         self.waiting: deque[str] = deque()
@@ -159,6 +156,8 @@ class MergeQueue:
 
     async def _land_head(self, lease: HeldMergeLease, group: TaskGroup) -> list[str]:
         tasks = await self._take()
+        if not tasks:
+            return []
         self._target.must_exist |= self._ledger.tasks.has_moved_target(self._ledger.run.start)
         try:
             if self._status(tasks[0]) is TaskStatus.LANDING:
@@ -180,7 +179,7 @@ class MergeQueue:
         later = [task for task in remaining if task not in self.cancelled]
         self.waiting.extendleft(reversed(later))
         if not self.waiting:
-            await self._checks.runs.prefetch(group, [])
+            self._checks.runs.prefetch(group, [])
         await self.outcomes.drop_branches(tasks)
         return [task for task in tasks if task not in later]
 
@@ -204,22 +203,12 @@ class MergeQueue:
                 self.waiting.remove(task)
             self.landing = tuple(interrupted)
             return interrupted
-        head = self.waiting.popleft()
-        self.landing = (head,)
-        wanted = await self._batch_key(head)
-        size = self._ledger.run.merge.batch if wanted[0] else MAX_BATCH_SIZE
-        while self.waiting and len(self.landing) < size:
-            task = self.waiting[0]
-            if await self._batch_key(task) != wanted:
-                break
-            if self.waiting and self.waiting[0] == task:  # not cancelled in the meantime
-                self.landing += (self.waiting.popleft(),)
+        async with aclosing(self._batches.divide(list(self.waiting))) as batches:
+            batch = await anext(batches)
+        self.landing = tuple(task for task in batch if task in self.waiting)  # not cancelled in the meantime
+        for task in self.landing:
+            self.waiting.remove(task)
         return list(self.landing)
-
-    async def _batch_key(self, task: str) -> tuple[object, ...]:
-        """Return what tasks of a batch have in common: their checks. A suspect is its own batch."""
-        spec = await self._ledger.definitions.spec(task)
-        return spec.checks, spec.checks_env, spec.checks_timeout, task if task in self._suspects else None
 
     def _status(self, task: str) -> TaskStatus:
         return self._ledger.task(task).status
@@ -350,20 +339,9 @@ class MergeQueue:
         self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge], group: TaskGroup
     ) -> CheckedMerges:
         """Check merges and, in `group`, the merges of later tasks."""
-        tasks, checked = list(merges), CheckedMerges(0)
-        failure: CouncilError | None = None
-        async with anyio.create_task_group() as ahead:
-            ahead.start_soon(self._look_ahead.run, lease, merges, self._next_batches, group)
-            try:
-                checked = await self._checks.check(merges)
-            except CouncilError as error:  # the task group would raise it as a group
-                failure = error
-            ahead.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-        self._look_ahead.resize(has_passed=checked.passed == len(merges))
-        self._suspects.difference_update(tasks)
-        self._suspects.update([checked.culprit] if checked.culprit else ())
+        tasks = list(merges)
+        checked = await self._look_ahead.check(lease, merges, self._list_uncancelled, group)
+        self._batches.record_checked(tasks, checked.culprit)
         if self._stopping:
             return CheckedMerges(0)
         if (leading := tasks[: checked.passed]) and self.cancelled.intersection(leading):
@@ -372,18 +350,8 @@ class MergeQueue:
             return CheckedMerges(0, [*leading, *checked.again] if len(tasks) > 1 else ())
         return checked
 
-    async def _next_batches(self) -> list[list[str]]:
-        """Return the waiting tasks as the batches in which they will land."""
-        batches: list[list[str]] = []
-        previous: tuple[object, ...] | None = None
-        for task in [task for task in self.waiting if task not in self.cancelled]:
-            key = await self._batch_key(task)
-            size = self._ledger.run.merge.batch if key[0] else MAX_BATCH_SIZE
-            if key != previous or len(batches[-1]) >= size:
-                batches.append([])
-            batches[-1].append(task)
-            previous = key
-        return batches
+    def _list_uncancelled(self) -> list[str]:
+        return [task for task in self.waiting if task not in self.cancelled]
 
     async def _joined(self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge]) -> Mapping[str, PreparedMerge]:
         """Return the merges to move the target over; checked batches land as one merge."""

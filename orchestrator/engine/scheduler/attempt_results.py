@@ -37,7 +37,6 @@ from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.settings.run_settings import Check
 from orchestrator.engine.landing.base_commands import BaseCommands
-from orchestrator.engine.landing.check_runs import CheckRequest
 from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, AttemptEnd
@@ -136,11 +135,12 @@ class AttemptRecorder:
         """Return the failure of the `until` checks of a phase; None if they pass."""
         base, worktree = active.session.assignment.base, active.session.assignment.worktree
         commands, unrunnable = active.next_phase.phase.until, None
-        checks = tuple(Check(run=command) for command in commands)
-        request = CheckRequest(worktree.task, worktree.attempt, active.spec, checks, commit, base)
+        checks = [Check(run=command) for command in commands]
         result: CheckResult = CHECKS_STOPPED
         with active.checks:
-            result = await self.base_commands.runs.run(request)
+            runs = self.base_commands.runs
+            request = await runs.request(worktree.task, worktree.attempt, active.spec, checks, commit, base)
+            result = await runs.run(request)
             if isinstance(result, CommandFailed):
                 unrunnable = await self.base_commands.explain_unrunnable(
                     worktree.task,
