@@ -117,7 +117,7 @@ def restore_adapters(
 def expand_accounts(config: RunConfig) -> RunConfig:
     """Return a run with an adapter for each account, such as `claude@work`.
 
-    The accounts of an adapter replace it, in their order, wherever it is named.
+    The accounts of an adapter replace its name everywhere, in their order.
     """
     accounts = {
         name: {account_adapter_name(name, account): {account: given} for account, given in adapter.accounts.items()}

@@ -20,11 +20,12 @@ from orchestrator.project import Project
 from orchestrator.state.stores.file import open_file_store
 from orchestrator.system.clock import SystemClock
 from tests.clis.install import installed, verified_versions
-from tests.clis.programs import CLIS, MODEL, Program, selected
+from tests.clis.programs import CLIS, Program, selected
 from tests.command_server import StartedCommand
 from tests.conftest import FAKE_CLI, CommandResult, Repository
 from tests.fingerprint import Fingerprint
 from tests.model_server import ModelServer
+from tests.transcripts.programs.case import MODEL
 from tests.waiting import wait_for
 
 #: A port without a listener.

@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import Adapter, AdapterType, Capability
+from tests.transcripts.programs.case import MODEL
+from tests.transcripts.programs.profiles import CONTINUE_CONFIG
 
 #: The folder of `make test-clis`.
 CLIS: Final = Path(__file__).parents[2] / ".clis"
-#: Placeholder of the server's URL below.
-MODEL: Final = "http://model"
 _KEY: Final = "a-key-for-nothing"
 
 
@@ -173,24 +173,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         needs="cn",
         calls=6,
         remedy="cn login",
-        files={
-            ".continue/config.yaml": {
-                "name": "test",
-                "version": "1.0.0",
-                "schema": "v1",
-                "models": [
-                    {
-                        "name": "scripted",
-                        "provider": "openai",
-                        "model": "gpt-4o",
-                        "apiKey": "no-key",
-                        "apiBase": f"{MODEL}/v1",
-                        "roles": ["chat"],
-                        "capabilities": ["tool_use"],
-                    }
-                ],
-            }
-        },
+        files={".continue/config.yaml": CONTINUE_CONFIG},
         tells_tokens=None,
     ),
     "kilo": Program(

@@ -6,12 +6,15 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.system.process_table import process_stat
+from tests.command_server import StartedCommand
 from tests.conftest import CommandResult, Repository
 from tests.fakes.script import ROOT, install
 from tests.waiting import wait_for
@@ -161,24 +164,31 @@ async def test_message_whose_delivery_was_interrupted_arrives_in_the_next_sessio
     await claude.assert_invariants()
 
 
-async def test_message_is_not_withdrawn_once_the_task_continues_for_it(claude: Repository) -> None:
-    """`tell` finds the task queued to land, while the run has just seen the message."""
+@contextmanager
+def told_while_built(claude: Repository, failpoints: str) -> Iterator[tuple[StartedCommand, StartedCommand]]:
+    """Yield a run and a `tell`, which goes on at its first failpoint once the run has stopped with built work."""
     go = claude.top.parent / "go"
     path = configured(
         claude, f"run until test -e {go}; do sleep 0.05; done\nwrite a.txt 1", coordination={"tools": False}
     )
     with claude.start("run", str(path), "--json", failpoints="work.recorded=stop") as child:
         wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
-        with claude.start("tell", "one", "be quick", failpoints="message.sent=stop,message.withdrawing=stop") as tell:
+        with claude.start("tell", "one", "be quick", failpoints=failpoints) as tell:
             wait_for(lambda: is_stopped(tell.pid))
             go.touch()
             wait_for(lambda: is_stopped(child.pid))
             tell.send_signal(signal.SIGCONT)
-            wait_for(lambda: is_stopped(tell.pid))
-            child.send_signal(signal.SIGCONT)
-            wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.2.stdout")))
-            tell.send_signal(signal.SIGCONT)
-            assert tell.wait(60) == 0
+            yield child, tell
+
+
+async def test_message_is_not_withdrawn_once_the_task_continues_for_it(claude: Repository) -> None:
+    """`tell` finds the task queued to land, while the run has just seen the message."""
+    with told_while_built(claude, "message.sent=stop,message.withdrawing=stop") as (child, tell):
+        wait_for(lambda: is_stopped(tell.pid))
+        child.send_signal(signal.SIGCONT)
+        wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.2.stdout")))
+        tell.send_signal(signal.SIGCONT)
+        assert tell.wait(60) == 0
         assert child.wait(60) == 0
     shown = claude.council("show", "one", "--json").result
     assert [(one["text"], one["attempts"]) for one in shown["messages"]] == [("be quick", [2])]
@@ -188,18 +198,8 @@ async def test_message_is_not_withdrawn_once_the_task_continues_for_it(claude: R
 
 async def test_message_withdrawn_before_the_task_continues_is_refused(claude: Repository) -> None:
     """The run lands the work without another session."""
-    go = claude.top.parent / "go"
-    path = configured(
-        claude, f"run until test -e {go}; do sleep 0.05; done\nwrite a.txt 1", coordination={"tools": False}
-    )
-    with claude.start("run", str(path), "--json", failpoints="work.recorded=stop") as child:
-        wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
-        with claude.start("tell", "one", "be quick", failpoints="message.sent=stop") as tell:
-            wait_for(lambda: is_stopped(tell.pid))
-            go.touch()
-            wait_for(lambda: is_stopped(child.pid))
-            tell.send_signal(signal.SIGCONT)
-            assert tell.wait(60) == 2
+    with told_while_built(claude, "message.sent=stop") as (child, tell):
+        assert tell.wait(60) == 2
         child.send_signal(signal.SIGCONT)
         assert child.wait(60) == 0
     shown = claude.council("show", "one", "--json").result

@@ -33,7 +33,7 @@ def command(config: RunConfig, name: str) -> SessionCommand:
     return make_adapters(config.adapters, TYPES)[name].command(make_trial_request("t", "x", Path("/home-of-task")))
 
 
-def test_accounts_replace_each_other_wherever_their_adapter_is_named(tmp_path: Path) -> None:
+def test_accounts_replace_each_other_everywhere(tmp_path: Path) -> None:
     """In their order, before other adapters; a task can name a single account."""
     config = load(
         tmp_path,
@@ -99,7 +99,7 @@ def test_account_has_its_login_in_its_folder(tmp_path: Path, use: str, variable:
 
 
 def test_failed_login_names_the_account(tmp_path: Path) -> None:
-    """And how to use it by hand."""
+    """And how to use it manually."""
     adapters = {"claude": {"use": "claude-code", "accounts": {"second": {"CLAUDE_CONFIG_DIR": str(tmp_path)}}}}
     adapter = make_adapters(load(tmp_path, adapters).adapters, TYPES)["claude@second"]
     failed = adapter.verdict(SessionEnd(1, None, 0.0, "", "Invalid API key · Please run /login"))

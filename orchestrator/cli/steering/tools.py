@@ -82,6 +82,20 @@ class _FileTool(SteeringTool):
             yield council
 
 
+class _TaskTool(SteeringTool):
+    run: _Run = None
+    task: _Task
+
+
+class _TasksTool(SteeringTool):
+    run: _Run = None
+    tasks: _Tasks
+
+
+class _ReviewTool(_TasksTool):
+    note: _Note = None
+
+
 class Plan(_FileTool):
     """Check a YAML file and return the plan of its run: waves of tasks, adapters and problems. Starts nothing."""
 
@@ -210,27 +224,23 @@ class Status(SteeringTool):
         return (await council.runs.status(self.run)).to_json()
 
 
-class Show(SteeringTool):
+class Show(_TaskTool):
     """Return a task in full: prompt, phases, sessions, handoffs, cost, landing."""
 
     name = "show"
     only_reads = True
     uri = f"{RUNS_URI}/{{run}}/tasks/{{task}}"
-    run: _Run = None
-    task: _Task
 
     async def _perform(self, council: Council) -> JsonObject:
         return (await council.tasks.details(self.task, self.run)).to_json()
 
 
-class Logs(SteeringTool):
+class Logs(_TaskTool):
     """Return the end of the log of a task's newest session: messages, tool calls, errors, checks."""
 
     name = "logs"
     only_reads = True
     uri = f"{RUNS_URI}/{{run}}/tasks/{{task}}/log"
-    run: _Run = None
-    task: _Task
 
     async def _perform(self, council: Council) -> JsonObject:
         lines: deque[str] = deque(maxlen=_MOST_LINES)
@@ -243,26 +253,22 @@ class Logs(SteeringTool):
         return {"text": "\n".join(lines), "omitted": count - len(lines)}
 
 
-class Diff(SteeringTool):
+class Diff(_TaskTool):
     """Return the changes of a task as a git diff, including those of a running session."""
 
     name = "diff"
     only_reads = True
     uri = f"{RUNS_URI}/{{run}}/tasks/{{task}}/diff"
-    run: _Run = None
-    task: _Task
 
     async def _perform(self, council: Council) -> JsonObject:
         text = (await council.changes.diff(self.task, self.run)).decode(errors="replace")
         return {"text": text[:_MOST_CHARS], "omitted": max(len(text) - _MOST_CHARS, 0)}
 
 
-class Tell(SteeringTool):
+class Tell(_TaskTool):
     """Send a message to the agents of a task; its running session receives it, or else the next one."""
 
     name = "tell"
-    run: _Run = None
-    task: _Task
     text: Annotated[str, Field(min_length=1, description="The message.")]
 
     async def _perform(self, council: Council) -> JsonObject:
@@ -270,49 +276,39 @@ class Tell(SteeringTool):
         return {"message": sent.id, "receiver": sent.receiver, "delivery": sent.delivery}
 
 
-class Approve(SteeringTool):
+class Approve(_ReviewTool):
     """Approve the waiting result of each task's phase, so that the task continues. Read it with `show` first."""
 
     name = "approve"
     is_destructive = True
-    run: _Run = None
-    tasks: _Tasks
-    note: _Note = None
 
     async def _perform(self, council: Council) -> JsonObject:
         return _statuses(await council.tasks.approve(*self.tasks, note=self.note, run=self.run))
 
 
-class Reject(SteeringTool):
+class Reject(_ReviewTool):
     """Reject the waiting result of each task's phase; the phase is repeated with the note."""
 
     name = "reject"
-    run: _Run = None
-    tasks: _Tasks
-    note: _Note = None
 
     async def _perform(self, council: Council) -> JsonObject:
         return _statuses(await council.tasks.reject(*self.tasks, note=self.note, run=self.run))
 
 
-class Retry(SteeringTool):
+class Retry(_TasksTool):
     """Retry tasks that ended without landing; if the run is not live, `resume` it afterwards."""
 
     name = "retry"
-    run: _Run = None
-    tasks: _Tasks
 
     async def _perform(self, council: Council) -> JsonObject:
         return _statuses(await council.tasks.retry(*self.tasks, run=self.run))
 
 
-class Cancel(SteeringTool):
+class Cancel(_TasksTool):
     """Cancel tasks: their sessions are stopped, and their work is preserved on branches."""
 
     name = "cancel"
     is_destructive = True
-    run: _Run = None
-    tasks: _Tasks
 
     async def _perform(self, council: Council) -> JsonObject:
         return _statuses(await council.tasks.cancel(*self.tasks, run=self.run))

@@ -51,7 +51,7 @@ LLM: Final = _program(
     },
 )
 #: Its model is set only in a file of configuration.
-_CONTINUE: Final = {
+CONTINUE_CONFIG: Final = {
     "name": "test",
     "version": "1.0.0",
     "schema": "v1",
@@ -68,7 +68,7 @@ _CONTINUE: Final = {
     ],
 }
 CONTINUE: Final = _program(
-    "continue", {"files": {"config.yaml": _CONTINUE}, "args": ["--config", "{home}/config.yaml"]}, lambda *_: {}
+    "continue", {"files": {"config.yaml": CONTINUE_CONFIG}, "args": ["--config", "{home}/config.yaml"]}, lambda *_: {}
 )
 COPILOT: Final = _program(
     "copilot",
