@@ -122,10 +122,10 @@ def tidy():
     print("ended its tool" if lived else "its tool was gone", flush=True)
     sys.exit(3)
 
-hear("cli", {INT: tidy, TERM: sys.exit})
+hear("tool", {INT: sys.exit, TERM: sys.exit})
 tool = os.fork()
-if tool == 0:
-    hear("tool", {INT: sys.exit, TERM: sys.exit})
+if tool:
+    hear("cli", {INT: tidy, TERM: sys.exit})
     ready()
 wait()
 """
@@ -158,7 +158,7 @@ async def test_program_over_its_limit_is_interrupted(folders: Folders, program: 
 async def test_cancelled_program_is_interrupted(folders: Folders, program: Run) -> None:
     """The cancellation continues after the cleanup."""
     async with anyio.create_task_group() as group:
-        group.start_soon(run_supervised, program(TIDIES, interrupt=True))
+        group.start_soon(run_supervised, program(TIDIES, interrupt=True, grace=60))
         await wait_until((folders.tree / "work" / "ready").exists)
         group.cancel_scope.cancel()
     assert (folders.home.parent / "stdout").read_text().endswith("ended its tool\n")
@@ -185,7 +185,7 @@ wait()
     assert heard(folders)[1:] == [("cli", "SIGINT"), ("left", "SIGTERM")]
     assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.killed) == (0, 0)
-    assert took < 5
+    assert took < 10
 
 
 # Programs that continue
@@ -201,12 +201,12 @@ if os.fork() == 0:
     ready()
 wait()
 """
-    ended, took = await stopped(folders, program(source, interrupt=True, grace=2))
+    ended, took = await stopped(folders, program(source, interrupt=True, grace=6))
     assert heard(folders)[0] == ("cli", "SIGINT")
     assert sorted(heard(folders)[1:]) == [("cli", "SIGTERM"), ("tool", "SIGTERM")]
     assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.killed) == (0, 0)
-    assert 1.2 <= took < 2  # half of the grace period, and the 0.2 s in which the tool saves
+    assert 3.2 <= took < 6  # half of the grace period, and the 0.2 s in which the tool saves
 
 
 @pytest.mark.extended_variants
@@ -243,18 +243,18 @@ async def test_dying_wrapper_leaves_its_program_the_grace_period(
     assert heard(folders) == [("program", "SIGTERM")]
     assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.signal, ended.killed) == (None, signal.SIGINT if interrupt else signal.SIGTERM, 0)
-    assert took < 5
+    assert took < 10
 
 
 @pytest.mark.extended_variants
 @MODES
 async def test_wrapper_that_forwards_nothing_is_bypassed(folders: Folders, program: Run, interrupt: bool) -> None:
     """Its program gets SIGTERM directly, and can save; the wrapper is killed."""
-    ended, took = await stopped(folders, program(IGNORES + BEHIND, interrupt=interrupt, grace=1))
+    ended, took = await stopped(folders, program(IGNORES + BEHIND, interrupt=interrupt, grace=3))
     assert heard(folders) == [("program", "SIGTERM")]
     assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.signal) == (None, signal.SIGKILL)
-    assert 1 <= took < 5
+    assert 3 <= took < 30
 
 
 @pytest.mark.extended_variants
@@ -286,4 +286,4 @@ os.waitpid(behind, 0)
     assert heard(folders) == [("wrapper", "SIGINT"), ("program", "SIGINT")]
     assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.killed) == (0, 0)
-    assert took < 5
+    assert took < 10
