@@ -13,8 +13,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +44,10 @@ _EDIT: Final = {"hook_event_name": "PreToolUse", "tool_name": "Write", "tool_inp
 
 
 class _FakeSessionService:
+    @asynccontextmanager
+    async def hold_slot(self, _session: SessionName) -> AsyncIterator[None]:
+        yield
+
     async def handle(self, _session: SessionName, command: str, _arguments: JsonObject) -> JsonObject:
         reported = {"allowed": True, "owner": None, "since": None, "reason": None}
         return reported if command == "check_edit" else {"peers": []}

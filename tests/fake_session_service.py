@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +31,15 @@ class FakeSessionService:
     handed_over: list[JsonObject] = field(default_factory=list)
     left: int = 0
     """How many clients disconnected before their answer."""
+
+    slots: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(1))
+
+    @asynccontextmanager
+    async def hold_slot(self, session: SessionName) -> AsyncIterator[None]:
+        """Hold the only slot."""
+        async with self.slots:
+            self.asked.append((session, "hold_slot", {}))
+            yield
 
     async def handle(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
         """Answer a request in the form of the protocol."""

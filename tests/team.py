@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
+
 from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor
@@ -69,7 +71,9 @@ class SessionTeam:
             self.store, self.clock, scope, redactor, orchestrator=self.name, claim=self.claims.get
         )
         locks = SessionLocks(self.contexts, self.files, self.registry, self.lock_timeout)
-        self.session_service = SessionService(self.contexts, self.memory, locks, self.yard.git, self._elsewhere)
+        self.session_service = SessionService(
+            *(self.contexts, self.memory, locks, self.yard.git, self._elsewhere), anyio.CapacityLimiter(4)
+        )
 
     async def join(self, task: str, attempt: int = 1, *, owns: Sequence[str] = ()) -> SessionName:
         """Start a session in its own worktree, under a claim, with its task's paths."""

@@ -141,6 +141,11 @@ class Council:
         return topics.Locks(self._context)
 
     @cached_property
+    def checks(self) -> topics.Checks:
+        """The recorded results of checks."""
+        return topics.Checks(self._context)
+
+    @cached_property
     def checkpoints(self) -> topics.Checkpoints:
         """The checkpoints of runs."""
         return topics.Checkpoints(self._context)

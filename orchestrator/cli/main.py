@@ -43,6 +43,7 @@ COMMANDS_BY_SECTION: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "logs": ("runs.logs:logs", "Show the log of a task's session."),
         "diff": ("runs.tasks:diff", "Show a task's changes, including those of a running session."),
         "check": ("runs.check:check", "Verify a run's workflow records."),
+        "checks": ("state.checks:checks", "List or delete recorded results of checks."),
         "state": ("state.state:state", "Inspect and maintain the recorded state, now and in the past."),
         "locks": ("state.locks:locks", "List locks with their holders, times and waiters."),
         "where": ("runs.status:where", "Print the locations of the state, the logs and the repositories."),
@@ -53,6 +54,7 @@ COMMANDS_BY_SECTION: Mapping[str, Mapping[str, tuple[str, str]]] = {
             for name, one in SESSION_COMMANDS.items()
             if not one.is_for_all
         },
+        "slot": ("sessions.session:slot", "Run a heavy command of this session in a slot for checks."),
         "share": ("sessions.share:share", "Share values between the sessions of a run."),
         "mcp": ("sessions.mcp:mcp", "Serve the session commands as Model Context Protocol tools."),
     },

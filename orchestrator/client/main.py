@@ -31,6 +31,10 @@ def run(words: Sequence[str]) -> int | None:
         from orchestrator.client import hook  # noqa: PLC0415  only when needed
 
         return hook.run(words[1], sys.stdin.buffer, sys.stdout)
+    if len(words) > 2 and list(words[:2]) == ["slot", "--"]:
+        from orchestrator.client import slot  # noqa: PLC0415  only when needed
+
+        return slot.run(words[2:])
     typed = parse_words(words)
     # Outside a session, the full command line handles commands that are available everywhere.
     return None if typed is None or (typed.command.is_for_all and not is_in_session()) else run_session_command(typed)

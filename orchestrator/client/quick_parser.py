@@ -36,7 +36,11 @@ def is_session_command(words: Sequence[str]) -> bool:
 
     Its arguments may be invalid.
     """
-    return words[:1] == ["hook"] or tuple(words[:1]) in COMMANDS_BY_WORDS or tuple(words[:2]) in COMMANDS_BY_WORDS
+    return (
+        words[:1] in (["hook"], ["slot"])
+        or tuple(words[:1]) in COMMANDS_BY_WORDS
+        or tuple(words[:2]) in COMMANDS_BY_WORDS
+    )
 
 
 def parse_words(words: Sequence[str]) -> ParsedCommand | None:

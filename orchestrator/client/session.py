@@ -73,6 +73,12 @@ class SessionConnection:
 
         Waits at most `timeout` seconds between two bytes. Raises SessionRequestError.
         """
+        connected, result = self.hold(command, arguments, timeout)
+        connected.close()
+        return result
+
+    def hold(self, command: str, arguments: Mapping[str, Any], timeout: float | None) -> tuple[Socket, dict[str, Any]]:
+        """Send a request like `ask`, and return the open connection with the result; None waits without limit."""
         request = {"token": self.token, "command": command, "arguments": dict(arguments)}
         # Unescaped: an escaped character takes up to six times its bytes of the size limit.
         encoded = json.dumps(request, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
@@ -84,17 +90,19 @@ class SessionConnection:
             )
         connected = Socket(AF_UNIX, SOCK_STREAM)
         try:
-            connected.settimeout(timeout)
+            connected.settimeout(ANSWER_TIMEOUT)
             with ShortSocketPath(self.folder) as folder:
-                _connect(connected, f"{folder}/{SOCKET_NAME}", monotonic() + timeout)
+                _connect(connected, f"{folder}/{SOCKET_NAME}", monotonic() + ANSWER_TIMEOUT)
             connected.sendall(encoded)
-            line = _read_line(connected)
+            connected.settimeout(timeout)
+            return connected, _parse_result(_read_line(connected))
         except OSError as error:
+            connected.close()
             reason = error.strerror or str(error)
             raise SessionRequestError(f"the session's orchestrator does not answer: {reason}", _GONE_REMEDY) from None
-        finally:
+        except SessionRequestError:
             connected.close()
-        return _parse_result(line)
+            raise
 
 
 def find_session(environ: Mapping[str, str], cwd: str) -> SessionConnection:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 
 from orchestrator.config.accounts import account_secrets
@@ -19,6 +20,7 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.settings.run_settings import (
     AdapterConfig,
+    Check,
     SandboxSettings,
     TaskSpec,
     WorktreeSettings,
@@ -82,6 +84,8 @@ class RunContext:
     """Returns the full ref for a name; refs are separate per orchestrator, because concurrent fetches into one fail."""
     registry: OwnershipRegistry
     """Path ownership on the target."""
+    check_slots: anyio.CapacityLimiter
+    """Held by each check of this process, and by commands of its sessions (`council slot`)."""
     mcp_servers: tuple[McpServer, ...] = ()
     session_service: SessionService | None = None
     """The session API; None if it is not served."""
@@ -113,7 +117,7 @@ class RunContext:
         task: str,
         attempt: int,
         spec: TaskSpec,
-        commands: Sequence[str],
+        checks: Sequence[Check],
         checker: str = "",
     ) -> CheckRunner:
         """Return a runner of checks for the work of an attempt.
@@ -124,7 +128,7 @@ class RunContext:
             pool=pool.checks,
             worktree_setup=self.tools.worktree_setup,
             worktree=Worktree(self.hub, run, task, attempt, is_check=True, checker=checker),
-            commands=commands,
+            checks=checks,
             timeout=spec.checks_timeout,
             env=spec.checks_env,
             sandbox=self.tools.sandbox,
@@ -219,6 +223,7 @@ async def open_run_context(
         Accounting(known_prices() | run.prices),
         refs,
         OwnershipRegistry(store, clock, ownership_scope(source.location, run.target), is_alive),
+        anyio.CapacityLimiter(run.checks_capacity or run.capacity),
         tuple(McpServer(name, one.command or (), one.env, one.url) for name, one in run.mcp_servers.items()),
     )
 
@@ -301,5 +306,6 @@ def with_session_service(
         SessionLocks(contexts, FileLocks(project.file_locks, clock), context.registry, lock_timeout),
         context.git,
         partial(find_workspace, store, context.adapters, project.logs_folder, redactor),
+        context.check_slots,
     )
     return replace(context, session_service=service, tools=replace(context.tools, session_service=service))

@@ -164,20 +164,20 @@ async def test_setup_runs_once_for_checks_and_again_for_changed_inputs(repositor
     """The first check sets up the worktree of checks; files that a check adds are removed without another setup."""
     prepare(repository)
     look = "test ! -e node_modules/left; echo x > node_modules/left; mkdir -p node_modules/.cache; "
-    note = f"echo $COUNCIL_TASK $PWD $(cat node_modules/lock) >> {outside}/checks"
+    note = f"echo $(cat a b c d e 2>/dev/null | tr -d '\\n') $PWD $(cat node_modules/lock) >> {outside}/checks"
     scripts = {"a": "echo a > a", "b": "echo b > b", "c": "echo 2 > lock", "d": "echo d > d"}
     defaults = {"checks": [RUN_JEST, look + note], "allow_failing_base": True}
     ended = run(repository, configure(repository, outside, scripts, defaults=defaults))
     assert set(ended.states.values()) == {"landed"}, ended
     seen = [line.split() for line in lines(outside / "checks")]
-    assert [(task, lock) for task, _, lock in seen] == [("a", "1"), ("b", "1"), ("c", "2"), ("d", "2")]
+    assert [(work, lock) for work, _, lock in seen] == [("a", "1"), ("ab", "1"), ("ab", "2"), ("abd", "2")]
     setups = lines(outside / "setups")
     worktrees = [worktree for _, worktree, _ in seen]
     assert worktrees[0] == worktrees[1]
     assert worktrees[2] == worktrees[3] != worktrees[0], "d starts from the work that c landed"
     assert [setups.count(worktree) for worktree in dict.fromkeys(worktrees)] == [1, 1]
     run(repository, configure(repository, outside, {"e": "echo e > e"}, defaults=defaults))
-    assert lines(outside / "checks")[-1].split() == ["e", worktrees[3], "2"], "another run reuses the worktree"
+    assert lines(outside / "checks")[-1].split() == ["abde", worktrees[3], "2"], "another run reuses the worktree"
     assert lines(outside / "setups").count(worktrees[3]) == 1
     repository.remember()
     await repository.assert_invariants()
@@ -212,7 +212,7 @@ async def test_unlanded_work_sets_nothing_up_for_other_checks(repository: Reposi
         "again": write("install", INSTALL) + "echo 2 > lock; echo bad > code",
     }
     tasks = [{"id": name, "prompt": script, "adapter": "sh", "attempts": 1} for name, script in scripts.items()]
-    checks = [f"test $COUNCIL_TASK != declared || exit 3; {RUN_JEST}"]
+    checks = [f'if test "$(cat lock)" = 2 && ! grep -q bad code; then exit 3; fi; {RUN_JEST}']
     config = configure(repository, outside, {}, tasks=tasks, worktrees=worktrees, defaults={"checks": checks})
     ended = run(repository, config)
     assert set(ended.states.values()) == {"failed"}, ended

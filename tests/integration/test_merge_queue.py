@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +165,97 @@ async def test_check_that_passes_when_repeated_is_flaky(repository: Repository, 
     assert "unlucky" in Path(flaky["log"]).read_text()
     assert ended.result["tasks"][0]["attempts"] == 1
     assert log.runs == [["a"], ["a"]]
+    (check,) = ended.result["tasks"][0]["checks"]
+    assert (check["outcome"], check["source"], check["task"]) == ("flaky", "run", "t0")
+    assert (check["failed_log"], check["log"]) == (flaky["log"], flaky["passed_log"])
+    assert Path(check["log"]).read_text() == ""
+    names = f"failed ({Path(check['failed_log']).name}), then passed ({Path(check['log']).name})"
+    assert names in " ".join(repository.council("status").stdout.split())
+    shown = repository.council("show", "t0").stdout
+    assert "session 1: FLAKY: " in shown
+    assert f"ran on {socket.gethostname()} in" in shown
+
+
+async def test_forgotten_check_runs_again(repository: Repository, log: CheckLog) -> None:
+    """Other recorded checks are kept; a task that uses a result shows the task that ran the check."""
+
+    def run(name: str) -> dict[str, Any]:
+        """Run a task that writes the same file as the others, and return its checks by command."""
+        checks, task = [log.command(), "true"], {"id": name, "prompt": "write a x"}
+        defaults = {"checks": checks, "attempts": 1, "timeout": "60s"}
+        config = repository.configure([task], defaults=defaults, writable=[str(log.folder)], base="start", target=name)
+        ended = repository.council("run", str(config), "--json")
+        assert ended.states == {name: "landed"}, ended
+        return {check["command"]: check for check in ended.result["tasks"][0]["checks"]}
+
+    repository.git("branch", "start")
+    base = repository.git("rev-parse", "start")
+    assert {check["source"] for check in run("first").values()} == {"run"}
+    again = run("second")
+    assert {(check["source"], check["task"]) for check in again.values()} == {("cache", "first")}
+    listed = json.loads(repository.council("checks", "list", "--json").stdout)["checks"]
+    assert len(listed) == 4  # of the base and of the merge
+    assert {one["commit"] for one in listed} == {base, *(check["commit"] for check in again.values())}
+    forgotten = json.loads(repository.council("checks", "forget", "--command", log.command(), "--json").stdout)
+    assert [one["command"] for one in forgotten["forgotten"]] == [log.command()] * 2
+    assert {check["source"] for check in run("third").values()} == {"run", "cache"}
+    assert repository.council("checks", "forget", "ffffffffffffffff").code == 2
+    assert repository.council("checks", "forget", "all").code == 0
+    assert repository.council("checks", "list").stdout == "no recorded checks\n"
+
+
+async def test_check_does_not_see_the_task_that_it_runs_for(repository: Repository, log: CheckLog) -> None:
+    """Its result counts for other tasks: what names a task is not in its environment."""
+    check = "! env | grep -E '^COUNCIL_(RUN|TASK|ATTEMPT|PHASE|SESSION|HANDOFF)='"
+    config = repository.configure([{"id": "t", "prompt": "write a x"}], defaults={"checks": [check], "attempts": 1})
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"t": "landed"}, ended
+
+
+@pytest.mark.extended_rest
+async def test_commands_of_sessions_and_checks_share_their_slots(repository: Repository, log: CheckLog) -> None:
+    """With one slot, none of them overlap."""
+    alone = f"mkdir {log.folder}/one || touch {log.folder}/overlap; sleep 0.3; rmdir {log.folder}/one"
+    script = f"council slot -- sh -c '{alone}; exit 7'; test $? = 7 && touch $COUNCIL_TASK"
+    config = repository.configure(
+        [{"id": name, "prompt": script} for name in ("a", "b", "c")],
+        adapters={"sh": {"use": "command", "argv": ["sh", "{prompt_file}"]}},
+        defaults={"checks": [alone], "attempts": 1, "timeout": "60s"},
+        writable=[str(log.folder)],
+        capacity=3,
+        checks_capacity=1,
+    )
+    ended = repository.council("run", str(config), "--json")
+    assert set(ended.states.values()) == {"landed"}, ended
+    assert not (log.folder / "overlap").exists()
+
+
+async def test_failed_tests_of_a_report_are_named(repository: Repository, log: CheckLog) -> None:
+    """In the reason, in `show` and in the next prompt; a committed report and a link to one count for nothing."""
+    secret = log.folder / "secret.xml"
+    report = '<testsuite><testcase classname="tests.test_a" name="{}"><failure/></testcase></testsuite>'
+    secret.write_text(report.format("test_secret"))
+    write = f"echo '{report.format('test_sum')}' > build/junit.xml"
+    check = {
+        "run": f"mkdir -p build; if test -e a2; then exit 0; elif test -e link; then ln -sf {secret} build/junit.xml;"
+        f" elif test -e a1; then {write}; fi; exit 1",
+        "report": "build/junit.xml",
+    }
+    repository.commit({"build/junit.xml": report.format("test_committed")}, "a report")
+    steps = "\n".join(f"attempt {n} write {name} x" for n, name in enumerate(("a0", "a1", "link", "a2"), start=1))
+    config = repository.configure(
+        [{"id": "t", "prompt": steps}],
+        defaults={"checks": [check], "attempts": 4, "allow_failing_base": True},
+        writable=[str(log.folder)],
+    )
+    ended = repository.council("run", str(config), "--json")
+    assert ended.states == {"t": "landed"}, ended
+    reasons = [event["reason"] for event in events(ended, "task.retrying")]
+    assert ["failed tests: tests.test_a.test_sum" in reason for reason in reasons] == [False, True, False]
+    details = json.loads(repository.council("show", "t", "--json").stdout)
+    tests = [check["failed_tests"] for one in details["sessions"] for check in one["checks"]]
+    assert tests == [[], ["tests.test_a.test_sum"], [], []]
+    assert "tests.test_a.test_sum" in repository.council("show", "t").stdout
 
 
 async def test_passed_check_is_not_repeated_in_another_run(repository: Repository, log: CheckLog) -> None:

@@ -157,6 +157,54 @@ async def test_sandboxed_program_submits_a_handoff_and_shares(site: Site, kind: 
     assert site.session_service.handed_over == [{"tasks": []}]
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["sh", "-c", "exit 7"], 7),
+        (["council", "slot", "--", "sh", "-c", "exit 5"], 5),  # in the same slot
+        pytest.param(["missing-program"], 127, marks=pytest.mark.extended_rest),
+        pytest.param(["."], 126, marks=pytest.mark.extended_rest),
+    ],
+)
+async def test_slot_passes_on_the_exit_code(site: Site, argv: list[str], expected: int) -> None:
+    async with site.session() as (worktree, session_socket):
+        assert (await site.run(SandboxKind.OFF, worktree, session_socket, ["council", "slot", "--", *argv]))[
+            0
+        ] == expected
+    assert [command for _, command, _ in site.session_service.asked] == ["hold_slot"]
+
+
+async def test_killed_command_releases_its_slot(site: Site, kind: SandboxKind) -> None:
+    """The next session waits for it, and gets it while the first session still runs."""
+    slots, ended = site.session_service.slots, list[int | None]()
+    wait = "while ! test -e {}; do sleep 0.02; done"
+    hold = "council slot -- sh -c 'echo made > held; exec sleep 600' &"
+    script = f"{hold} {wait.format('kill')}; kill -9 $!; {wait.format('end')}"
+
+    async def run_second(worktree: Worktree, session_socket: SessionSocket) -> None:
+        code, _ = await site.run(kind, worktree, session_socket, ["council", "slot", "--", "true"])
+        ended.append(code)
+
+    async with (
+        site.session() as (first, first_socket),
+        site.session("api", 2) as (second, second_socket),
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(site.run, kind, first, first_socket, ["sh", "-c", script])
+        while not (first.tree / "held").exists():
+            await anyio.sleep(0.01)
+        group.start_soon(run_second, second, second_socket)
+        while not slots.statistics().tasks_waiting:
+            await anyio.sleep(0.01)
+        assert ended == []
+        (first.tree / "kill").touch()
+        while not ended:
+            await anyio.sleep(0.01)
+        (first.tree / "end").touch()
+    assert ended == [0]
+    assert slots.borrowed_tokens == 0
+
+
 async def test_session_is_found_without_a_variable(site: Site, kind: SandboxKind) -> None:
     """A CLI may not pass its variables to its tools, or may set them to a subfolder."""
     async with site.session() as (worktree, session_socket):

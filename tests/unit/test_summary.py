@@ -13,6 +13,7 @@ from rich.cells import cell_len
 from orchestrator.cli.render.result import run_summary
 from orchestrator.cli.render.summary import MAX_LINES, summary_lines
 from orchestrator.cli.render.text import COLUMNS
+from orchestrator.domain.runs.check_results import CheckOutcome, CheckRecord
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import TaskStatus
@@ -281,3 +282,24 @@ def test_merge_is_the_next_step_of_an_unmerged_ended_run() -> None:
     assert summary_lines(ended)[-1] == "Next: council merge r1"
     for other in (replace(ended, status=RunStatus.RUNNING), replace(ended, awaits_merge=False)):
         assert not any("council merge" in line for line in summary_lines(other))
+
+
+def test_summary_lines_with_flaky_checks_shows_both_results() -> None:
+    """The task itself needs no attention."""
+    check = CheckRecord(
+        command="make test",
+        outcome=CheckOutcome.FLAKY,
+        tree="t",
+        commit=COMMIT,
+        run="r",
+        task="a",
+        ended=0.0,
+        seconds=1.0,
+        host="h",
+        log="/logs/a.1.check1.ab12cd",
+        failed_log="/logs/a.1.check1",
+    )
+    tasks = [task("landed", id=name, landed=COMMIT, checks=(check,)) for name in ("a", "b")]
+    lines = summary_lines(run(*tasks, status=RunStatus.LANDED))
+    assert lines[1] == "  2 FLAKY checks: a `make test` failed (a.1.check1), then passed (a.1.check1.ab…"
+    assert len(lines) == 2

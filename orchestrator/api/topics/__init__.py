@@ -12,6 +12,7 @@ from orchestrator.lazy import lazy_names
 if TYPE_CHECKING:
     from orchestrator.api.topics.changes import TaskChanges
     from orchestrator.api.topics.checkpoints import Checkpoints
+    from orchestrator.api.topics.checks import Checks
     from orchestrator.api.topics.cleanup import Cleaner
     from orchestrator.api.topics.history import StateHistory
     from orchestrator.api.topics.locks import Locks
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoints",
+    "Checks",
     "Cleaner",
     "Locks",
     "Notes",
@@ -44,6 +46,7 @@ if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown
         {
             "changes": ["TaskChanges"],
             "checkpoints": ["Checkpoints"],
+            "checks": ["Checks"],
             "cleanup": ["Cleaner"],
             "history": ["StateHistory"],
             "locks": ["Locks"],

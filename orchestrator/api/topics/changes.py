@@ -8,8 +8,8 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from orchestrator.api.topic import Topic
 from orchestrator.api.topics.logs import find_attempt, no_attempt_error, read_named_task
-from orchestrator.api.topics.topic import Topic
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.api import execution
-from orchestrator.api.topics.topic import Topic
+from orchestrator.api.topic import Topic
 from orchestrator.engine.scheduler.restore import RestoreResult
 from orchestrator.state.documents import checkpoints
 from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Collection, Iterator, Mapping, Seque
 from contextlib import aclosing, contextmanager, suppress
 from fnmatch import fnmatchcase
 
-from orchestrator.api.topics.topic import Topic
+from orchestrator.api.topic import Topic
 from orchestrator.domain.wording import find_similar
 from orchestrator.errors import HistoryCompacted, RefusedError
 from orchestrator.protocols import VERSIONS_KEPT, CommitRecord, Document, DocumentVersion, Key, StateSnapshot

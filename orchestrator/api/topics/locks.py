@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.api.topics.topic import Topic
+from orchestrator.api.topic import Topic
 from orchestrator.locking.lock_overview import LockOverview, LockStatus
 from orchestrator.locking.named_locks import NamedLocks
 

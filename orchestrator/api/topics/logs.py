@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
-from orchestrator.api.topics.topic import Topic
+from orchestrator.api.topic import Topic
 from orchestrator.config.model import make_adapters, restore_adapters
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument

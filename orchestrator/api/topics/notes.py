@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.api.run_index import RunIndex
-from orchestrator.api.topics.topic import Topic
+from orchestrator.api.topic import Topic
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.sessions.notes import Note
 from orchestrator.engine.session_api.notes import NoteStore

@@ -10,7 +10,7 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.api.topics.topic import Topic
+from orchestrator.api.topic import Topic
 from orchestrator.domain.events.runs import RunCreated
 from orchestrator.domain.runs.metrics import Metrics, compute_metrics
 from orchestrator.domain.runs.model import INTERRUPTED, Attempt, RunDocument, TaskDocument

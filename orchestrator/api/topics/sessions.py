@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.run_reader import RunReader
+from orchestrator.api.topic import Topic
 from orchestrator.api.topics.activity import RunActivity
 from orchestrator.api.topics.changes import TaskChanges, trusted_git
 from orchestrator.api.topics.logs import find_run_adapters, no_running_session_error, read_named_task
 from orchestrator.api.topics.reports import RunReports
-from orchestrator.api.topics.topic import Topic
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.security.secrets import Redactor, secret_values

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import IO, Final
 
 from orchestrator.api.run_index import RunIndex
+from orchestrator.api.topic import Topic
 from orchestrator.api.topics.health import Health, StateHealth, read_retention
-from orchestrator.api.topics.topic import Topic
 from orchestrator.api.transfer import export_store, import_store
 from orchestrator.domain.documents.conflicts import DocumentUpdate
 from orchestrator.domain.events.state import SteeringCalled

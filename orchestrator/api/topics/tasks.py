@@ -13,9 +13,9 @@ import anyio.to_thread
 
 from orchestrator.api.execution.control import RunController
 from orchestrator.api.execution.file_comparison import apply_config_file, compare_with_config_file
+from orchestrator.api.topic import Topic
 from orchestrator.api.topics.logs import TaskLogs, find_run_adapters
 from orchestrator.api.topics.reports import find_landing_times, mark_interrupted
-from orchestrator.api.topics.topic import Topic
 from orchestrator.domain.events.runs import FIXED_KEYS
 from orchestrator.domain.events.tasks import TaskMessageSent, TaskMessageWithdrawn
 from orchestrator.domain.runs.model import RequestAction, RunDocument, TaskDocument

@@ -291,7 +291,8 @@ class LiveRun:
     def _words(self, report: TaskReport) -> str:
         """Return the text at the end of a row: last message, landed commit, or reason."""
         if report.landed is not None:
-            return f"{report.landed[:10]} on {self.run.target}"
+            flaky = "; a check is FLAKY" if report.flaky_checks else ""
+            return f"{report.landed[:10]} on {self.run.target}{flaky}"
         if report.status == TaskStatus.RUNNING:
             return self.activity.last_message(report.id)
         if report.status in USER_STATUSES:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator.cli.render.next_steps import kept_as, needs_retry, own_branch, run_step, task_steps, waits_for_merge
@@ -20,6 +21,7 @@ from orchestrator.cli.render.text import (
     short_name,
     wrapped,
 )
+from orchestrator.domain.runs.check_results import CheckRecord
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.phases import PhaseStatus
 from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, SUCCESS_STATUSES, USER_STATUSES, TaskStatus
@@ -36,6 +38,8 @@ from orchestrator.system.instants import format_local_time
 
 #: The maximum characters of a reason: with the log and the cause of a failed setup.
 _MAX_REASON = 600
+#: The maximum characters of a check.
+_MAX_COMMAND = 80
 _LABELS: Mapping[str, str] = {status: status.record.label for status in TaskStatus}
 _VISIT_LABELS: Mapping[str, str] = {status: status.record.label for status in PhaseStatus}
 
@@ -86,6 +90,12 @@ def format_reason(task: TaskReport) -> str:
     return one_line(task.reason or "", _MAX_REASON)
 
 
+def format_flaky_check(check: CheckRecord) -> str:
+    """Return both results of a check that failed and then passed, with the names of their logs."""
+    failed, passed = Path(check.failed_log or "").name, Path(check.log).name
+    return printable(f"`{one_line(check.command, _MAX_COMMAND)}` failed ({failed}), then passed ({passed})")
+
+
 def format_session_status(session: SessionReport, now: float | None = None) -> str:
     """Return the activity of a session: its status, file, message and their age.
 
@@ -112,6 +122,7 @@ def _task_details(task: TaskReport, target: str, changes: Mapping[str, Changes])
         parts.append(printable(format_reason(task)))
     if task.denied_tools is not None and task.denied_tools not in (task.reason or ""):
         parts.append(printable(one_line(task.denied_tools)))
+    parts += [f"FLAKY: {format_flaky_check(check)}" for check in task.flaky_checks]
     if (kept := kept_as(task)) is not None:
         parts.append(f"saved as {printable(kept)}")
     return "; ".join(parts)

@@ -15,6 +15,7 @@ from orchestrator.cli.render.result import (
     adapter_line,
     background_error_lines,
     enable_adapter_command,
+    format_flaky_check,
     format_reason,
     format_session_status,
     format_state,
@@ -135,6 +136,11 @@ def _totals(report: RunReport) -> Iterator[str]:
         parts.append(f"${sum(costs):.2f}")
     if parts:
         yield f"  {', '.join(parts)}"
+    flaky = [
+        f"{short_name(task.id)} {format_flaky_check(check)}" for task in report.tasks for check in task.flaky_checks
+    ]
+    if flaky:
+        yield printable(f"  {pluralize(len(flaky), 'FLAKY check')}: {flaky[0]}")
 
 
 def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> _Entry:

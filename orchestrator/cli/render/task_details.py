@@ -17,6 +17,7 @@ from orchestrator.cli.render.text import (
     truncate_end,
 )
 from orchestrator.domain.events.tasks import salvage_name
+from orchestrator.domain.runs.check_results import CheckOutcome, CheckRecord, CheckSource
 from orchestrator.domain.runs.phases import InputSummary, PhaseStatus
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, TaskStatus
 from orchestrator.domain.runs.usage import Usage
@@ -50,6 +51,7 @@ def task_detail_lines(details: TaskDetails, now: float, state: str) -> Iterator[
         yield "sessions"
     for session in details.sessions:
         yield from _session(session)
+    yield from _checks(details)
     if details.messages:
         yield "messages"
     for message in details.messages:
@@ -171,6 +173,27 @@ def _session(one: AttemptDetails) -> Iterator[str]:
         "discarded": _format_paths(one.discarded),
         "denied": one_line(str(one.denied_tools)),
     }
+    yield from align_columns([[name, value] for name, value in fields.items() if value], "    ")
+
+
+def _checks(details: TaskDetails) -> Iterator[str]:
+    if any(session.checks for session in details.sessions):
+        yield "checks"
+    for session in details.sessions:
+        for check in session.checks:
+            yield from _check(session, check, details)
+
+
+def _check(session: AttemptDetails, check: CheckRecord, details: TaskDetails) -> Iterator[str]:
+    """Yield the result of a check, and where it is from."""
+    outcome = check.outcome.upper() if check.outcome is CheckOutcome.FLAKY else str(check.outcome)
+    yield printable(f"  session {session.number}: {outcome}: {one_line(check.command)}")
+    source = {CheckSource.CACHE: "cached: ", CheckSource.JOINED: "joined: "}.get(check.source, "")
+    owner = f" for {check.task}" if check.task != details.id else ""
+    run = f" of run {check.run}" if check.run != details.run else ""
+    ran = f"{source}ran{owner}{run} on {check.host} in {check.seconds:.1f} s, until {format_local_time(check.ended)}"
+    tests = join_names([one_line(name) for name in check.failed_tests], _MAX_NAMED)
+    fields = {"run": ran, "tests failed": tests, "failed": check.failed_log or "", "log": check.log}
     yield from align_columns([[name, value] for name, value in fields.items() if value], "    ")
 
 

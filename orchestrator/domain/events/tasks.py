@@ -214,11 +214,13 @@ class TaskCheckFlaky(TaskEvent):
     """A check failed, and passed when it was repeated on the same files."""
 
     type = "task.check_flaky"
-    sentence = "check `{command}` is flaky: it passed when it was repeated"
+    sentence = "FLAKY check `{command}`: it failed, and passed when it was repeated"
 
     command: str
     log: str
     """The log of the failure."""
+    passed_log: str
+    """The log of the repetition."""
 
 
 class TaskRequeued(TaskEvent):

@@ -1,9 +1,11 @@
-"""The recorded results of checks, which depend only on a tree, a command and its environment."""
+"""The results of checks. Recorded successes depend only on a tree, a command and its environment."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -14,33 +16,63 @@ from orchestrator.domain.settings.run_settings import Check
 MAX_CHECK_AGE: Final = 7 * 86_400.0
 
 
-class CheckRecord(BaseModel):
-    """A check that passed. Times are wall-clock seconds."""
+class CheckOutcome(StrEnum):
+    """How a check ended."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    PASSED = "passed"
+    FAILED = "failed"
+    FLAKY = "flaky"  #: it failed, and passed when it was repeated on the same tree
+
+
+class CheckSource(StrEnum):
+    """Where a task has the result of a check from."""
+
+    RUN = "run"  #: it ran for the task
+    JOINED = "joined"  #: it ran for another task of the run, at the same time or in the same batch
+    CACHE = "cache"  #: it was recorded earlier
+
+
+class CheckRecord(BaseModel):
+    """A check that ended. Times are wall-clock seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     command: str
     """The shell command."""
+    outcome: CheckOutcome
+    """`passed`, `failed`, or `flaky`: it failed, and passed when it was repeated."""
+    source: CheckSource = CheckSource.RUN
+    """`run`, `joined` (it ran for another task of the run) or `cache`."""
     tree: str
-    """The id of the tree that it passed on."""
+    """The id of the tree that it ran on."""
+    commit: str
+    """The commit with that tree."""
     run: str
-    """The run that checked it."""
+    """The run that ran it."""
     task: str
-    """The task whose merge had the tree."""
-    passed: float
-    """When it passed."""
+    """The task that it ran for."""
+    ended: float
+    """When it ended."""
     seconds: float
     """How long it took."""
-    log: str
-    """The path of its output, on the machine that ran it."""
     host: str
-    """That machine."""
-    is_flaky: bool = False
-    """Whether it had failed on the same tree before."""
+    """The machine that ran it."""
+    log: str
+    """The path of its output, on that machine."""
+    failed_tests: tuple[str, ...] = ()
+    """The first failed tests in its report, also for a flaky check."""
+    failed_log: str | None = None
+    """For a flaky check, the path of the output of the failure."""
 
-    def is_valid(self, now: float) -> bool:
-        """Return True if the result may be reused."""
-        return 0 <= now - self.passed < MAX_CHECK_AGE
+
+def attribute_checks(records: Sequence[CheckRecord], task: str) -> tuple[CheckRecord, ...]:
+    """Return the records as the results of a task, which other tasks may share."""
+    return tuple(
+        record.model_copy(update={"source": CheckSource.JOINED})
+        if record.source is CheckSource.RUN and record.task != task
+        else record
+        for record in records
+    )
 
 
 class CheckKey(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.domain.documents.times import Instant
+from orchestrator.domain.runs.check_results import CheckRecord
 from orchestrator.domain.runs.outcome import ToolDenials
 from orchestrator.domain.runs.phases import PhaseRecord
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TRANSITIONS, TaskStatus, Trigger
@@ -55,6 +56,8 @@ class Attempt(_Document):
     """The names of the secret environment variables passed to its program."""
     check_log: str | None = None
     """The log of the failed check."""
+    checks: tuple[CheckRecord, ...] = ()
+    """The last results of the checks on the merge of its work."""
     session: str | None = None
     """The conversation id of the CLI."""
     last_message: str | None = None

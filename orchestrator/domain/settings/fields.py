@@ -239,9 +239,8 @@ PathPattern = Annotated[str, AfterValidator(check_pattern), _text(r"^(?!/)[^\\]+
 NotEmpty = Annotated[str, Field(min_length=1)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 Paths = Annotated[tuple[NotEmpty, ...], Field(strict=False)]
-RepositoryPaths = Annotated[
-    tuple[Annotated[str, AfterValidator(check_path), _text(PATH_PATTERN)], ...], Field(strict=False)
-]
+RepositoryPath = Annotated[str, AfterValidator(check_path), _text(PATH_PATTERN)]
+RepositoryPaths = Annotated[tuple[RepositoryPath, ...], Field(strict=False)]
 KeptPaths = Annotated[
     tuple[Annotated[str, AfterValidator(check_kept_path), _text(KEPT_PATTERN)], ...], Field(strict=False)
 ]

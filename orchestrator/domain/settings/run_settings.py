@@ -45,6 +45,7 @@ from orchestrator.domain.settings.fields import (
     Paths,
     Prompt,
     Repository,
+    RepositoryPath,
     RepositoryPaths,
     RetryableClass,
     Settings,
@@ -339,10 +340,13 @@ class Check(Settings):
     """The shell command."""
     cache: bool = True
     """Whether a recorded success on the same files counts; `false` for a command whose result depends on more."""
+    report: RepositoryPath | None = None
+    """The JUnit XML file that the command writes in its worktree, to name the failed tests."""
 
 
 def _write_check(check: Check) -> str | dict[str, Any]:
-    return check.run if check.cache else {"run": check.run, "cache": False}
+    value = check.model_dump(mode="json", exclude_defaults=True)
+    return check.run if value.keys() == {"run"} else value
 
 
 #: One check in a setting or a document: a command, or a mapping.
@@ -513,7 +517,7 @@ class RunSettings(Settings):
     capacity: Annotated[int, Field(ge=1, le=MAX_CAPACITY)] = 4
     """The largest number of concurrent sessions."""
     checks_capacity: Annotated[int, Field(ge=1, le=MAX_CAPACITY)] | None = None
-    """The largest number of checks that run at the same time. Default: `capacity`."""
+    """The largest number of checks and commands in `council slot` that run at the same time. Default: `capacity`."""
     session_memory: Size = 256 << 20
     """The expected memory of one session; only as many sessions start as fit in memory."""
     mcp_servers: dict[Name, McpServerSettings] = Field(default_factory=dict)

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -98,7 +97,11 @@ class BaseCommands:
 
     async def run(self, request: CheckRequest) -> CheckResult:
         """Run checks; retry a few times if they could not complete."""
-        return await _repeat_unless_run(partial(self.runs.run, request), self.context.tools.clock)
+
+        async def run() -> CheckResult:
+            return (await self.runs.run(request)).result
+
+        return await _repeat_unless_run(run, self.context.tools.clock)
 
     async def explain_unrunnable(
         self, task: str, spec: TaskSpec, commands: tuple[str, ...], failed: CommandFailed, base: str, correction: str

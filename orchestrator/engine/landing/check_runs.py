@@ -15,13 +15,21 @@ from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import anyio
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from orchestrator.domain.events.tasks import TaskCheckFlaky
-from orchestrator.domain.runs.check_results import CheckKey, CheckRecord, digest_facts
+from orchestrator.domain.runs.check_results import (
+    MAX_CHECK_AGE,
+    CheckKey,
+    CheckOutcome,
+    CheckRecord,
+    CheckSource,
+    digest_facts,
+)
 from orchestrator.domain.settings.run_settings import Check, TaskSpec
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
@@ -29,9 +37,9 @@ from orchestrator.engine.state.records import check_key, read_check
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Write
 from orchestrator.repo.worktrees.pool import SlotPool
-from orchestrator.sessions.setup.checks import CHECKS_STOPPED, CheckResult, ChecksPassed, PassedCheck
+from orchestrator.sessions.setup.checks import CHECKS_STOPPED, CheckResult, ChecksPassed, EndedCheck
 from orchestrator.sessions.setup.environment import build_base_environment
-from orchestrator.sessions.setup.shell import CommandFailed
+from orchestrator.sessions.setup.shell import CommandFailed, shorten_command
 from orchestrator.system.failpoints import failpoint
 
 #: The environment of a check, without variables of its worktree.
@@ -52,12 +60,22 @@ class CheckRequest:
     """Names the worktree and logs if other checks of the attempt may run concurrently."""
 
 
+class CheckedTree(NamedTuple):
+    """The result of the checks of a tree, and the commands that ended, in order."""
+
+    result: CheckResult
+    records: tuple[CheckRecord, ...] = ()
+
+
+_STOPPED = CheckedTree(CHECKS_STOPPED)
+
+
 @dataclass(slots=True)
 class _Running:
     """Checks in progress, started for a task."""
 
     task: str
-    result: CheckResult = CHECKS_STOPPED
+    checked: CheckedTree = _STOPPED
     waiters: int = 0
     """How many callers need the result."""
     ended: anyio.Event = field(default_factory=anyio.Event)
@@ -67,16 +85,13 @@ class _Running:
 class CheckRuns:
     """The checks of one run in this process."""
 
-    def __init__(self, ledger: Ledger, context: RunContext, pool: SlotPool, *, capacity: int) -> None:
-        """Create the checks; up to `capacity` run at the same time."""
+    def __init__(self, ledger: Ledger, context: RunContext, pool: SlotPool) -> None:
         self._ledger, self._context, self._pool = ledger, context, pool
-        self._limiter = anyio.CapacityLimiter(capacity)
         self._running: dict[CheckKey, _Running] = {}
-        self._failed: dict[CheckKey, CommandFailed] = {}
+        self._known: dict[CheckKey, CheckedTree] = {}
+        """Results of checks that ran ahead of their turn: a success counts once, also if it is not recorded."""
         self._worktrees: defaultdict[tuple[str, int, str], anyio.Lock] = defaultdict(anyio.Lock)
         """Held by checks until they have left their worktree, also after they were stopped."""
-        self._passed: set[CheckKey] = set()
-        """Checks that passed ahead of their turn: each counts once, also if it is not recorded."""
         self._closed = False
 
     async def request(
@@ -110,29 +125,28 @@ class CheckRuns:
         self._closed = True
         self.stop([running.task for running in self._running.values()])
 
-    async def run(self, request: CheckRequest, *, confirm: bool = False) -> CheckResult:
+    async def run(self, request: CheckRequest, *, confirm: bool = False) -> CheckedTree:
         """Return the result of checks, from the cache if possible.
 
         With `confirm`, a failure is repeated once on the same tree before it is believed.
         """
         key = request.key
-        if key in self._passed:
-            self._passed.remove(key)
-            return ChecksPassed()
-        result = self._failed.get(key) or await self._join(request)
-        if not isinstance(result, CommandFailed) or result.unrunnable is not None:
-            return result
+        checked = self._known.get(key) or await self._join(request)
+        if not _has_failed(checked):
+            self._known.pop(key, None)
+            return checked
         if not confirm:
-            self._failed[key] = result
-            return result
-        again = await self._join(request, earlier=result)
+            self._known[key] = checked
+            return checked
+        again = await self._join(request, earlier=checked)
         # Believed failures are not kept: their cause may be outside of the tree, and a user may correct it.
-        self._failed.pop(key, None)
-        return result if isinstance(again, CommandFailed) else again
+        self._known.pop(key, None)
+        return checked if isinstance(again.result, CommandFailed) else again
 
     async def has_passed(self, request: CheckRequest) -> bool:
         """Return True if all checks are recorded as passed on the tree."""
-        return not await self._missing(request.key)
+        recorded = await self._read_recorded(request.key)
+        return all(check.run in recorded for check in request.key.checks)
 
     def prefetch(self, group: TaskGroup, requests: Sequence[CheckRequest]) -> None:
         """Start checks whose results will be needed if all earlier merges land; stop all others that nobody awaits."""
@@ -141,7 +155,7 @@ class CheckRuns:
             if key not in keys and not running.waiters:
                 running.scope.cancel()
         for request in requests:
-            if not any(request.key in known for known in (self._running, self._failed, self._passed)):
+            if request.key not in self._running and request.key not in self._known:
                 group.start_soon(self._prefetch, request)
 
     async def _prefetch(self, request: CheckRequest) -> None:
@@ -149,18 +163,16 @@ class CheckRuns:
         if key in self._running or self._closed:
             return
         running = self._running[key] = _Running(request.task)
-        match await self._run(running, request):
-            case ChecksPassed():
-                self._passed.add(key)
-            case CommandFailed(unrunnable=None) as failed:
-                self._failed[key] = failed
+        checked = await self._run(running, request)
+        if isinstance(checked.result, ChecksPassed) or _has_failed(checked):
+            self._known[key] = checked
 
-    async def _join(self, request: CheckRequest, earlier: CommandFailed | None = None) -> CheckResult:
+    async def _join(self, request: CheckRequest, earlier: CheckedTree = _STOPPED) -> CheckedTree:
         key = request.key
         while (running := self._running.get(key)) is not None and running.scope.cancel_called:
             await running.ended.wait()
         if self._closed:
-            return CHECKS_STOPPED
+            return _STOPPED
         if running is None:
             for other in self._running.values():  # of an earlier merge of the task, checked ahead of its turn
                 if other.task == request.task and not other.waiters:
@@ -172,66 +184,96 @@ class CheckRuns:
             await running.ended.wait()
         finally:
             running.waiters -= 1
-        return running.result
+        return running.checked
 
-    async def _run(self, running: _Running, request: CheckRequest, earlier: CommandFailed | None = None) -> CheckResult:
+    async def _run(self, running: _Running, request: CheckRequest, earlier: CheckedTree = _STOPPED) -> CheckedTree:
         # The repetition has its own log: both results are evidence.
-        checker = request.checker if earlier is None else request.key.tree[-6:]
+        checker = request.key.tree[-6:] if _has_failed(earlier) else request.checker
         try:
             with running.scope:
-                async with self._worktrees[request.task, request.attempt, checker], self._limiter:
-                    running.result = await self._run_missing(request, checker, earlier)
+                async with self._worktrees[request.task, request.attempt, checker], self._context.check_slots:
+                    running.checked = await self._run_missing(request, checker, earlier)
         finally:
             del self._running[request.key]
             running.ended.set()
-        return running.result
+        return running.checked
 
-    async def _run_missing(self, request: CheckRequest, checker: str, earlier: CommandFailed | None) -> CheckResult:
-        missing = await self._missing(request.key)
-        if not missing:
-            return ChecksPassed()
-        run = self._ledger.run.id
-        runner = self._context.checks(self._pool, run, request.task, request.attempt, request.spec, missing, checker)
-        recorded = {check.run for check in request.key.checks if check.cache}
+    async def _run_missing(self, request: CheckRequest, checker: str, earlier: CheckedTree) -> CheckedTree:
+        checks, before = request.key.checks, {record.command: record for record in earlier.records}
+        # What passed just before a failure is not shown as a result of the cache.
+        records = {name: before.get(name, record) for name, record in (await self._read_recorded(request.key)).items()}
+        missing = [check for check in checks if check.run not in records]
+        result: CheckResult = ChecksPassed()
 
-        async def record(passed: PassedCheck) -> None:
-            failed = earlier if earlier is not None and earlier.command == passed.command else None
-            if failed is not None:
-                await self._ledger.note(TaskCheckFlaky(task=request.task, command=failed.short, log=str(failed.log)))
-            if passed.command in recorded:
-                await self._record(request, passed, is_flaky=failed is not None)
+        async def record(ended: EndedCheck) -> None:
+            made = records[ended.command] = self._describe(request, ended, before.get(ended.command))
+            if made.outcome is CheckOutcome.FLAKY:
+                await self._note_flaky(made)
+            if made.outcome is not CheckOutcome.FAILED and any(
+                one.run == ended.command and one.cache for one in checks
+            ):
+                await self._record(request.key, made)
             failpoint("check.recorded")
 
-        return await runner.run(request.commit, request.base, record)
+        if missing:
+            run = self._ledger.run.id
+            runner = self._context.checks(
+                self._pool, run, request.task, request.attempt, request.spec, missing, checker
+            )
+            result = await runner.run(request.commit, request.base, record)
+        return CheckedTree(result, tuple(records[check.run] for check in checks if check.run in records))
 
-    async def _missing(self, key: CheckKey) -> tuple[str, ...]:
-        """Return the commands that are not known to pass."""
-        now, store = self._ledger.writer.clock.now(), self._ledger.writer.store
-        missing = []
+    async def _read_recorded(self, key: CheckKey) -> dict[str, CheckRecord]:
+        """Return the recorded successes by command."""
+        store, found = self._ledger.writer.store, {}
         for check in key.checks:
             record = (await read_check(store, key.record_id(check.run)))[1] if check.cache else None
-            if record is None or not record.is_valid(now):
-                missing.append(check.run)
-        return tuple(missing)
+            if record is not None:
+                found[check.run] = record.model_copy(update={"source": CheckSource.CACHE})
+        return found
 
-    async def _record(self, request: CheckRequest, passed: PassedCheck, *, is_flaky: bool) -> None:
-        writer, key = self._ledger.writer, request.key
-        record = CheckRecord(
-            command=passed.command,
-            tree=key.tree,
+    def _describe(self, request: CheckRequest, ended: EndedCheck, earlier: CheckRecord | None) -> CheckRecord:
+        writer = self._ledger.writer
+        outcome, failed_tests, failed_log = CheckOutcome.PASSED, tuple[str, ...](), None
+        if ended.failure is not None:
+            outcome, failed_tests = CheckOutcome.FAILED, tuple(ended.failure.failed_tests)
+        elif earlier is not None and earlier.outcome is CheckOutcome.FAILED:
+            outcome, failed_tests, failed_log = CheckOutcome.FLAKY, earlier.failed_tests, earlier.log
+        return CheckRecord(
+            command=ended.command,
+            outcome=outcome,
+            tree=request.key.tree,
+            commit=request.commit,
             run=writer.run,
             task=request.task,
-            passed=writer.clock.now(),
-            seconds=round(passed.seconds, 3),
-            log=str(passed.log),
+            ended=writer.clock.now(),
+            seconds=round(ended.seconds, 3),
             host=socket.gethostname(),
-            is_flaky=is_flaky,
+            log=str(ended.log),
+            failed_tests=failed_tests,
+            failed_log=failed_log,
         )
-        digest = key.record_id(passed.command)
+
+    async def _note_flaky(self, record: CheckRecord) -> None:
+        event = TaskCheckFlaky(
+            task=record.task,
+            command=shorten_command(record.command),
+            log=record.failed_log or "",
+            passed_log=record.log,
+        )
+        await self._ledger.note(event)
+
+    async def _record(self, key: CheckKey, record: CheckRecord) -> None:
+        writer, digest = self._ledger.writer, key.record_id(record.command)
         version, _ = await read_check(writer.store, digest)
-        value = writer.sanitize(record.model_dump(mode="json"))
+        write = Write(check_key(digest), version, writer.sanitize(record.model_dump(mode="json")), MAX_CHECK_AGE)
         with suppress(VersionConflict):  # another process recorded the same result
-            await writer.store.commit(Commit([Write(check_key(digest), version, value)], durable=False))
+            await writer.store.commit(Commit([write], durable=False))
+
+
+def _has_failed(checked: CheckedTree) -> bool:
+    """Return True if a check failed for another reason than a missing program."""
+    return isinstance(checked.result, CommandFailed) and checked.result.unrunnable is None
 
 
 def _describe_files(paths: Iterable[Path]) -> str:

@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from orchestrator.domain.events.tasks import TaskChecking
+from orchestrator.domain.runs.check_results import CheckRecord
 from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.statuses import TaskStatus, Trigger
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.landing.base_checks import describe_check_fix
 from orchestrator.engine.landing.base_commands import BaseCommands
-from orchestrator.engine.landing.check_runs import CheckRequest
+from orchestrator.engine.landing.check_runs import CheckedTree, CheckRequest
 from orchestrator.engine.landing.outcomes import LandingOutcomes
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.sessions.setup.checks import CHECKS_STOPPED, CheckResult, ChecksNotRun, ChecksPassed
+from orchestrator.sessions.setup.checks import CHECKS_STOPPED, ChecksNotRun, ChecksPassed
 from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system.failpoints import failpoint
 
@@ -34,6 +35,8 @@ class CheckedMerges:
     again: Sequence[str] = ()
     culprit: str | None = None
     """A task that has failed only together with the tasks before it."""
+    records: Sequence[CheckRecord] = ()
+    """The results of the checks on the last merge that may land."""
 
 
 class MergeChecks:
@@ -95,52 +98,54 @@ class MergeChecks:
         """Find the leading merges that pass: all, or those before the first that fails."""
         tasks = list(merges)
         passed, failed = 0, len(tasks)
-        position = failed
+        position, records = failed, tuple[CheckRecord, ...]()
         while passed < failed:
             task = tasks[position - 1]
             request = whole if task == whole.task else await self._request(task, whole.spec, merges[task])
-            match await self.runs.run(request):
+            checked = await self.runs.run(request)
+            match checked.result:
                 case ChecksPassed():
                     failpoint("landing.checked")
-                    passed = position
+                    passed, records = position, checked.records
                 case CommandFailed():
                     failed = position - 1
                 case ChecksNotRun(reason) as result:
                     await self.requeue(tasks[passed:], reason)
                     # Other reasons, such as a full disk, may persist: these tasks wait like a single one.
-                    return CheckedMerges(passed, tasks[passed:] if result is CHECKS_STOPPED else ())
+                    again = tasks[passed:] if result is CHECKS_STOPPED else ()
+                    return CheckedMerges(passed, again, records=records)
             position = (passed + failed + 1) // 2
         await self.requeue(tasks[passed:], _NOT_REACHED)
-        return CheckedMerges(passed, tasks[passed:], next(iter(tasks[passed:]), None))
+        return CheckedMerges(passed, tasks[passed:], next(iter(tasks[passed:]), None), records)
 
     async def _check_single(self, request: CheckRequest) -> CheckedMerges:
         task, spec = request.task, request.spec
-        result, unrunnable = await self._run(request)
+        (result, records), unrunnable = await self._run(request)
         match result:
             case ChecksPassed():
                 failpoint("landing.checked")
-                return CheckedMerges(1)
+                return CheckedMerges(1, records=records)
             case CommandFailed() if unrunnable is not None:
                 await self.requeue([task], HaltReason.parse(unrunnable).headline)
                 self._give_up(unrunnable)
             case CommandFailed():
-                await self._outcomes.bounce(task, spec, request.commit, result)
+                await self._outcomes.bounce(task, spec, request.commit, result, records)
             case ChecksNotRun(reason):
                 await self.requeue([task], reason)
             case _:
                 assert_never(result)
         return CheckedMerges(0)
 
-    async def _run(self, request: CheckRequest) -> tuple[CheckResult, str | None]:
+    async def _run(self, request: CheckRequest) -> tuple[CheckedTree, str | None]:
         """Return a merge's check results, and the reason if a failed check can never run."""
         task, spec = request.task, request.spec
-        result, unrunnable = await self.runs.run(request, confirm=True), None
-        if isinstance(result, CommandFailed):
+        checked, unrunnable = await self.runs.run(request, confirm=True), None
+        if isinstance(result := checked.result, CommandFailed):
             correction = describe_check_fix(self._ledger.run, [spec], is_built=True)
             unrunnable = await self._base_commands.explain_unrunnable(
                 task, spec, spec.check_commands, result, request.base, correction
             )
-        return result, unrunnable
+        return checked, unrunnable
 
     async def _find_obstacle(self, merges: Mapping[str, PreparedMerge], tasks: list[str]) -> str | None:
         """Return what began to prevent the landing of checked merges during the checks."""

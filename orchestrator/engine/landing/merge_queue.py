@@ -14,13 +14,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import replace
 from typing import assert_never
 
 import anyio
 from anyio.abc import TaskGroup
 
 from orchestrator.domain.events.tasks import TaskLanding
-from orchestrator.domain.runs.model import PreparedMerge
+from orchestrator.domain.runs.check_results import CheckRecord, attribute_checks
+from orchestrator.domain.runs.model import Attempt, PreparedMerge
 from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.settings.run_settings import Backoff
@@ -217,11 +219,11 @@ class MergeQueue:
         """Land tasks with one move of the target; return the tasks to queue again."""
         later: list[str] = []
         for number in range(1, MAX_MERGE_ROUNDS + 1):
-            merges, postponed = await self._prepare_checked(lease, tasks, group)
-            tasks, later = list(merges), postponed + later
+            merges, checked = await self._prepare_checked(lease, tasks, group)
+            tasks, later = list(merges), [*checked.again, *later]
             if not tasks:
                 break
-            match await self._move(lease, await self._joined(lease, merges)):
+            match await self._move(lease, await self._joined(lease, merges), checked.records):
                 case Landed():
                     break
                 case DeferredLanding() if len(merges) > 1:  # one of them may be the cause
@@ -239,8 +241,8 @@ class MergeQueue:
 
     async def _prepare_checked(
         self, lease: HeldMergeLease, tasks: Sequence[str], group: TaskGroup
-    ) -> tuple[dict[str, PreparedMerge], list[str]]:
-        """Return the merges that may land now, and the tasks to queue again."""
+    ) -> tuple[dict[str, PreparedMerge], CheckedMerges]:
+        """Return the merges that may land now, and the result of their checks with the tasks to queue again."""
         later: list[str] = []
         while True:
             merges, postponed = await self._prepare(lease, tasks)
@@ -249,7 +251,9 @@ class MergeQueue:
             if len(tasks) == len(merges):  # otherwise later merges include one that will not land
                 break
         checked = await self._check(lease, merges, group) if merges else CheckedMerges(0)
-        return {task: merges[task] for task in tasks[: checked.passed]}, [*checked.again, *later]
+        return {task: merges[task] for task in tasks[: checked.passed]}, replace(
+            checked, again=[*checked.again, *later]
+        )
 
     async def _pause(self, number: int) -> None:
         """Wait between two merge rounds, unless the queue is stopped."""
@@ -295,7 +299,7 @@ class MergeQueue:
         return True
 
     async def _move(
-        self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge]
+        self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge], checks: Sequence[CheckRecord]
     ) -> Landed | StaleTarget | DeferredLanding:
         """Record the intent, update the target, and record the result."""
         whole = combine_merges(merges.values())
@@ -307,6 +311,7 @@ class MergeQueue:
                 {
                     "landing_intent": intent,
                     "intended_merges": add_intended_merge(self._ledger.task(task).intended_merges, merge.new),
+                    "attempts": self._with_checks(task, checks),
                 },
             )
             for task, merge in merges.items()
@@ -328,6 +333,11 @@ class MergeQueue:
             case _:
                 assert_never(moved)
         return moved
+
+    def _with_checks(self, task: str, checks: Sequence[CheckRecord]) -> tuple[Attempt, ...]:
+        """Return the attempts of a task, with the results of the checks of its work."""
+        document = self._ledger.task(task)
+        return document.with_attempt(document.building_attempt.number, checks=attribute_checks(checks, task))
 
     async def _is_allowed(self, task: str, merge: PreparedMerge) -> bool:
         """Return True if a merge may land if its checks pass; otherwise the reason is recorded."""

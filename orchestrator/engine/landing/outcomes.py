@@ -17,6 +17,7 @@ from orchestrator.domain.events.tasks import (
     TaskLandingAborted,
     TaskRequeued,
 )
+from orchestrator.domain.runs.check_results import CheckRecord, attribute_checks
 from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
@@ -64,6 +65,7 @@ class Rejection:
     branch: str
     facts: JsonObject
     check_log: str | None = None
+    checks: Sequence[CheckRecord] = ()
 
     def event(self, trigger: Trigger) -> TaskEvent:
         """Return the event for `trigger`."""
@@ -213,12 +215,14 @@ class LandingOutcomes:
         messages = await read_messages(self._ledger.writer.store, self._ledger.run.id, task)
         return [message for message in messages if not message.attempts]
 
-    async def bounce(self, task: str, spec: TaskSpec, merge: str, failed: CommandFailed) -> None:
+    async def bounce(
+        self, task: str, spec: TaskSpec, merge: str, failed: CommandFailed, checks: Sequence[CheckRecord]
+    ) -> None:
         """Retry a task whose merge fails its checks, or end the task."""
         reason = failed.describe("on the merged tree")
         facts: JsonObject = {"log": str(failed.log)}
         rejection = Rejection(
-            FailureClass.CHECKS_FAILED, reason, self._ledger.work_branch(task), facts, str(failed.log)
+            FailureClass.CHECKS_FAILED, reason, self._ledger.work_branch(task), facts, str(failed.log), checks
         )
         if spec.on_checks_failed == "retry" and self._is_retried(task, spec, FailureClass.CHECKS_FAILED):
             ref = internal_ref_name(self._ledger.run.id, f"again/{task}")
@@ -287,7 +291,7 @@ class LandingOutcomes:
         document, reason, branch = self._ledger.task(task), rejection.reason, rejection.branch
         number = document.building_attempt.number
         facts = {"outcome": rejection.failure, "reason": reason, "check_log": rejection.check_log}
-        attempts = document.with_attempt(number, **facts)
+        attempts = document.with_attempt(number, **facts, checks=attribute_checks(rejection.checks, task))
         changes |= {"failures": document.failures + 1, "bounces": document.bounces + 1}
         changes |= {"attempts": attempts, "reason": reason, "branch": branch}
         await self._ledger.change(task, trigger, rejection.event(trigger), **changes)
@@ -321,11 +325,13 @@ def _render_check_failure(failed: CommandFailed, marker: str) -> str:
 
     `marker` is a nonce that check output cannot contain.
     """
+    names = "\n".join(failed.failed_tests)
+    tests = f"{quote_block(names, marker, 'failed tests')}\n" if names else ""
     return (
         "---\n"
         "An earlier attempt at this task was merged into the newest commit of the target branch. A check failed on\n"
         f"the result: `{failed.command}` {failed.how_it_ended}. This worktree contains that merge. Fix the\n"
         "cause without breaking what the task asks for. The end of the output is quoted between two markers;\n"
-        f"{DATA_NOTICE}.\n"
+        f"{DATA_NOTICE}.\n{tests}"
         f"{quote_block(failed.output.strip()[-MAX_CHECK_OUTPUT:], marker, 'output')}\n"
     )

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.events import EVENT_TYPES, TypedEvent
+from orchestrator.domain.runs import check_results
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.reports import report, task_details
 from orchestrator.engine.reports.report import EXIT_CODES, RunReport
@@ -60,7 +61,7 @@ def _schema_of(event: type[TypedEvent]) -> JsonObject:
 
 def _build_schema(model: type) -> JsonObject:
     schema = TypeAdapter(model).json_schema(mode="serialization")
-    models = {**vars(report), **vars(task_details)}
+    models = {**vars(report), **vars(task_details), **vars(check_results)}
     for name, definition in {**schema["$defs"], model.__name__: schema}.items():
         definition.pop("additionalProperties", None)
         if name in models:

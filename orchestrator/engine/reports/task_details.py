@@ -158,7 +158,7 @@ def build_task_details(
     attempts = () if report.adapter is None else document.attempts
     ordered = sorted(handoffs.values(), key=lambda handoff: handoff.attempt)
     return TaskDetails(
-        **report.to_json(),
+        **report.fields(),
         run=run,
         prompt=definition.prompt,
         tracker=definition.tracker,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Final
+from typing import Any, Final
 
+from orchestrator.domain.runs.check_results import CheckOutcome, CheckRecord
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.phases import OPEN_STATUSES
 from orchestrator.domain.runs.statuses import TaskStatus
@@ -57,10 +58,21 @@ class TaskReport:
     """The number of its pull request."""
     reloadable: bool = True
     """Whether `council retry TASK --reload` can adopt its settings from the file."""
+    checks: tuple[CheckRecord, ...] = ()
+    """The last results of the checks on its work; `outcome` is `flaky` for one that passed only when repeated."""
+
+    @property
+    def flaky_checks(self) -> list[CheckRecord]:
+        """The checks that failed, and passed when they were repeated on the same files."""
+        return [check for check in self.checks if check.outcome is CheckOutcome.FLAKY]
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return dict(zip(TaskReport.__slots__, _VALUES(self), strict=True))
 
     def to_json(self) -> JsonObject:
         """Return the object for `--json`."""
-        return dict(zip(TaskReport.__slots__, _VALUES(self), strict=True))
+        return {**self.fields(), "checks": [check.model_dump(mode="json") for check in self.checks]}
 
 
 _VALUES: Final = attrgetter(*TaskReport.__slots__)
@@ -100,10 +112,12 @@ def report_task(
     newest = document.attempt if attempts else None
     outcome = document.refused or (None if newest is None else newest.outcome)
     input_tokens, output_tokens, denials = 0, 0, None
+    checks: tuple[CheckRecord, ...] = ()
     for attempt in attempts:  # one loop, because a run may have thousands of tasks
         input_tokens += attempt.input_tokens
         output_tokens += attempt.output_tokens
         denials = attempt.denied_tools if attempt.denied_tools.count else denials
+        checks = attempt.checks or checks
     return TaskReport(
         id=task,
         status=status,
@@ -124,6 +138,7 @@ def report_task(
         blocked_by=blocked_by,
         pull_request=document.pull_request,
         reloadable=is_reloadable,
+        checks=checks,
     )
 
 

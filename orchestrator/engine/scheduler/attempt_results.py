@@ -140,7 +140,7 @@ class AttemptRecorder:
         with active.checks:
             runs = self.base_commands.runs
             request = await runs.request(worktree.task, worktree.attempt, active.spec, checks, commit, base)
-            result = await runs.run(request)
+            result = (await runs.run(request)).result
             if isinstance(result, CommandFailed):
                 unrunnable = await self.base_commands.explain_unrunnable(
                     worktree.task,

@@ -63,7 +63,7 @@ class Scheduler:
         """The cause and the reason of an early stop; None otherwise."""
         budgets = Budgets(ledger, clock, context.accounting, partial(self._halt, HaltCause.BUDGET))
         base_selector = BaseSelector(ledger, context)
-        checks = CheckRuns(ledger, context, pool, capacity=ledger.run.checks_capacity or ledger.run.capacity)
+        checks = CheckRuns(ledger, context, pool)
         base_commands = BaseCommands(ledger, context, checks)
         self._base_checks = BaseChecks(ledger, context, base_commands, base_selector, board.entries)
         self._merge_queue = MergeQueue(ledger, context, base_commands, self._give_up)

@@ -61,6 +61,8 @@ class ActiveSession:
     """All patterns that it ever requested: each later lock or report writes them again."""
     query_lock: anyio.Lock = field(default_factory=anyio.Lock)
     """Serializes expensive queries, so that one session's requests do not block those of other sessions."""
+    slot: anyio.Lock = field(default_factory=anyio.Lock)
+    """Held with a slot for a heavy command: a session has at most one."""
     validate_handoff: HandoffValidator | None = None
     stop_checks: StopChecks | None = None
     handoff: JsonObject | None = None

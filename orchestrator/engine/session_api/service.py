@@ -40,13 +40,14 @@ class SessionService:
         locks: SessionLocks,
         git: Git,
         elsewhere: Callable[[SessionName], Awaitable[SessionWorkspace]],
+        slots: anyio.CapacityLimiter,
     ) -> None:
         """Create a service of sessions whose records are in `contexts`.
 
         A session without a claim on its task can read, but not lock. `elsewhere` finds the workspaces of other
-        processes' sessions; `git` runs in the trusted repository.
+        processes' sessions; `git` runs in the trusted repository. `slots` are those of checks.
         """
-        self.notes = notes
+        self.notes, self._slots = notes, slots
         self._contexts, self._locks = contexts, locks
         self._active: dict[SessionName, ActiveSession] = {}
         self._quota = WriteQuota(contexts.clock)
@@ -145,9 +146,7 @@ class SessionService:
         handler = self._handlers.get(command)
         if handler is None:
             raise RefusedError(f"unknown command {command!r}", f"use one of {', '.join(self._handlers)}")
-        active = self._active.get(session)
-        if active is None:
-            raise RefusedError(f"session {session} has ended", "stop working: a later session may continue its task")
+        active = self._require_active(session)
         if command in _WRITE_COMMANDS:
             written = len(json.dumps(arguments, ensure_ascii=False)) + sum(map(len, active.named))
             self._quota.charge(session, written)
@@ -161,3 +160,18 @@ class SessionService:
         except LeaseLost:
             message = f"task {session.task} was taken over by another process"
             raise RefusedError(message, "stop working: further work of this session can't land") from None
+
+    @asynccontextmanager
+    async def hold_slot(self, session: SessionName) -> AsyncIterator[None]:
+        """Hold one of the slots of checks during the block; wait until one is free.
+
+        A session has at most one. Raises RefusedError if the session has ended.
+        """
+        async with self._require_active(session).slot, self._slots:
+            yield
+
+    def _require_active(self, session: SessionName) -> ActiveSession:
+        active = self._active.get(session)
+        if active is None:
+            raise RefusedError(f"session {session} has ended", "stop working: a later session may continue its task")
+        return active

@@ -93,6 +93,15 @@ async def read_check(store: Store, digest: str) -> tuple[int, CheckRecord | None
     return document.version, CheckRecord.model_validate_json(document.encoded)
 
 
+async def list_checks(store: Store) -> dict[str, tuple[int, CheckRecord]]:
+    """Return the readable recorded results of checks by digest, each with the version of its document."""
+    return {
+        document.key.id: (document.version, CheckRecord.model_validate_json(document.encoded))
+        for document in await store.list("check")
+        if not document.damaged and find_document_error(document) is None
+    }
+
+
 async def read_messages(store: Store, run: str, task: str) -> list[UserMessage]:
     """Return the messages to a task, oldest first."""
     documents = await store.list("message", f"{run}/{task}/")

@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
 #: Fields of documents and events with text from other programs.
 _FOREIGN_TEXT_FIELDS = frozenset(
-    {"reason", "feedback", "paths", "discarded", "disabled_reason", "changes", "worktree", "last_message", "note"}
+    {
+        "reason",
+        "feedback",
+        "paths",
+        "discarded",
+        "disabled_reason",
+        "changes",
+        "worktree",
+        "last_message",
+        "note",
+        "failed_tests",
+    }
 )
 
 

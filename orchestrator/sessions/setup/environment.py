@@ -36,8 +36,16 @@ def attempt_variables(worktree: Worktree) -> dict[str, str]:
         "COUNCIL_RUN": worktree.run,
         "COUNCIL_TASK": worktree.task,
         "COUNCIL_ATTEMPT": str(worktree.attempt),
-        "COUNCIL_PROMPT_FILE": str(worktree.prompt_file),
+        **identifying_variables(worktree),
     }
+
+
+def identifying_variables(worktree: Worktree) -> dict[str, str]:
+    """Return the variable by which leftover processes are found, see `Worktree.marker`.
+
+    Checks get no others of their attempt: their result must not depend on the task, because other tasks use it.
+    """
+    return {"COUNCIL_PROMPT_FILE": str(worktree.prompt_file)}
 
 
 def build_session_environment(

@@ -46,7 +46,7 @@ _TRAILER = re.compile(
     r"|[#\N{INFORMATION SOURCE}] (duration_ms \S+|\w+ 0)$|$)"
 )
 _MAX_DENIED_HOSTS = 5  # in messages
-_MAX_NAMED_COMMANDS = 5  # in messages
+_MAX_NAMED_COMMANDS, _MAX_NAMED_TESTS = 5, 3  # in messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class UnrunnableProgram:
 class CommandFailed:
     """The command failed: how it ended, as text, and the tail of its output.
 
-    `unrunnable`, set for exit codes 126 and 127, is the program that can't be run.
+    `unrunnable`, set for exit codes 126 and 127, is the program that can't be run. `failed_tests` are from its report.
     """
 
     command: str
@@ -90,16 +90,17 @@ class CommandFailed:
     output: str
     log: Path
     unrunnable: UnrunnableProgram | None = None
+    failed_tests: Sequence[str] = ()
 
     def describe(self, where: str = "") -> str:
         """Return the start of the command, how and `where` it ended, and the output tail."""
-        return f"`{self.short}` {self.how_it_ended}{where and f' {where}'}\n{self.output_tail}".strip()
+        tests = f"; failed tests: {join_names(self.failed_tests, _MAX_NAMED_TESTS)}" if self.failed_tests else ""
+        return f"`{self.short}` {self.how_it_ended}{where and f' {where}'}{tests}\n{self.output_tail}".strip()
 
     @property
     def short(self) -> str:
         """Return the start of the command, on one line."""
-        line = " ".join(self.command.split())
-        return line if len(line) <= _MAX_COMMAND_CHARS else f"{line[:_MAX_COMMAND_CHARS]}…"
+        return shorten_command(self.command)
 
     @property
     def output_tail(self) -> str:
@@ -108,6 +109,12 @@ class CommandFailed:
         while len(lines) > 1 and _TRAILER.match(lines[-1]):
             lines.pop()
         return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_CHARS:]
+
+
+def shorten_command(command: str) -> str:
+    """Return the start of a command, on one line."""
+    line = " ".join(command.split())
+    return line if len(line) <= _MAX_COMMAND_CHARS else f"{line[:_MAX_COMMAND_CHARS]}…"
 
 
 def describe_unrunnable(failed: Sequence[CommandFailed], correction: str, run: str, merge: str = "") -> str:

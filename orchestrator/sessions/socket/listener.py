@@ -17,7 +17,7 @@ import os
 import shlex
 import shutil
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
 
-from orchestrator.client.commands import MAX_REQUEST_BYTES, MCP_SERVER_NAME
+from orchestrator.client.commands import HOLD_SLOT, MAX_REQUEST_BYTES, MCP_SERVER_NAME
 from orchestrator.client.session import SESSION_FILE, SESSION_VARIABLE, SOCKET_NAME, ShortSocketPath
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.settings.run_settings import PathAccess
@@ -63,6 +63,9 @@ class SessionApi(Protocol):
 
         A RefusedError is reported to the client. The call is cancelled when the client disconnects.
         """
+
+    def hold_slot(self, session: SessionName) -> AbstractAsyncContextManager[None]:
+        """Hold a slot for a heavy command during the block; wait for one. Raises RefusedError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +155,17 @@ class _RequestHandler:
     active: set[anyio.abc.SocketStream] = field(default_factory=set)
     foreign: set[anyio.abc.SocketStream] = field(default_factory=set)
 
-    async def handle(self, line: bytes) -> JsonObject:
-        """Return the response to a request. Raises nothing but cancellation."""
+    async def handle(self, line: bytes, held: AsyncExitStack) -> JsonObject:
+        """Return the response to a request; `held` is for what lasts until the client disconnects.
+
+        Raises nothing but cancellation.
+        """
         try:
             read = partial(read_request, line, self.token, self.tree)
             request = read() if len(line) <= _MAX_INLINE_BYTES else await anyio.to_thread.run_sync(read)
+            if request.command == HOLD_SLOT.name:
+                await held.enter_async_context(self.session_service.hold_slot(self.session))
+                return _HELD
             return {
                 "ok": True,
                 "result": await self.session_service.handle(self.session, request.command, request.arguments),
@@ -169,6 +178,10 @@ class _RequestHandler:
             if len(self.faults) < _MAX_FAULTS:
                 self.faults.append(f"{type(error).__name__}: {error}")
             return _refusal(_FAULT, _FAULT_REMEDY)
+
+
+#: The response of a request whose result lasts until the client disconnects.
+_HELD: JsonObject = {"ok": True, "result": {}}
 
 
 def _refusal(message: str, remedy: str) -> JsonObject:
@@ -219,9 +232,13 @@ async def _handle_request(stream: anyio.abc.SocketStream, handler: _RequestHandl
     else:
         handler.active.add(stream)
         try:
-            async with anyio.create_task_group() as group:
+            async with anyio.create_task_group() as group, AsyncExitStack() as held:
                 group.start_soon(_cancel_on_disconnect, stream, group.cancel_scope)
-                response = await _respond(line, handler)
+                response = await _respond(line, handler, held)
+                if response is _HELD:
+                    response = None
+                    await stream.send(_encoded(_HELD))
+                    await anyio.sleep_forever()  # until the client disconnects
                 group.cancel_scope.cancel()
         finally:
             handler.active.discard(stream)
@@ -244,10 +261,10 @@ async def _receive_request(stream: anyio.abc.SocketStream, handler: _RequestHand
     return None
 
 
-async def _respond(line: bytes, handler: _RequestHandler) -> JsonObject:
+async def _respond(line: bytes, handler: _RequestHandler, held: AsyncExitStack) -> JsonObject:
     if len(line) > MAX_REQUEST_BYTES:
         return _refusal(f"the request is larger than {MAX_REQUEST_BYTES} bytes", "send a smaller request")
-    return await handler.handle(line)
+    return await handler.handle(line, held)
 
 
 def _encoded(response: JsonObject) -> bytes:

@@ -14,6 +14,7 @@ import click
 
 from orchestrator.cli.core.options import json_option, wants_json
 from orchestrator.client import main as client
+from orchestrator.client import slot as slots
 from orchestrator.client.commands import (
     MAX_VERSION,
     MAX_WAIT_SECONDS,
@@ -92,3 +93,18 @@ def command_help(asked: SessionCommand) -> str:
 lock, unlock, report, peers, note, notes, ask, submit_handoff = (
     _command(name) for name, one in SESSION_COMMANDS.items() if not one.is_for_all
 )
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def slot(command: tuple[str, ...]) -> None:
+    """Run a heavy command of this session in a slot for checks.
+
+    At most `checks_capacity` checks and commands of sessions run at once; others wait for a slot. A session has one
+    slot. The exit code is that of the command. For programs that `council run` starts, in their worktree.
+
+    \b
+    Examples:
+      council slot -- make test
+    """
+    sys.exit(slots.run(command))

@@ -1,4 +1,4 @@
-"""The base class of the topics."""
+"""The base class of the topics of a council."""
 
 from __future__ import annotations
 
