@@ -176,6 +176,7 @@ async def test_check_that_passes_when_repeated_is_flaky(repository: Repository, 
     assert f"ran on {socket.gethostname()} in" in shown
 
 
+@pytest.mark.extended
 async def test_forgotten_check_runs_again(repository: Repository, log: CheckLog) -> None:
     """Other recorded checks are kept; a task that uses a result shows the task that ran the check."""
 
@@ -212,7 +213,7 @@ async def test_check_does_not_see_the_task_that_it_runs_for(repository: Reposito
     assert ended.states == {"t": "landed"}, ended
 
 
-@pytest.mark.extended_rest
+@pytest.mark.extended
 async def test_commands_of_sessions_and_checks_share_their_slots(repository: Repository, log: CheckLog) -> None:
     """With one slot, none of them overlap."""
     alone = f"mkdir {log.folder}/one || touch {log.folder}/overlap; sleep 0.3; rmdir {log.folder}/one"
@@ -230,6 +231,7 @@ async def test_commands_of_sessions_and_checks_share_their_slots(repository: Rep
     assert not (log.folder / "overlap").exists()
 
 
+@pytest.mark.extended
 async def test_failed_tests_of_a_report_are_named(repository: Repository, log: CheckLog) -> None:
     """In the reason, in `show` and in the next prompt; a committed report and a link to one count for nothing."""
     secret = log.folder / "secret.xml"
@@ -244,7 +246,7 @@ async def test_failed_tests_of_a_report_are_named(repository: Repository, log: C
     repository.commit({"build/junit.xml": report.format("test_committed")}, "a report")
     steps = "\n".join(f"attempt {n} write {name} x" for n, name in enumerate(("a0", "a1", "link", "a2"), start=1))
     config = repository.configure(
-        [{"id": "t", "prompt": steps}],
+        [{"id": "t", "prompt": f"keep-prompt\n{steps}"}],
         defaults={"checks": [check], "attempts": 4, "allow_failing_base": True},
         writable=[str(log.folder)],
     )
@@ -256,6 +258,8 @@ async def test_failed_tests_of_a_report_are_named(repository: Repository, log: C
     tests = [check["failed_tests"] for one in details["sessions"] for check in one["checks"]]
     assert tests == [[], ["tests.test_a.test_sum"], [], []]
     assert "tests.test_a.test_sum" in repository.council("show", "t").stdout
+    prompts = [Path(one["log"]).read_text() for one in details["sessions"]]
+    assert ["tests.test_a.test_sum" in prompt for prompt in prompts] == [False, False, True, False]
 
 
 async def test_passed_check_is_not_repeated_in_another_run(repository: Repository, log: CheckLog) -> None:

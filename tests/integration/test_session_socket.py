@@ -162,8 +162,8 @@ async def test_sandboxed_program_submits_a_handoff_and_shares(site: Site, kind: 
     [
         (["sh", "-c", "exit 7"], 7),
         (["council", "slot", "--", "sh", "-c", "exit 5"], 5),  # in the same slot
-        pytest.param(["missing-program"], 127, marks=pytest.mark.extended_rest),
-        pytest.param(["."], 126, marks=pytest.mark.extended_rest),
+        pytest.param(["missing-program"], 127, marks=pytest.mark.extended),
+        pytest.param(["."], 126, marks=pytest.mark.extended),
     ],
 )
 async def test_slot_passes_on_the_exit_code(site: Site, argv: list[str], expected: int) -> None:
@@ -174,6 +174,7 @@ async def test_slot_passes_on_the_exit_code(site: Site, argv: list[str], expecte
     assert [command for _, command, _ in site.session_service.asked] == ["hold_slot"]
 
 
+@pytest.mark.extended_variants
 async def test_killed_command_releases_its_slot(site: Site, kind: SandboxKind) -> None:
     """The next session waits for it, and gets it while the first session still runs."""
     slots, ended = site.session_service.slots, list[int | None]()
