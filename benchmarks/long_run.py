@@ -29,9 +29,9 @@ from orchestrator.domain.settings.run_settings import (
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import record_new_run
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.locking.liveness import LivenessLocks
 from orchestrator.locking.orchestrators import RunMembership, create_owner
 from orchestrator.project import Project
+from orchestrator.repo.worktrees.hub import LivenessLocks
 from orchestrator.state.log.identity import ensure_log
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
+import yaml
 
 from orchestrator.config.load import load_config, load_value
 from orchestrator.config.model import RunConfig
 from orchestrator.config.schema import Config
-from orchestrator.config.source.location import named_repository
+from orchestrator.config.source.document import MAX_DEPTH
+from orchestrator.config.source.files import MAX_FILE_BYTES, open_regular_file
 from orchestrator.domain.settings.fields import TO_FILE
 from orchestrator.domain.settings.names import is_url
 from orchestrator.engine.diagnostics.preflight import project_of_config
@@ -93,3 +96,36 @@ def _without_none(value: Any) -> Any:
         case list():
             return [_without_none(each) for each in value]
     return value
+
+
+def named_repository(path: Path) -> Path | None:
+    """Return the folder under a file's key `repo`; None if missing or unreadable.
+
+    Blocks. Stops reading at that key.
+    """
+    try:
+        with open_regular_file(path) as file:
+            events = yaml.parse(file.read(MAX_FILE_BYTES), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            repo = next((value for key, value in _top_scalars(events) if key == "repo"), None)
+        return None if repo is None or is_url(repo) else Path(os.path.realpath(path.parent / repo))
+    except (yaml.YAMLError, OSError, ValueError, OverflowError):
+        return None
+
+
+def _top_scalars(events: Iterator[yaml.Event]) -> Iterator[tuple[str, str]]:
+    """Yield the keys and values of the top mapping whose values are scalars."""
+    depth, key = 0, None
+    for event in events:
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:  # rejected later; the cost of parsing is proportional to depth times length
+                return
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+            key = None if depth == 1 else key
+        elif depth == 1 and isinstance(event, yaml.ScalarEvent):
+            if key is None:
+                key = event.value
+            else:
+                yield key, event.value
+                key = None

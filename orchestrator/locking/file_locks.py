@@ -12,12 +12,13 @@ hold can deadlock: a waiter checks immediately and then regularly whether it is 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -25,7 +26,6 @@ import anyio.to_thread
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.deadlocks import LockWait, find_deadlock, merge_waits
 from orchestrator.errors import CouncilError, FileLocked, LockUnavailable, RefusedError
-from orchestrator.locking.lock_markers import LockMarker, hold_marker, list_markers
 from orchestrator.locking.lock_names import canonical_path, folds_case, lock_name
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock, FileLockMode, HeldLock, LockHolder
@@ -92,6 +92,79 @@ def _check_descriptors(count: int) -> None:
                 f"can't take {count} more locks: only {left} of {resources.descriptor_limit} file descriptors are free"
             )
             raise RefusedError(message, "unlock files, lock a folder instead, or raise `ulimit -n`")
+
+
+MarkerKind = Literal["shares", "waits"]
+
+#: Seconds after which an incomplete marker is stale. Creating one takes far less.
+_MAX_CREATION_SECONDS: Final = 60.0
+
+
+class LiveMarker(NamedTuple):
+    """A marker whose creator is alive."""
+
+    kind: MarkerKind
+    holder: LockHolder
+
+
+class LockMarker:
+    """A small file that identifies a sharer or waiter of a lock, until dropped.
+
+    Markers are informational: no decision depends on them. The creator holds a lock on its marker, so an unlocked
+    marker is stale.
+    """
+
+    def __init__(self, folder: Path, kind: MarkerKind, holder: LockHolder) -> None:
+        """Create a marker. Raises OSError if that fails."""
+        self._path = folder / f"{holder.id}.{kind}"
+        made = folder / f"{holder.id}.new"
+        lock = FileLock(made).try_acquire()
+        assert lock is not None, "the name is unique"  # noqa: S101  (for the type checker)
+        self._lock = lock
+        with ExitStack() as stack:
+            stack.callback(lock.release)
+            stack.callback(made.unlink, missing_ok=True)
+            lock.write_holder(holder)
+            made.rename(self._path)  # it becomes visible only once locked
+            stack.pop_all()
+
+    def drop(self) -> None:
+        """Remove the marker. Call once."""
+        self._path.unlink(missing_ok=True)
+        self._lock.release()
+
+
+@contextmanager
+def hold_marker(folder: Path, kind: MarkerKind, holder: LockHolder) -> Iterator[None]:
+    """Keep a marker for the duration of the block."""
+    marker = LockMarker(folder, kind, holder)
+    try:
+        yield
+    finally:
+        marker.drop()
+
+
+def list_markers(folder: Path) -> Iterator[LiveMarker]:
+    """Yield the live markers and remove stale ones."""
+    kinds: tuple[MarkerKind, MarkerKind] = ("shares", "waits")
+    for kind in kinds:
+        for path in sorted(folder.glob(f"*.{kind}")):
+            holder = LockHolder.read(path)
+            # Shared, so that concurrent scans don't mistake each other for the creator.
+            if (stale := FileLock(path).try_acquire(shared=True)) is not None:
+                path.unlink(missing_ok=True)
+                stale.release()
+            elif holder is not None:
+                yield LiveMarker(kind, holder)
+    for path in folder.glob("*.new"):
+        _remove_old(path)
+
+
+def _remove_old(path: Path) -> None:
+    """Remove an incomplete marker of a killed process, recognized by its age."""
+    with suppress(FileNotFoundError):
+        if time.time() - path.stat().st_mtime > _MAX_CREATION_SECONDS:
+            path.unlink()
 
 
 class FileLocks:

@@ -18,10 +18,10 @@ from orchestrator.domain.scheduling.claims import Role
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import LeaseLost
 from orchestrator.locking.claims import ClaimHolder, Claims
-from orchestrator.locking.liveness import LivenessLocks
 from orchestrator.locking.orchestrators import RunMembership, create_owner
 from orchestrator.locking.takeovers import ClaimTakeovers
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
+from orchestrator.repo.worktrees.hub import LivenessLocks
 from orchestrator.system.clock import SystemClock
 from tests.stores import open_store
 

@@ -18,21 +18,11 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.run_settings import SandboxSettings, SetupStep
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.hub import Hub
-from orchestrator.repo.worktrees.setup_keys import first_step_to_run, read_setup_keys
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.log_files import list_attempt_streams
 from orchestrator.sessions.sandbox.policy import SandboxKind
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup.environment import attempt_variables, build_base_environment
-from orchestrator.sessions.setup.hooks import (
-    HooksResult,
-    hook_outcome,
-    run_all,
-    run_until_failure,
-    session_commands,
-    setup_commands,
-    teardown_commands,
-)
 from orchestrator.sessions.setup.shell import (
     CommandFailed,
     CommandNotRun,
@@ -41,6 +31,17 @@ from orchestrator.sessions.setup.shell import (
     Shell,
     ShellCommand,
     ShellResult,
+)
+from orchestrator.sessions.setup.worktree_setup import (
+    HooksResult,
+    first_step_to_run,
+    hook_outcome,
+    read_setup_keys,
+    run_all,
+    run_until_failure,
+    session_commands,
+    setup_commands,
+    teardown_commands,
 )
 from tests.conftest import Repository
 from tests.processes import child_processes

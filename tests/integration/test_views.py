@@ -14,8 +14,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.engine.views.content import document_path, document_view, version_path, version_view
-from orchestrator.engine.views.export import export_views
+from orchestrator.engine.views import document_path, document_view, export_views, version_path, version_view
 from orchestrator.errors import RefusedError
 from orchestrator.project import Project
 from orchestrator.protocols import VERSIONS_KEPT, Commit, Event, JsonObject, Key, Store, Write

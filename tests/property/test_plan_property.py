@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
-from orchestrator.domain.scheduling.plan import count_concurrent_sessions, plan_waves
 from orchestrator.domain.settings.path_patterns import has_any_overlap
+from orchestrator.engine.reports.dry_run import count_concurrent_sessions, plan_waves
 
 _PATTERNS = ["src/**", "src/a/*", "src/a/b.py", "src/b*/x", "docs/", "**/x", "docs/[ab]*", "*"]
 

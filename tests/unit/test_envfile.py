@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.security.envfile import parse_env_values
+from orchestrator.repo.worktrees.provisions import parse_env_values
 
 
 @pytest.mark.parametrize(

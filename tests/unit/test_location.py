@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.source.location import named_repository
+from orchestrator.api.loading import named_repository
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from orchestrator.sessions.supervision.redaction import (
+from orchestrator.sessions.supervision.capture import (
     MAX_HELD_BYTES,
     MAX_KEY_BYTES,
     StreamRedactor,

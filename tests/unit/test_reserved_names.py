@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.security.reserved_names import find_reserved_name
+from orchestrator.repo.intake.inspection import find_reserved_name
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.domain.settings.run_settings import SetupStep
-from orchestrator.repo.worktrees.setup_keys import compute_setup_keys, first_step_to_run
+from orchestrator.sessions.setup.worktree_setup import compute_setup_keys, first_step_to_run
 
 STEPS = (SetupStep(run="make venv", inputs=("requirements.txt",)), SetupStep(run="make data"))
 THERE = {"requirements.txt": "100644 blob 1"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.api.loading import named_repository
 from orchestrator.config.source.document import read_document
-from orchestrator.config.source.location import named_repository
 from orchestrator.config.source.problems import Problems, TooManyProblems
 from orchestrator.config.workflows.templates import compile_template
 from orchestrator.engine.phases.prompts import PromptVariables, is_condition_met, render

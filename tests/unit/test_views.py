@@ -6,8 +6,7 @@ import json
 from itertools import product
 from typing import Any
 
-from orchestrator.engine.views.content import context_path, document_path, version_path
-from orchestrator.engine.views.export import ViewFolder
+from orchestrator.engine.views import ViewFolder, context_path, document_path, version_path
 from orchestrator.protocols import CommitRecord, Event, Key
 
 TASK = Key("task", "run/a")

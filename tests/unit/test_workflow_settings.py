@@ -13,11 +13,11 @@ import yaml
 from adapters.claude_code import ClaudeCodeAdapter
 from adapters.codex import CodexAdapter
 from adapters.command.adapter import CommandAdapter
+from orchestrator.cli.commands.setup.workflow import build_workflow_files, workflows_to_yaml
 from orchestrator.config.load import load_config, load_value
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.config.workflows.load import builtin_phases
 from orchestrator.config.workflows.templates import BUILTIN_TEMPLATES, read_builtin_template
-from orchestrator.config.workflows.text import build_workflow_files, workflows_to_yaml
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.settings.phase_settings import ExpansionSettings, Phase
 from orchestrator.domain.workflow.routing import Workflow

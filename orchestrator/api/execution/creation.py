@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 
@@ -10,12 +10,18 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
-from orchestrator.api.execution.tracked_tasks import add_tracked_tasks
 from orchestrator.api.run_reader import RunReader
+from orchestrator.config import adapters, references
 from orchestrator.config.coordination import CoordinationOverrides, apply_max_retries, resolve_coordination
 from orchestrator.config.model import RunConfig, used_adapters
+from orchestrator.config.schema import Task
+from orchestrator.config.source.document import Node
+from orchestrator.config.source.problems import Position, Problems
+from orchestrator.config.source.validation import validate
+from orchestrator.config.source.values import read_value
 from orchestrator.config.store import MEMORY
 from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.diagnostics.preflight import (
     check_branches,
     check_checkout,
@@ -29,7 +35,7 @@ from orchestrator.engine.state.records import new_run_id, read_specs, record_new
 from orchestrator.errors import NothingToMerge, PluginFailed, RefusedError, plugin_code
 from orchestrator.plugins import Plugins
 from orchestrator.project import council_home, exclude_from_git
-from orchestrator.protocols import TrackedTask, Tracker
+from orchestrator.protocols import AdapterType, TrackedTask, Tracker
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import internal_ref_name, work_branch_name
@@ -181,3 +187,58 @@ def _use_store(context: ProjectContext, url: str | None) -> None:
     if url is not None:
         record_store_use(url, council_home(context.environ))
     context.project.set_store_url(url)
+
+
+def add_tracked_tasks(
+    config: RunConfig, found: Mapping[str, Sequence[TrackedTask]], adapter_types: Mapping[str, AdapterType]
+) -> RunConfig:
+    """Return the run with the tasks of its trackers (by tracker) after its own tasks.
+
+    They are equivalent to tasks in the file with the same id, prompt and needs. Raises ConfigError with all errors,
+    located by paths such as `trackers.todo[0].prompt`.
+    """
+    problems = Problems(config.path)
+    own, tracked = _nodes(config.tasks, found, problems)
+    everything, ours = _as_root([*own, *tracked]), _as_root(tracked)
+    references.check_size(everything, problems)
+    references.check_ids(everything, problems)
+    references.check_needs(everything, problems)
+    entries = [validate(Task, node, problems) for node in tracked]
+    prompts = references.read_prompts(ours, config.path.parent, problems)
+    template = config.template
+    if template is not None:
+        possible = dict.fromkeys(range(len(tracked)), config.adapters_of(template))
+        adapters.try_commands(ours, prompts, possible, config.adapters, adapter_types, problems)
+    if problems or template is None:
+        raise problems.error()
+    trackers = [name for name, tasks in found.items() for _ in tasks]
+    specs = [
+        template.model_copy(
+            update={"id": entry.id, "prompt": prompts[index], "needs": entry.needs, "tracker": trackers[index]}
+        )
+        for index, entry in enumerate(entries)
+        if entry is not None
+    ]
+    return config.model_copy(update={"tasks": (*config.tasks, *specs)})
+
+
+def _nodes(
+    own: Sequence[TaskSpec], found: Mapping[str, Sequence[TrackedTask]], problems: Problems
+) -> tuple[list[Node], list[Node]]:
+    trackers = {name: [_facts(task) for task in tasks] for name, tasks in found.items()}
+    root = read_value({"tasks": [_facts(task) for task in own], "trackers": trackers}, problems)
+    if root is None:
+        raise problems.error()
+    tracked = root.children["trackers"].children.values()
+    return list(root.children["tasks"].children.values()), [
+        node for tasks in tracked for node in tasks.children.values()
+    ]
+
+
+def _facts(task: TaskSpec | TrackedTask) -> dict[str, object]:
+    return {"id": task.id, "prompt": task.prompt, "needs": list(task.needs)}
+
+
+def _as_root(tasks: Sequence[Node]) -> Node:
+    listed = Node(Position(0, 0, "tasks"), [task.value for task in tasks], dict(enumerate(tasks)))
+    return Node(listed.at, {"tasks": listed.value}, {"tasks": listed})

@@ -19,7 +19,7 @@ from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.engine.sinks import EventSubscriber, forward_events
-from orchestrator.engine.views.export import export_views
+from orchestrator.engine.views import export_views
 from orchestrator.errors import CouncilError
 from orchestrator.plugins import Plugins
 from orchestrator.protocols import Commit, Event

@@ -9,25 +9,37 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import anyio.to_thread
 
 from orchestrator.domain.documents.stored import CheckpointOrigin
+from orchestrator.domain.events.runs import RunRemoved
 from orchestrator.domain.runs.leftovers import Leftover, LeftoverKind, is_unchanged
 from orchestrator.engine.cleanup.orphans import OrphanFinder, hub_exists, inspect_slot, run_locks
-from orchestrator.engine.cleanup.run_removal import remove_run
 from orchestrator.engine.scheduler.recovery import end_orphaned_session
+from orchestrator.engine.session_api.notes import KIND as NOTE
+from orchestrator.engine.state.records import run_key
 from orchestrator.errors import GitError, LockHeld, StoreUnavailable
+from orchestrator.locking.ownership import ownership_scope
 from orchestrator.project import Project
-from orchestrator.protocols import Store
+from orchestrator.protocols import Commit, Document, Event, Store, Write
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees import worktrees
 from orchestrator.repo.worktrees.files.file_trees import disk_usage, remove_all
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.slots import WorktreeSlot, empty_trash, move_to_trash, read_session_slot
+from orchestrator.state.documents.checkpoints import CHECKPOINT_KIND as CHECKPOINT
 from orchestrator.state.documents.checkpoints import create_checkpoint
+from orchestrator.state.documents.log_reader import is_run_document
+from orchestrator.state.documents.update import retry_on_conflict
 from orchestrator.system.clock import Clock
+from orchestrator.system.failpoints import failpoint
+
+#: The kinds of documents that remain when a run is removed.
+_KEPT_KINDS: Final = frozenset({"lease", "claim", "cursor", CHECKPOINT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,3 +256,37 @@ def _with_size(one: Leftover, project: Project | None) -> Leftover:
     if one.kind is LeftoverKind.WORKTREE and (place := read_session_slot(_hub(one), Path(one.name))) is not None:
         folders.append(place.root)
     return replace(one, bytes=sum(map(disk_usage, folders)))
+
+
+async def remove_run(store: Store, run: str, checkpoint: str) -> None:
+    """Delete the documents of an inactive run in one commit, which the checkpoint `checkpoint` can restore.
+
+    Some small documents are not restored by checkpoints, and remain: the lease and the claims, whose epochs must keep
+    increasing, and the cursors of sinks and trackers. The run's checkpoints remain as well. Notes of its sessions
+    remain for later runs, unless the target was the run's own branch. Records of its orchestrators are deleted: their
+    ids are never reused, and an orchestrator without a record counts as ended, so that its claims can be taken.
+    """
+    await retry_on_conflict(partial(_remove, store, run, checkpoint))
+    failpoint("run.removed")
+
+
+async def _remove(store: Store, run: str, checkpoint: str) -> None:
+    found = (await store.at(await store.position())).documents
+    notes = _notes_prefix(found.get(run_key(run)), run)
+    writes = [
+        Write(key, one.version, None)
+        for key, one in found.items()
+        if (is_run_document(key, run) and key.kind not in _KEPT_KINDS)
+        or (notes and key.kind == NOTE and key.id.startswith(notes))
+    ]
+    if writes:
+        removed = Event.of(RunRemoved(run=run, checkpoint=checkpoint))
+        await store.commit(Commit(writes, [removed]))
+
+
+def _notes_prefix(document: Document | None, run: str) -> str | None:
+    """Return the id prefix of notes that no other run uses; None if there are none."""
+    value = {} if document is None or document.damaged else document.value
+    if value.get("target") != f"council/{run}":
+        return None
+    return f"{ownership_scope(value['repo'], value['target'])}/"

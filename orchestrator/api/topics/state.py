@@ -16,7 +16,7 @@ from orchestrator.domain.documents.conflicts import DocumentUpdate
 from orchestrator.domain.events.state import SteeringCalled
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.phases.verification import RunVerification, verify_run
-from orchestrator.engine.views.export import ViewPosition, export_views
+from orchestrator.engine.views import ViewPosition, export_views
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Commit, CompactionResult, Document, Event, JsonObject, Key, VerificationReport
 from orchestrator.state.documents import conflicts

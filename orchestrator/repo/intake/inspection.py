@@ -7,10 +7,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.domain.security.reserved_names import find_reserved_name
 from orchestrator.domain.security.secrets import Redactor, is_secret_file, secret_values
 from orchestrator.errors import GitError
 from orchestrator.repo.git.blobs import batch_by_size, cat_blobs, parse_blobs
@@ -25,6 +25,11 @@ _SUBMODULES, _SEPARATORS = ".gitmodules", re.compile(r"[\\/]")
 # Characters with a special meaning in a .gitignore; see gitignore(5).
 _SPECIAL, _ESCAPED = re.compile(r"[\\*?\[ ]"), r"\\\g<0>"
 _BATCH_BYTES = 32 << 20  # bytes of content per read
+#: Characters that HFS+ ignores when it compares names (git's `next_hfs_char`, CVE-2014-9390).
+_IGNORED: Final = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F), *range(0x206A, 0x2070), 0xFEFF])
+#: The NTFS short names of these folders (CVE-2019-1352).
+_SHORT: Final = re.compile(r"(git|counci|worktr)~\d+")
+_LONG: Final = {"git": ".git", "counci": ".council", "worktr": ".worktrees"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,3 +193,19 @@ def _find(contents: Mapping[str, bytes], redactor: Redactor) -> dict[str, set[by
 
 def _find_in_output(output: bytes, redactor: Redactor) -> dict[str, set[bytes]]:
     return _find({name: bytes(content) for name, content in parse_blobs(output)}, redactor)
+
+
+def find_reserved_name(path: str) -> str | None:
+    """Return a segment's reserved name, also on macOS and Windows, or None.
+
+    NTFS also treats a backslash as a separator, and ends a name before a colon and before trailing dots and spaces.
+    """
+    return next((name for part in re.split(r"[/\\]", path) if (name := _reserved_name(part)) is not None), None)
+
+
+def _reserved_name(part: str) -> str | None:
+    folded = part.translate(_IGNORED).casefold()
+    plain = folded.partition(":")[0].rstrip(". ")
+    if short := _SHORT.fullmatch(plain):
+        return _LONG[short[1]]
+    return plain if plain in _LONG.values() else None

@@ -8,6 +8,7 @@ anything at a target path: it is removed, never followed.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.domain.security.envfile import parse_env_values
 from orchestrator.domain.security.secrets import is_secret_file, secret_values
 from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import GitError, is_resource_exhaustion
@@ -26,6 +26,11 @@ from orchestrator.repo.worktrees.files.file_trees import copy_tree, remove_all
 
 _MAX_ENV_FILE_BYTES: Final = 1 << 20  # bytes
 _ENV_FILES: Final = (".env", ".envrc")
+_NAME: Final = r"^[ \t]*(?:export[ \t]+)?([A-Za-z_][\w.-]*)[ \t]*=[ \t]*"
+_QUOTED: Final = re.compile(_NAME + r"""(?:"((?:[^"\\]|\\.)*)"|'([^']*)')""", re.MULTILINE | re.DOTALL)
+_PLAIN: Final = re.compile(_NAME + r"([^\r\n]*)", re.MULTILINE)
+_ESCAPE: Final = re.compile(r"\\(.)", re.DOTALL)
+_ESCAPED: Final = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,3 +205,21 @@ def _secrets_in(file: Path) -> frozenset[str]:
 
 def _secret_values(pairs: Iterable[tuple[str, str]]) -> frozenset[str]:
     return frozenset(value for name, value in pairs for value in secret_values({name: value}))
+
+
+def parse_env_values(text: str) -> Iterator[tuple[str, str]]:
+    """Yield names with all possible values, because programs use different rules.
+
+    Quoted values, which may span lines, are yielded with and without resolved escapes; other values up to the end of
+    the line, and up to a comment.
+    """
+    for match in _QUOTED.finditer(text):
+        name, double, single = match.groups()
+        yield name, single if double is None else double
+        if double is not None:
+            yield name, _ESCAPE.sub(lambda escape: _ESCAPED.get(escape[1], escape[1]), double)
+    for match in _PLAIN.finditer(text):
+        name, value = match.groups()
+        if not value.startswith(('"', "'")):
+            yield name, value.strip()
+            yield name, re.split(r"\s#", value)[0].strip()

@@ -90,7 +90,7 @@ class SlotRecord:
     sparse: tuple[str, ...] = ()
     """The folders that are checked out; all if empty."""
     setup: tuple[str, ...] = ()
-    """The keys of the setup steps that ran (`repo.worktrees.setup_keys`)."""
+    """The keys of the setup steps that ran (`sessions.setup.worktree_setup`)."""
     setup_at: str = ""
     """The commit that was checked out when setup ran; empty without setup."""
     is_check: bool = False

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
+from typing import Final
 
+import anyio
+import anyio.abc
 import anyio.to_thread
 
+from orchestrator.client.session import ShortSocketPath
 from orchestrator.domain.settings.run_settings import PathAccess, SandboxSettings
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.sandbox.policy import (
@@ -20,8 +27,16 @@ from orchestrator.sessions.sandbox.policy import (
     SandboxPolicy,
     sandbox_command,
 )
-from orchestrator.sessions.sandbox.session_proxy import run_proxy
+from orchestrator.sessions.sandbox.proxy import Proxy
+from orchestrator.sessions.socket.peers import belongs_to_session
 from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand
+from orchestrator.system.background import run_in_background
+
+#: The port on a private loopback, above the kernel's ephemeral ports.
+_PORT: Final = 61080
+_RETRY_INTERVAL: Final = 0.1  # seconds
+_OWN_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+_EXCEPTIONS: Final = ("NO_PROXY", "no_proxy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +121,73 @@ class RunSandbox:
 
 def _is_in(path: Path, folders: Iterable[Path]) -> bool:
     return any(path.is_relative_to(folder) for folder in folders)
+
+
+@dataclass(frozen=True, slots=True)
+class ProxiedCommand:
+    """A command that uses a proxy, and the hosts denied so far, as `host:port`."""
+
+    command: SupervisedCommand
+    proxy_endpoint: ProxyEndpoint
+    denied: Mapping[str, None]
+
+
+@asynccontextmanager
+async def run_proxy(
+    kind: SandboxKind, hosts: Sequence[str], scratch: Path, command: SupervisedCommand
+) -> AsyncIterator[ProxiedCommand]:
+    """Run a proxy to `hosts` for a command during the block.
+
+    `scratch` is the session's folder for temporary files. The command gets the token in its environment; it is redacted
+    in the output. Raises OSError if the proxy can't listen.
+    """
+    proxy = Proxy(hosts)
+    if kind is SandboxKind.LANDLOCK:
+        listening = socket.create_server(("127.0.0.1", 0))
+        endpoint = ProxyEndpoint(listening.getsockname()[1])
+        async with run_in_background(partial(_serve, proxy, listening)):
+            yield ProxiedCommand(_with_proxy(command, proxy, endpoint.port, ()), endpoint, proxy.denied)
+        return
+    socket_path = scratch / f".council-{token_hex(8)}"
+    endpoint = ProxyEndpoint(_PORT, socket_path)
+    await anyio.to_thread.run_sync(partial(scratch.mkdir, mode=0o700, parents=True, exist_ok=True))
+    try:
+        with ShortSocketPath(str(scratch), socket_path.name) as folder:
+            listener = await anyio.create_unix_listener(f"{folder}/{socket_path.name}", mode=0o600)
+        async with run_in_background(partial(_serve_inside, proxy, listener, command.lock)):
+            yield ProxiedCommand(_with_proxy(command, proxy, endpoint.port, _OWN_LOOPBACK), endpoint, proxy.denied)
+    finally:
+        with suppress(OSError):
+            socket_path.unlink()
+
+
+def _with_proxy(command: SupervisedCommand, proxy: Proxy, port: int, direct: Sequence[str]) -> SupervisedCommand:
+    env = {name: value for name, value in command.env.items() if name not in _EXCEPTIONS}
+    secrets = "|".join(map(re.escape, proxy.secrets))
+    redact = secrets if command.redact is None else f"{command.redact}|{secrets}"
+    return replace(command, env={**env, **proxy.variables(port, direct)}, redact=redact)
+
+
+async def _serve(proxy: Proxy, listening: socket.socket) -> None:
+    await proxy.serve(await anyio.abc.SocketListener.from_socket(listening))
+
+
+async def _serve_inside(proxy: Proxy, receiver: anyio.abc.SocketListener, lock: Path) -> None:
+    """Serve on the socket passed by the first process of the session with this `lock`."""
+    async with receiver:
+        listening = await _receive_listener(receiver, lock)
+    await _serve(proxy, listening)
+
+
+async def _receive_listener(receiver: anyio.abc.SocketListener, lock: Path) -> socket.socket:
+    while True:
+        with suppress(OSError, anyio.EndOfStream, anyio.BrokenResourceError):
+            async with await receiver.accept() as stream:
+                connected = stream.extra(anyio.abc.SocketAttribute.raw_socket)  # noqa: S610  no Django
+                assert isinstance(stream, anyio.abc.UNIXSocketStream)  # noqa: S101  (what such a listener accepts)
+                if await anyio.to_thread.run_sync(belongs_to_session, connected, lock):
+                    _, descriptors = await stream.receive_fds(1, 1)
+                    listening = socket.socket(fileno=descriptors[0])
+                    listening.setblocking(False)
+                    return listening
+        await anyio.sleep(_RETRY_INTERVAL)

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, assert_never
 
 import anyio
 import anyio.to_thread
 
 from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.coordination import SlotSetupFinished, SlotSetupStarted, SlotTeardownFailed
-from orchestrator.domain.runs.outcome import Failed, Misconfigured, Outcome, ResourcesExhausted
+from orchestrator.domain.runs.outcome import Failed, Interrupted, Misconfigured, Outcome, ResourcesExhausted
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.settings.failures import FailureClass
-from orchestrator.domain.settings.run_settings import PathAccess, WorktreeSettings
+from orchestrator.domain.settings.run_settings import PathAccess, SetupStep, WorktreeSettings
 from orchestrator.errors import LockHeld, RefusedError
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.checkouts import HeldSlot, SetupError
 from orchestrator.repo.worktrees.provisions import ProvisionFailure, Provisions
-from orchestrator.repo.worktrees.setup_keys import first_step_to_run, read_setup_keys
 from orchestrator.repo.worktrees.slots import WorktreeSlot
 from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.output.log_files import log_path, slot_log_path
 from orchestrator.sessions.sandbox.policy import SandboxKind
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
 from orchestrator.sessions.setup import hooks
@@ -33,8 +36,10 @@ from orchestrator.sessions.setup.environment import attempt_variables, build_bas
 from orchestrator.sessions.setup.shell import (
     CommandFailed,
     CommandNotRun,
+    CommandStopped,
     CommandSucceeded,
     Shell,
+    ShellCommand,
     ShellResult,
     describe_unrunnable,
 )
@@ -47,6 +52,9 @@ _REAP_LIMIT = 30.0
 
 #: The remedy for an error in the setup itself.
 SETUP_REMEDY: Final = "correct `worktrees.setup` in the configuration file, then start a new run"
+#: Part of each key. Increase it when the meaning of the hashed data or the steps' environment changes.
+_VERSION: Final = 1
+_HOOKS_TIMEOUT = "worktrees.hooks_timeout"
 
 
 class SetupFailed(SetupError):
@@ -230,3 +238,106 @@ def _remove_git(slot: WorktreeSlot) -> None:
     (slot.tree / ".git").unlink(missing_ok=True)
     shutil.rmtree(slot.scratch, ignore_errors=True)
     slot.scratch.mkdir(exist_ok=True)
+
+
+async def read_setup_keys(
+    git: Git, commit: str, steps: Sequence[SetupStep], *, sparse: Sequence[str] = (), env: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the key (hex) of each step at a commit of the trusted repository."""
+    entries = await git.entries(commit, {path for step in steps for path in step.inputs})
+    return compute_setup_keys(steps, entries, sparse=sparse, env=env)
+
+
+def compute_setup_keys(
+    steps: Sequence[SetupStep], entries: Mapping[str, str], *, sparse: Sequence[str], env: Sequence[str]
+) -> tuple[str, ...]:
+    """Return a key (hex) per step, which depends on the keys of earlier steps.
+
+    `entries` has git's entry (mode, kind and id) for each existing input, `sparse` the folders that are checked out,
+    `env` the names of the variables passed to steps. A step's timeout is not part of its key.
+    """
+    keys: list[str] = []
+    previous = _digest([_VERSION, sorted(sparse), sorted(env)])
+    for step in steps:
+        inputs = [[path, entries.get(path)] for path in sorted(set(step.inputs))]
+        previous = _digest([previous, step.run, inputs])
+        keys.append(previous)
+    return tuple(keys)
+
+
+def first_step_to_run(done: Sequence[str], wanted: Sequence[str]) -> int:
+    """Return the index of the first step to run, given the keys of the steps run."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(done, wanted, strict=False))))
+
+
+def _digest(inputs: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class HooksResult:
+    """The result of commands: `done` succeeded, and `last` failed.
+
+    If all of them succeeded, `last` is CommandSucceeded.
+    """
+
+    done: int
+    last: ShellResult
+
+
+def setup_commands(steps: Sequence[SetupStep], first: int, logs: Path, slot: int) -> list[ShellCommand]:
+    """Return the commands that set up a slot, from the step with index `first`."""
+    commands = [
+        ShellCommand(step.run, slot_log_path(logs, slot, f"setup{number}"), step.timeout, "timeout")
+        for number, step in enumerate(steps, start=1)
+    ]
+    return commands[first:]
+
+
+def teardown_commands(lines: Sequence[str], timeout: float, logs: Path, slot: int) -> list[ShellCommand]:
+    """Return the commands that run before a worktree slot is deleted."""
+    return [
+        ShellCommand(line, slot_log_path(logs, slot, f"teardown{number}"), timeout, _HOOKS_TIMEOUT)
+        for number, line in enumerate(lines, start=1)
+    ]
+
+
+def session_commands(
+    stage: Literal["before", "after"], lines: Sequence[str], timeout: float, logs: Path, worktree: Worktree
+) -> list[ShellCommand]:
+    """Return an attempt's hooks: before its session, or before collecting its work."""
+    return [
+        ShellCommand(line, log_path(logs, worktree.task, worktree.attempt, f"{stage}{number}"), timeout, _HOOKS_TIMEOUT)
+        for number, line in enumerate(lines, start=1)
+    ]
+
+
+async def run_until_failure(shell: Shell, commands: Sequence[ShellCommand]) -> HooksResult:
+    """Run commands in order until one fails."""
+    for done, command in enumerate(commands):
+        result = await shell.run(command)
+        if not isinstance(result, CommandSucceeded):
+            return HooksResult(done, result)
+    return HooksResult(len(commands), CommandSucceeded())
+
+
+async def run_all(shell: Shell, commands: Sequence[ShellCommand]) -> list[CommandFailed | CommandNotRun]:
+    """Run all commands in order, regardless of failures; return the failures."""
+    results = [await shell.run(command) for command in commands]
+    return [result for result in results if isinstance(result, CommandFailed | CommandNotRun)]
+
+
+def hook_outcome(result: ShellResult) -> Outcome | None:
+    """Return the outcome of an attempt after a hook, or None if it can continue."""
+    match result:
+        case CommandSucceeded():
+            return None
+        case CommandFailed():
+            return Failed(FailureClass.SETUP_FAILED, result.describe("before the session"))
+        case CommandStopped():
+            return Interrupted("the run was stopped")
+        case CommandNotRun(reason, exhausted):
+            text = f"a command before the session was not run: {reason}"
+            return ResourcesExhausted(text) if exhausted else Failed(FailureClass.TRANSIENT, text)
+        case _:
+            assert_never(result)

@@ -46,7 +46,7 @@ class SupervisedCommand:
 
     After `idle_timeout` seconds without output and without a change in the `watched` folders, the CLI is stopped, as
     after `timeout`. `redact` is the ASCII source of a bytes expression: its matches and private keys are not written to
-    `stdout` and `stderr` (see `orchestrator.sessions.supervision.redaction`). `limits` maps resource names of
+    `stdout` and `stderr` (see `orchestrator.sessions.supervision.capture`). `limits` maps resource names of
     setrlimit(2) (`CORE`, `NOFILE`) to limits per process.
 
     The other fields belong to the sandbox (`orchestrator.sessions.sandbox.policy`). `wrapped`: `argv` starts a

@@ -34,8 +34,7 @@ from orchestrator.state.log.codec import encode_commit
 from orchestrator.state.log.commit_queue import CommitQueue
 from orchestrator.state.log.loading import check_intact, not_empty_error, read_dump_parts
 from orchestrator.state.stores.postgres.commits import CommitGroups
-from orchestrator.state.stores.postgres.health import read_server
-from orchestrator.state.stores.postgres.maintenance import read_dumped, repair_state, verify_state
+from orchestrator.state.stores.postgres.maintenance import read_dumped, read_server, repair_state, verify_state
 from orchestrator.state.stores.postgres.notifications import Notifications
 from orchestrator.state.stores.postgres.records import (
     check_names,
