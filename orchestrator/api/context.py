@@ -11,6 +11,7 @@ import anyio.to_thread
 
 from orchestrator.project import Project, find_project
 from orchestrator.protocols import Store
+from orchestrator.state import offline
 from orchestrator.system.clock import Clock
 
 if TYPE_CHECKING:
@@ -56,9 +57,7 @@ class ProjectContext:
     @property
     def followed_store(self) -> Store:
         """The store for followers of the log, which waits while a server is unreachable."""
-        from orchestrator.state.offline.outage import waiting_store  # noqa: PLC0415  (slow; most commands do not follow)
-
-        return waiting_store(self.store, self.clock)
+        return offline.waiting_store(self.store, self.clock)
 
     @property
     def damage(self) -> tuple[str, ...]:

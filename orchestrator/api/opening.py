@@ -25,6 +25,7 @@ from orchestrator.project import (
 from orchestrator.protocols import Store
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.user_checkouts import find_repository, refuse_tracked_project_folder
+from orchestrator.state import offline
 from orchestrator.state.log.identity import check_trusted
 from orchestrator.state.stores.file import open_if_file
 from orchestrator.system.clock import Clock
@@ -136,11 +137,7 @@ async def _open_store(
         except StoreUnreachable as error:
             if on_outage != "wait":
                 raise
-            from orchestrator.state.offline.outage import wait_for_server  # noqa: PLC0415  (slow, and rarely needed)
-
-            store = await wait_for_server(enter, error, clock)
+            store = await offline.wait_for_server(enter, error, clock)
         if on_outage != "fail" and not store.local_paths():
-            from orchestrator.state.offline.outage import pausing_store  # noqa: PLC0415  (slow, and not for files)
-
-            store = pausing_store(store, clock, lambda: stop.is_set)
+            store = offline.pausing_store(store, clock, lambda: stop.is_set)
         yield store

@@ -31,6 +31,7 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
+from orchestrator import lazy
 from orchestrator.errors import LockHeld, StoreUnavailable
 from orchestrator.system.process_table import start_ticks
 from orchestrator.system.slow_waits import NOTICE_AFTER, warn_if_slow
@@ -324,9 +325,7 @@ class _Locker:
     """`flock` by an explicit portalocker locker: the default is global, maybe lockf."""
 
     def __init__(self) -> None:
-        # Imported late: portalocker takes up to half a second to import if redis is installed.
-        import portalocker  # noqa: PLC0415  (a slow import)
-
+        portalocker = lazy.portalocker  # takes up to half a second to import if redis is installed
         self.locker = portalocker.portalocker.FlockLocker()
         self.held, self.failed = portalocker.AlreadyLocked, portalocker.LockException
         modes = {False: portalocker.LockFlags.EXCLUSIVE, True: portalocker.LockFlags.SHARED}

@@ -12,10 +12,12 @@ import os
 import sys
 import tempfile
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from orchestrator.plugins import load_plugins
 
 if TYPE_CHECKING:
     import pytest
@@ -23,37 +25,29 @@ if TYPE_CHECKING:
     from orchestrator.testing.adapter_contract import AdapterContract
 
 _SPEC = "COUNCIL_TESTED_ADAPTER"
-_MODULE = "from orchestrator.testing.contract_run import contract_suite\n\nTestAdapter = contract_suite()\n"
+_MODULE = """
+from orchestrator.testing.adapter_contract import AdapterContract
+from orchestrator.testing.contract_run import contract_suite
+
+TestAdapter = contract_suite(AdapterContract)
+"""
 _LONGEST = 2_000  # characters of a failed test's output to keep
 INSTALL_COMMAND = "pip install 'cli-council[testing]'"
 
 
-@dataclass(frozen=True, slots=True)
-class ContractResult:
-    """The result of one test of the contract."""
-
-    test: str
-    rule: str
-    passed: bool
-    output: str = ""
-
-
-def contract_suite() -> type[AdapterContract]:
+def contract_suite(contract: type[AdapterContract]) -> type[AdapterContract]:
     """Return the suite for the adapter selected by this process's environment."""
-    from orchestrator.plugins import load_plugins  # noqa: PLC0415  (the command imports only constants)
-    from orchestrator.testing.adapter_contract import AdapterContract  # noqa: PLC0415
-
     spec = json.loads(os.environ[_SPEC])
     types = load_plugins(os.environ, [Path(folder) for folder in spec["plugin_folders"]]).adapters
     body = {"adapter_type": types[spec["use"]], "options": spec["options"]}
-    return type("TestAdapter", (AdapterContract,), body)
+    return type("TestAdapter", (contract,), body)
 
 
 @dataclass(slots=True)
 class _Recorder:
     """A pytest plugin that records the result of each test."""
 
-    results: list[ContractResult] = field(default_factory=list)
+    results: list[dict[str, Any]] = field(default_factory=list)
     _rules: dict[str, str] = field(default_factory=dict)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -65,7 +59,8 @@ class _Recorder:
         if report.when == "call" or report.failed:
             output = report.longreprtext[-_LONGEST:] if report.failed else ""
             name = report.nodeid.rpartition("::")[2]
-            self.results.append(ContractResult(name, self._rules.get(report.nodeid, name), report.passed, output))
+            rule = self._rules.get(report.nodeid, name)
+            self.results.append({"test": name, "rule": rule, "passed": report.passed, "output": output})
 
 
 def main() -> dict[str, Any]:
@@ -93,7 +88,7 @@ def main() -> dict[str, Any]:
         pytest.main(options, plugins=[recorder])
     if not recorder.results:
         return {"error": f"the contract could not be run: {printed.getvalue().strip()[-_LONGEST:]}"}
-    return {"results": [asdict(result) for result in recorder.results]}
+    return {"results": recorder.results}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from orchestrator.sessions.setup.shell import (
     ShellResult,
 )
 from orchestrator.sessions.setup.worktree_setup import (
-    HooksResult,
     first_step_to_run,
     hook_outcome,
     read_setup_keys,
@@ -171,12 +170,12 @@ async def test_steps_run_up_to_the_first_failure(checkout: HookCheckout) -> None
     """The progress is reported, each step has a log; a repeat starts after the last success."""
     steps = [SetupStep(run="echo 1 >>ran"), SetupStep(run="test -e allowed && echo 2 >>ran", timeout=30)]
     steps.append(SetupStep(run="echo 3 >>ran"))
-    ended = await run_until_failure(checkout.shell, setup_commands(steps, 0, checkout.logs, 7))
-    assert (ended.done, type(ended.last)) == (1, CommandFailed)
+    done, last = await run_until_failure(checkout.shell, setup_commands(steps, 0, checkout.logs, 7))
+    assert (done, type(last)) == (1, CommandFailed)
     assert sorted(path.name for path in checkout.logs.iterdir()) == ["slot-7.setup1", "slot-7.setup2"]
     (checkout.tree / "allowed").touch()
-    ended = await run_until_failure(checkout.shell, setup_commands(steps, ended.done, checkout.logs, 7))
-    assert ended == HooksResult(2, CommandSucceeded())
+    ended = await run_until_failure(checkout.shell, setup_commands(steps, done, checkout.logs, 7))
+    assert ended == (2, CommandSucceeded())
     assert (checkout.tree / "ran").read_text() == "1\n2\n3\n"
     assert (checkout.logs / "slot-7.setup3").exists()
 

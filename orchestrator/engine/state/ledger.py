@@ -52,11 +52,7 @@ class Ledger:
         """
         self.writer, self.orchestrators = writer, writer.orchestrators
         self.claims = Claims(writer.store, writer.clock, writer.orchestrators) if is_shared else None
-        self.takeovers = (
-            None
-            if self.claims is None
-            else ClaimTakeovers(writer.store, writer.clock, writer.orchestrators, self.claims)
-        )
+        self.takeovers = self.claims and ClaimTakeovers(writer.store, writer.clock, writer.orchestrators, self.claims)
         self.run_state = RunState(writer, loaded.run)
         self.adapters = AdapterStates(writer)
         self.tasks = TaskTable(writer.store, self.run_state, loaded, self.claims)

@@ -1,4 +1,4 @@
-"""Create commits with two parents: merges, conflicts, and bases for retries."""
+"""Create commits for merging: merges, conflicts, merge bases, and bases for retries."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ from orchestrator.repo.git.command import Git
 async def commit_merge(git: Git, tree: str, first: str, second: str, message: str) -> str:
     """Return a commit with a tree and two parents."""
     return await git.line("commit-tree", tree, "-p", first, "-p", second, input_=message.encode())
+
+
+async def with_merge_base(git: Git, base: str, onto: str, commit: str) -> str:
+    """Return a commit with the tree of `onto` that gives git the merge base with `commit` at once.
+
+    Otherwise git walks all landings since, so the cost of a run's merges is quadratic in their number; with few
+    landings that is still faster. If `base` is part of the target and nothing built on it is, `base` is the merge base,
+    and a commit directly on top of `base` makes git find it. (`merge-tree --merge-base` does the same, but requires git
+    2.40.) If the target has some of that work, because the agent pulled or the user merged, only git can find the merge
+    base: then this returns `onto`.
+    """
+    built = await git.line("rev-list", "--count", commit, f"^{base}")
+    if built != await git.line("rev-list", "--count", commit, f"^{base}", f"^{onto}"):
+        return onto
+    return await git.line("commit-tree", f"{onto}^{{tree}}", "-p", base, input_=b"merge base\n")
 
 
 async def create_retry_base(git: Git, merge: str, ref: str) -> str:

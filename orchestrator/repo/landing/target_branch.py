@@ -20,7 +20,7 @@ from orchestrator.locking.merge_lease import HeldMergeLease
 from orchestrator.locking.ownership import ownership_scope
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.git.embedded_repositories import find_embedded_repository
-from orchestrator.repo.landing.merge_commits import commit_conflict, commit_merge
+from orchestrator.repo.landing.merge_commits import commit_conflict, commit_merge, with_merge_base
 from orchestrator.repo.landing.target_checkouts import TargetCheckouts
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import read_head_stats, remove_incoming_objects
@@ -235,24 +235,14 @@ class Target:
         return PreparedMerge(old=whole.old, new=new)
 
     async def _merge_base_hint(self, base: str, onto: str, commit: str) -> str:
-        """Return a commit with the tree of `onto` that gives git the merge base at once.
-
-        Otherwise git walks all landings since, so the cost of a run's merges is quadratic in their number; with few
-        landings that is still faster. If `base` is part of the target and nothing built on it is, `base` is the merge
-        base, and a commit directly on top of `base` makes git find it. (`merge-tree --merge-base` does the same, but
-        requires git 2.40.) If the target has some of that work, because the agent pulled or the user merged, only git
-        can find the merge base.
-        """
+        """Return a commit to merge onto that gives git the merge base at once; see `with_merge_base`."""
         if len(self._line) <= _MAX_WALKED_LANDINGS:
             return onto
         if base not in self._contained:
             if not await self._git.is_ancestor(base, onto):
                 return onto
             self._contained.add(base)
-        built = await self._git.line("rev-list", "--count", commit, f"^{base}")
-        if built != await self._git.line("rev-list", "--count", commit, f"^{base}", f"^{onto}"):
-            return onto
-        return await self._git.line("commit-tree", f"{onto}^{{tree}}", "-p", base, input_=b"merge base\n")
+        return await with_merge_base(self._git, base, onto, commit)
 
     async def move(
         self, lease: HeldMergeLease, merges: Sequence[PreparedMerge]

@@ -84,9 +84,8 @@ class RunSandbox:
             yield SandboxedCommand(await self._sandbox(scope, command, reach))
             return
         async with run_proxy(self.kind, self.config.hosts, scope.scratch, command) as proxied:
-            yield SandboxedCommand(
-                await self._sandbox(scope, proxied.command, reach, proxied.proxy_endpoint), proxied.denied.keys()
-            )
+            command, endpoint, denied = proxied
+            yield SandboxedCommand(await self._sandbox(scope, command, reach, endpoint), denied)
 
     async def _sandbox(
         self, scope: SandboxScope, command: SupervisedCommand, reach: PathAccess, endpoint: ProxyEndpoint | None = None
@@ -123,21 +122,13 @@ def _is_in(path: Path, folders: Iterable[Path]) -> bool:
     return any(path.is_relative_to(folder) for folder in folders)
 
 
-@dataclass(frozen=True, slots=True)
-class ProxiedCommand:
-    """A command that uses a proxy, and the hosts denied so far, as `host:port`."""
-
-    command: SupervisedCommand
-    proxy_endpoint: ProxyEndpoint
-    denied: Mapping[str, None]
-
-
 @asynccontextmanager
 async def run_proxy(
     kind: SandboxKind, hosts: Sequence[str], scratch: Path, command: SupervisedCommand
-) -> AsyncIterator[ProxiedCommand]:
+) -> AsyncIterator[tuple[SupervisedCommand, ProxyEndpoint, Collection[str]]]:
     """Run a proxy to `hosts` for a command during the block.
 
+    Yields the command that uses the proxy, the proxy's endpoint, and the hosts denied so far, as `host:port`.
     `scratch` is the session's folder for temporary files. The command gets the token in its environment; it is redacted
     in the output. Raises OSError if the proxy can't listen.
     """
@@ -146,7 +137,7 @@ async def run_proxy(
         listening = socket.create_server(("127.0.0.1", 0))
         endpoint = ProxyEndpoint(listening.getsockname()[1])
         async with run_in_background(partial(_serve, proxy, listening)):
-            yield ProxiedCommand(_with_proxy(command, proxy, endpoint.port, ()), endpoint, proxy.denied)
+            yield _with_proxy(command, proxy, endpoint.port, ()), endpoint, proxy.denied.keys()
         return
     socket_path = scratch / f".council-{token_hex(8)}"
     endpoint = ProxyEndpoint(_PORT, socket_path)
@@ -155,7 +146,7 @@ async def run_proxy(
         with ShortSocketPath(str(scratch), socket_path.name) as folder:
             listener = await anyio.create_unix_listener(f"{folder}/{socket_path.name}", mode=0o600)
         async with run_in_background(partial(_serve_inside, proxy, listener, command.lock)):
-            yield ProxiedCommand(_with_proxy(command, proxy, endpoint.port, _OWN_LOOPBACK), endpoint, proxy.denied)
+            yield _with_proxy(command, proxy, endpoint.port, _OWN_LOOPBACK), endpoint, proxy.denied.keys()
     finally:
         with suppress(OSError):
             socket_path.unlink()

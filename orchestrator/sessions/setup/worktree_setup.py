@@ -31,7 +31,6 @@ from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.log_files import log_path, slot_log_path
 from orchestrator.sessions.sandbox.policy import SandboxKind
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox, SandboxScope
-from orchestrator.sessions.setup import hooks
 from orchestrator.sessions.setup.environment import attempt_variables, build_base_environment
 from orchestrator.sessions.setup.shell import (
     CommandFailed,
@@ -72,7 +71,7 @@ class SetupFailed(SetupError):
             if at_base and self.result.unrunnable is not None:
                 return Misconfigured(describe_unrunnable([self.result], SETUP_REMEDY, run))
             return Failed(FailureClass.SETUP_FAILED, str(self))
-        return hooks.hook_outcome(self.result) or Failed(FailureClass.TRANSIENT, str(self))
+        return hook_outcome(self.result) or Failed(FailureClass.TRANSIENT, str(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +131,12 @@ class WorktreeSetup:
         await self.record_event(SlotSetupStarted(slot=str(slot.root), commands=lines))
         began = anyio.current_time()
         async with _temporary_git(slot, commit):
-            commands = hooks.setup_commands(steps, first, self.logs, slot.number)
-            result = await hooks.run_until_failure(self._shell_of(slot, variables), commands)
-        if not isinstance(result.last, CommandSucceeded):
-            failure = SetupFailed(self._with_network_hint(result.last))
-            if isinstance(result.last, CommandFailed):
-                self._failed[wanted[first + result.done], at] = failure
+            commands = setup_commands(steps, first, self.logs, slot.number)
+            succeeded, result = await run_until_failure(self._shell_of(slot, variables), commands)
+        if not isinstance(result, CommandSucceeded):
+            failure = SetupFailed(self._with_network_hint(result))
+            if isinstance(result, CommandFailed):
+                self._failed[wanted[first + succeeded], at] = failure
             raise failure
         seconds = round(anyio.current_time() - began, 3)
         await self.record_event(SlotSetupFinished(slot=str(slot.root), seconds=seconds))
@@ -161,7 +160,7 @@ class WorktreeSetup:
             with suppress(RefusedError):
                 shell = self._shell_of(slot, await self.lease(slot.root))
             lines, timeout = self.config.teardown, self.config.hooks_timeout
-            failed = await hooks.run_all(shell, hooks.teardown_commands(lines, timeout, self.logs, slot.number))
+            failed = await run_all(shell, teardown_commands(lines, timeout, self.logs, slot.number))
             for reason in _describe_failures(failed, "before its worktree slot was deleted"):
                 await self.record_event(SlotTeardownFailed(slot=str(slot.root), reason=reason))
 
@@ -181,16 +180,17 @@ class WorktreeSetup:
     async def run_before(self, worktree: Worktree, prepared: PreparedWorktree) -> Outcome | None:
         """Run the `before_run` commands; return an outcome if one prevents the session."""
         config = self.config
-        commands = hooks.session_commands("before", config.before_run, config.hooks_timeout, self.logs, worktree)
+        commands = session_commands("before", config.before_run, config.hooks_timeout, self.logs, worktree)
         if not commands:
             return None
-        return hooks.hook_outcome((await hooks.run_until_failure(self._shell_in(worktree, prepared), commands)).last)
+        _, result = await run_until_failure(self._shell_in(worktree, prepared), commands)
+        return hook_outcome(result)
 
     async def run_after(self, worktree: Worktree, prepared: PreparedWorktree) -> Sequence[str]:
         """Run the `after_run` commands; return descriptions of the failures."""
         config = self.config
-        commands = hooks.session_commands("after", config.after_run, config.hooks_timeout, self.logs, worktree)
-        failed = await hooks.run_all(self._shell_in(worktree, prepared), commands) if commands else []
+        commands = session_commands("after", config.after_run, config.hooks_timeout, self.logs, worktree)
+        failed = await run_all(self._shell_in(worktree, prepared), commands) if commands else []
         return _describe_failures(failed, "after the session")
 
     def _shell_in(self, worktree: Worktree, prepared: PreparedWorktree) -> Shell:
@@ -274,17 +274,6 @@ def _digest(inputs: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class HooksResult:
-    """The result of commands: `done` succeeded, and `last` failed.
-
-    If all of them succeeded, `last` is CommandSucceeded.
-    """
-
-    done: int
-    last: ShellResult
-
-
 def setup_commands(steps: Sequence[SetupStep], first: int, logs: Path, slot: int) -> list[ShellCommand]:
     """Return the commands that set up a slot, from the step with index `first`."""
     commands = [
@@ -312,13 +301,13 @@ def session_commands(
     ]
 
 
-async def run_until_failure(shell: Shell, commands: Sequence[ShellCommand]) -> HooksResult:
-    """Run commands in order until one fails."""
+async def run_until_failure(shell: Shell, commands: Sequence[ShellCommand]) -> tuple[int, ShellResult]:
+    """Run commands in order until one fails; return how many succeeded, and the last result."""
     for done, command in enumerate(commands):
         result = await shell.run(command)
         if not isinstance(result, CommandSucceeded):
-            return HooksResult(done, result)
-    return HooksResult(len(commands), CommandSucceeded())
+            return done, result
+    return len(commands), CommandSucceeded()
 
 
 async def run_all(shell: Shell, commands: Sequence[ShellCommand]) -> list[CommandFailed | CommandNotRun]:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,7 +36,6 @@ from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import IDENTITY, Git
 from orchestrator.sessions.output.log_files import read_tail
 from orchestrator.system import process
-from orchestrator.testing.contract_run import ContractResult
 
 _PROMPT: Final = "Write the single word hello into a file hello.txt in the current folder. Change nothing else."
 _CHECK: Final = "grep -qi hello hello.txt"
@@ -90,12 +89,13 @@ async def test(
 class _AdapterTestResult:
     """The results of both tests.
 
-    `contract` is an error if the contract could not run, `live` if no session started.
+    `contract` has the results of `testing.contract_run`. It is an error if the contract could not run, and so is `live`
+    if no session started.
     """
 
     name: str
     use: str
-    contract: Sequence[ContractResult] | str
+    contract: Sequence[JsonObject] | str
     status: AdapterStatus
     live: TaskReport | str | None
     output: str
@@ -103,8 +103,8 @@ class _AdapterTestResult:
     is_live: bool
 
     @property
-    def failed(self) -> list[ContractResult]:
-        return [] if isinstance(self.contract, str) else [one for one in self.contract if not one.passed]
+    def failed(self) -> list[JsonObject]:
+        return [] if isinstance(self.contract, str) else [one for one in self.contract if not one["passed"]]
 
     @property
     def code(self) -> int:
@@ -118,8 +118,8 @@ class _AdapterTestResult:
             passed = len(self.contract) - len(self.failed)
             yield f"contract  {passed} of {len(self.contract)} checks passed"
             for one in self.failed:
-                yield f"          {one.test}: {one.rule}"
-                yield from (f"            {line}" for line in one.output.splitlines()[-5:])
+                yield f"          {one['test']}: {one['rule']}"
+                yield from (f"            {line}" for line in one["output"].splitlines()[-5:])
         for program in self.status.programs:
             yield f"program   {one_line(describe(program))}"
         if self.status.error is not None:
@@ -130,9 +130,7 @@ class _AdapterTestResult:
 
     def to_json(self) -> JsonObject:
         live = {"error": self.live} if isinstance(self.live, str) else self.live and self.live.to_json()
-        results = (
-            {"error": self.contract} if isinstance(self.contract, str) else {"results": [*map(asdict, self.contract)]}
-        )
+        results = {"error": self.contract} if isinstance(self.contract, str) else {"results": self.contract}
         facts = {"name": self.name, "use": self.use, "contract": results, **self.status.to_json()}
         return {**facts, "live": live, "output": self.output, "exit": self.code}
 
@@ -176,7 +174,7 @@ def contract_command() -> list[str]:
     return [sys.executable, "-P", "-m", "orchestrator.testing.contract_run"]
 
 
-async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> Sequence[ContractResult] | str:
+async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> Sequence[JsonObject] | str:
     spec = {
         "use": adapter.use,
         "options": adapter.options.model_dump(mode="json", exclude_unset=True),
@@ -196,7 +194,7 @@ async def _check_contract(scene: CommandEnvironment, adapter: AdapterConfig) -> 
         result: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         return done.stderr.decode(errors="replace").strip()[-500:] or f"ended with exit code {done.returncode}"
-    return str(result["error"]) if "error" in result else [ContractResult(**one) for one in result["results"]]
+    return str(result["error"]) if "error" in result else result["results"]
 
 
 async def _run_scratch_task(
