@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -15,15 +15,13 @@ from orchestrator.domain.runs.check_results import CheckRecord
 from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.sessions.messages import UserMessage
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.engine.state.merge_run import MERGE_TASK
 from orchestrator.errors import RefusedError, UnreadableDocument, describe_validation_error
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, Write
 from orchestrator.state.documents.validation import find_document_error
 from orchestrator.system.failpoints import failpoint
-
-if TYPE_CHECKING:
-    from orchestrator.domain.settings.run_settings import TaskSpec
 
 _NO_DOCUMENTS: Mapping[str, TaskDocument] = {}
 
@@ -218,9 +216,6 @@ async def read_specs(store: Store, run: str, tasks: Iterable[str]) -> dict[str, 
 
 
 def _parse_spec(store: Store, documents: Mapping[str, Document], task: str) -> TaskSpec:
-    # Imported late: creating its models takes as long as all other reads of a status command.
-    from orchestrator.domain.settings.run_settings import TaskSpec  # noqa: PLC0415
-
     return _parsed(TaskSpec, _require_undamaged(store, _require_present(documents, task)))
 
 
