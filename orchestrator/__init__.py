@@ -15,13 +15,11 @@ Each name is imported on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
+from orchestrator.lazy import lazy_names
 
 # Not that of `typing`: each session's supervisor imports this module, and `typing` would slow its start by half.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from orchestrator.api.council import Council, ProjectPaths
     from orchestrator.api.topics.changes import PreservedWork
     from orchestrator.api.topics.logs import LogChunk
@@ -132,61 +130,51 @@ __all__ = [
     "copy_state",
 ]
 
-_MODULES = {
-    "api.council": ("Council", "ProjectPaths"),
-    "api.topics.changes": ("PreservedWork",),
-    "api.topics.logs": ("LogChunk",),
-    "config.schema": ("AdapterSettings", "Config", "Task"),
-    "domain.settings.run_settings": ("Backoff", "SetupStep", "TaskSettings", "WorktreeSettings"),
-    "domain.documents.conflicts": ("ConflictStrategy", "DocumentUpdate"),
-    "domain.sessions.contexts": ("SessionContext", "SessionStatus", "TaskSummary"),
-    "domain.settings.failures": ("FailureClass",),
-    "domain.runs.statuses": ("TaskStatus",),
-    "domain.sessions.notes": ("Note",),
-    "domain.workflow.violations": ("Violation",),
-    "engine.phases.verification": ("TaskVerification", "RunVerification"),
-    "engine.session_api.details": ("SessionDetails",),
-    "engine.reports.report": (
-        "AdapterReport",
-        "OrchestratorReport",
-        "RunReport",
-        "RunStatus",
-        "SessionReport",
-    ),
-    "engine.scheduler.restore": ("RestoreResult",),
-    "engine.reports.task_details": ("TaskDetails",),
-    "engine.reports.task_report": ("TaskReport",),
-    "errors": (
-        "ConfigError",
-        "CouncilError",
-        "LockHeld",
-        "LockUnavailable",
-        "Problem",
-        "RefusedError",
-        "RequestTimeout",
-        "StateLost",
-        "StoreUnavailable",
-        "UnreadableDocument",
-        "VersionConflict",
-    ),
-    "domain.documents.stored": ("LockInfo",),
-    "locking.lock_overview": ("LockLayer", "LockStatus", "LockParty"),
-    "plugins": ("Plugins",),
-    "protocols": ("Document", "Event", "Key", "RecordedEvent", "VerificationReport"),
-    "state.documents.checkpoints": ("Checkpoint", "RestorePlan"),
-    "state.documents.conflicts": ("UpdateResult", "Conflict", "ConflictResolution"),
-    "state.transfer.copying": ("CopyResult",),
-    "state.documents.log_reader": ("DocumentChange",),
-    "api.transfer": ("adopt_state", "copy_state"),
-}
-_PLACES = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name (PEP 562)."""
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown names
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "api.council": ("Council", "ProjectPaths"),
+            "api.topics.changes": ("PreservedWork",),
+            "api.topics.logs": ("LogChunk",),
+            "config.schema": ("AdapterSettings", "Config", "Task"),
+            "domain.settings.run_settings": ("Backoff", "SetupStep", "TaskSettings", "WorktreeSettings"),
+            "domain.documents.conflicts": ("ConflictStrategy", "DocumentUpdate"),
+            "domain.sessions.contexts": ("SessionContext", "SessionStatus", "TaskSummary"),
+            "domain.settings.failures": ("FailureClass",),
+            "domain.runs.statuses": ("TaskStatus",),
+            "domain.sessions.notes": ("Note",),
+            "domain.workflow.violations": ("Violation",),
+            "engine.phases.verification": ("TaskVerification", "RunVerification"),
+            "engine.session_api.details": ("SessionDetails",),
+            "engine.reports.report": ("AdapterReport", "OrchestratorReport", "RunReport", "RunStatus", "SessionReport"),
+            "engine.scheduler.restore": ("RestoreResult",),
+            "engine.reports.task_details": ("TaskDetails",),
+            "engine.reports.task_report": ("TaskReport",),
+            "errors": (
+                "ConfigError",
+                "CouncilError",
+                "LockHeld",
+                "LockUnavailable",
+                "Problem",
+                "RefusedError",
+                "RequestTimeout",
+                "StateLost",
+                "StoreUnavailable",
+                "UnreadableDocument",
+                "VersionConflict",
+            ),
+            "domain.documents.stored": ("LockInfo",),
+            "locking.lock_overview": ("LockLayer", "LockStatus", "LockParty"),
+            "plugins": ("Plugins",),
+            "protocols": ("Document", "Event", "Key", "RecordedEvent", "VerificationReport"),
+            "state.documents.checkpoints": ("Checkpoint", "RestorePlan"),
+            "state.documents.conflicts": ("UpdateResult", "Conflict", "ConflictResolution"),
+            "state.transfer.copying": ("CopyResult",),
+            "state.documents.log_reader": ("DocumentChange",),
+            "api.transfer": ("adopt_state", "copy_state"),
+        },
+    )
 
 
 def __dir__() -> list[str]:
