@@ -117,7 +117,7 @@ class LockOverview:
                     Write(
                         document.key,
                         document.version,
-                        PathOwnership.from_json(document.value).without_patterns().to_json(),
+                        PathOwnership.model_validate(document.value).without_patterns().model_dump(mode="json"),
                     )
                     for document in documents
                     if document.key.id.endswith(f"/{holder}")
@@ -143,7 +143,7 @@ class LockOverview:
         live: list[PathOwnership] = []
         for document in filter_readable(await self.store.list(OWNERSHIP_KIND)):
             if "/" in document.key.id:  # a name without a slash is the version guard of a scope
-                holding = PathOwnership.from_json(document.value)
+                holding = PathOwnership.model_validate(document.value)
                 claim = await self.store.get(claim_key(holding.session))
                 if is_current(holding, None if claim is None else claim.value):
                     live.append(holding)

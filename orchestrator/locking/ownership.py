@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Final, NamedTuple
 
 import anyio
@@ -124,12 +123,12 @@ class OwnershipView:
         """Return the last recorded ownership of a session, valid or not."""
         for version in await self._store.history(self.key(session)):
             if version.value is not None:
-                return PathOwnership.from_json(version.value)
+                return PathOwnership.model_validate(version.value)
         return None
 
     async def _own(self, session: SessionName) -> tuple[int, PathOwnership] | None:
         document = await self._store.get(self.key(session))
-        return None if document is None else (document.version, PathOwnership.from_json(document.value))
+        return None if document is None else (document.version, PathOwnership.model_validate(document.value))
 
     async def _read(self) -> _RegistryState:
         scope_guard = await self._store.get(self._scope_key)
@@ -140,7 +139,7 @@ class OwnershipView:
             if before is None or before[0] != document.version:
                 if find_document_error(document) is not None:
                     continue
-                before = document.version, PathOwnership.from_json(document.value)
+                before = document.version, PathOwnership.model_validate(document.value)
             self._known[document.key] = before
         holdings = {holding.session: (version, holding) for version, holding in self._known.values()}
         return _RegistryState(scope_guard.version if scope_guard else 0, holdings)
@@ -189,7 +188,7 @@ class OwnershipRegistry(OwnershipView):
         extended = holding.with_patterns(wanted, self._clock.now(), is_lock=is_lock).with_waiting(None)
         return [
             Write(self._scope_key, state.scope_version, {"since": self._clock.now()}),
-            Write(self.key(session), version, extended.to_json()),
+            self._write(version, extended),
             *(Write(self.key(other.session), state.holdings[other.session][0], None) for other in stale),
         ]
 
@@ -248,9 +247,7 @@ class OwnershipRegistry(OwnershipView):
         holdings = (await self._read()).holdings.values()
         candidates = [(version, holding, epochs.get(claim_key(holding.session), 0)) for version, holding in holdings]
         return [
-            Write(
-                self.key(holding.session), version, replace(holding, orchestrator=orchestrator, epoch=epoch).to_json()
-            )
+            self._write(version, holding.model_copy(update={"orchestrator": orchestrator, "epoch": epoch}))
             for version, holding, epoch in candidates
             if holding.epoch == epoch - 1
         ]
@@ -276,7 +273,7 @@ class OwnershipRegistry(OwnershipView):
             version, holding = own
             released = [pattern for pattern in check_patterns(patterns) if pattern in holding.taken]
             if released:
-                write = Write(self.key(session), version, holding.without(released).to_json())
+                write = self._write(version, holding.without(released))
                 event = _event(OwnershipReleased(patterns=released), session)
                 await self._commit([write], event, claim)
             return released
@@ -315,7 +312,7 @@ class OwnershipRegistry(OwnershipView):
         async def attempt() -> None:
             own = await self._own(session)
             version, holding = own or (0, self._blank(session, orchestrator, claim))
-            write = Write(self.key(session), version, holding.with_waiting(waiting).to_json())
+            write = self._write(version, holding.with_waiting(waiting))
             event = _event(OwnershipWaiting(patterns=waiting.patterns), session)
             await self._commit([write], event, claim)
 
@@ -329,7 +326,7 @@ class OwnershipRegistry(OwnershipView):
             if own is None or own[1].waiting is None:
                 return
             version, holding = own[0], own[1].with_waiting(None)
-            value = None if holding.is_idle else holding.to_json()
+            value = None if holding.is_idle else holding.model_dump(mode="json")
             await self._store.commit(Commit([Write(self.key(session), version, value)], durable=False))
 
         await retry_on_conflict(attempt, _TRIES)
@@ -348,8 +345,13 @@ class OwnershipRegistry(OwnershipView):
 
         return await retry_on_conflict(attempt, _TRIES)
 
+    def _write(self, version: int, holding: PathOwnership) -> Write:
+        return Write(self.key(holding.session), version, holding.model_dump(mode="json"))
+
     def _blank(self, session: SessionName, orchestrator: str, claim: Guard) -> PathOwnership:
-        return PathOwnership(session, (), self._clock.now(), orchestrator, claim.epoch)
+        return PathOwnership(
+            **session._asdict(), patterns=(), since=self._clock.now(), orchestrator=orchestrator, epoch=claim.epoch
+        )
 
     async def _commit(self, writes: Sequence[Write], event: Event, claim: Guard) -> None:
         # Not durable: ownership matters only while sessions are alive, and a power failure also ends them.

@@ -262,9 +262,8 @@ async def test_other_attempt_blocks_extend_only(repository: Repository, processe
 
 def test_lock_covers_a_replaced_path() -> None:
     """A file or link in place of a parent folder of the locked path, which need not exist yet."""
-    holding = PathOwnership(SessionName("r", "t", 1), (), 0.0, "o", 1).with_patterns(
-        ["src/new/deep/x.py", "a[b]"], 1.0, is_lock=True
-    )
+    nothing = PathOwnership(run="r", task="t", attempt=1, patterns=(), since=0.0, orchestrator="o", epoch=1)
+    holding = nothing.with_patterns(["src/new/deep/x.py", "a[b]"], 1.0, is_lock=True)
     for path in ("src/new/deep/x.py", "src/new/deep", "src", "src/new/deep/x.py/more", "ab"):
         assert holding.find_lock([path]) is not None, path
     for path in ("src/new/deep/y.py", "src/ne", "a", "other"):

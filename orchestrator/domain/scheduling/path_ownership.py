@@ -7,8 +7,10 @@ released. All other records are leftovers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict
 
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.session_names import SessionName
@@ -31,11 +33,14 @@ class OwnershipWait:
     since: Instant
 
 
-@dataclass(frozen=True, slots=True)
-class PathOwnership:
-    """The patterns that a session owns, and those that it waits for."""
+class PathOwnership(BaseModel):
+    """The document of the patterns that a session owns, and of those that it waits for."""
 
-    session: SessionName
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    run: str
+    task: str
+    attempt: int
     patterns: tuple[str, ...]
     since: Instant
     """When it acquired the first of its patterns, in wall-clock seconds."""
@@ -46,8 +51,13 @@ class PathOwnership:
     locked: tuple[str, ...] = ()
     """Patterns that the session locked explicitly: no other task may land changes to them."""
     waiting: OwnershipWait | None = None
-    taken: Mapping[str, Instant] = field(default_factory=dict)
+    taken: dict[str, Instant] = {}
     """When it acquired each of its patterns."""
+
+    @property
+    def session(self) -> SessionName:
+        """The session that owns the patterns."""
+        return SessionName(self.run, self.task, self.attempt)
 
     @property
     def is_idle(self) -> bool:
@@ -64,14 +74,14 @@ class PathOwnership:
         taken = {**self.taken, **dict.fromkeys(new, now)}
         since = self.since if self.patterns else now
         locked = tuple(dict.fromkeys((*self.locked, *(patterns if is_lock else ()))))
-        return replace(self, patterns=tuple(taken), since=since, locked=locked, taken=taken)
+        return self.model_copy(update={"patterns": tuple(taken), "since": since, "locked": locked, "taken": taken})
 
     def without(self, patterns: Sequence[str]) -> PathOwnership:
         """Return the record without these patterns."""
         taken = {pattern: since for pattern, since in self.taken.items() if pattern not in patterns}
         locked = tuple(pattern for pattern in self.locked if pattern in taken)
         since = min(taken.values(), default=self.since)
-        return replace(self, patterns=tuple(taken), taken=taken, locked=locked, since=since)
+        return self.model_copy(update={"patterns": tuple(taken), "taken": taken, "locked": locked, "since": since})
 
     def without_patterns(self) -> PathOwnership:
         """Return the record without any patterns."""
@@ -83,36 +93,7 @@ class PathOwnership:
 
     def with_waiting(self, waiting: OwnershipWait | None) -> PathOwnership:
         """Return the record with this wait."""
-        return replace(self, waiting=waiting)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as a stored document."""
-        waiting = self.waiting and {"patterns": list(self.waiting.patterns), "since": self.waiting.since}
-        return {
-            **self.session._asdict(),
-            "patterns": list(self.patterns),
-            "since": self.since,
-            "orchestrator": self.orchestrator,
-            "epoch": self.epoch,
-            "locked": list(self.locked),
-            "waiting": waiting,
-            "taken": dict(self.taken),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> PathOwnership:
-        """Return the record from the output of `to_json`."""
-        waiting = value["waiting"]
-        return cls(
-            SessionName(value["run"], value["task"], value["attempt"]),
-            tuple(value["patterns"]),
-            value["since"],
-            value["orchestrator"],
-            value["epoch"],
-            tuple(value["locked"]),
-            None if waiting is None else OwnershipWait(tuple(waiting["patterns"]), waiting["since"]),
-            value["taken"],
-        )
+        return self.model_copy(update={"waiting": waiting})
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,13 @@ Documents of other kinds belong to other programs and may have any shape.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, Final, NamedTuple
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from orchestrator.domain.documents.stored import (
     CheckpointRecord,
@@ -56,9 +55,6 @@ _DEEP: Final = 1000
 _NOT_EDITABLE: Final = "use the command or function that writes it; for your own documents use another kind"
 
 
-_HOLDING = cache(lambda: TypeAdapter(PathOwnership))
-
-
 def _task(encoded: bytes) -> TaskDocument:
     task = TaskDocument.model_validate_json(encoded)
     if task.inconsistency is not None:
@@ -74,7 +70,7 @@ def _lease(key: Key, encoded: bytes) -> object:
 
 def _ownership(key: Key, encoded: bytes) -> object:
     # An id without `/` is the version guard of a scope.
-    return _HOLDING().validate_python(PathOwnership.from_json(json.loads(encoded))) if "/" in key.id else None
+    return PathOwnership.model_validate_json(encoded) if "/" in key.id else None
 
 
 def checkpoint_number(key: Key) -> int | None:
