@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
+from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.settings.run_settings import Check
 
 #: Seconds for which a passed check is reused: what its key does not cover, such as installed programs, may change.
@@ -32,10 +31,8 @@ class CheckSource(StrEnum):
     CACHE = "cache"  #: it was recorded earlier
 
 
-class CheckRecord(BaseModel):
+class CheckRecord(StoredDocument):
     """A check that ended. Times are wall-clock seconds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     command: str
     """The shell command."""

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.check_results import CheckRecord
 from orchestrator.domain.runs.outcome import ToolDenials
@@ -27,12 +28,7 @@ _NOT_COUNTED = frozenset({*FailureClass, INTERRUPTED})
 _MOST_NAMED = 5
 
 
-class _Document(BaseModel):
-    # Building a model takes about a millisecond, and no process needs all of them.
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-
-class Attempt(_Document):
+class Attempt(StoredDocument):
     """One attempt at a task, recorded before it starts. Times are wall-clock seconds."""
 
     number: int
@@ -98,7 +94,7 @@ def sum_known_cost(attempts: Iterable[Attempt]) -> float | None:
     return sum(costs) if costs else None
 
 
-class PreparedMerge(_Document):
+class PreparedMerge(StoredDocument):
     """A merge commit, ready to move the target from `old` (None: no target) to `new`."""
 
     old: str | None
@@ -107,7 +103,7 @@ class PreparedMerge(_Document):
     """When it was recorded as the landing intent of its task; 0 until then."""
 
 
-class ImportedTask(_Document):
+class ImportedTask(StoredDocument):
     """The record of a task from an earlier state format, in wall-clock seconds."""
 
     status: str | None = None
@@ -116,13 +112,13 @@ class ImportedTask(_Document):
     completed: Instant | None = None
     branch: str | None = None
     worktree: str | None = None
-    phases: dict[str, Any] = {}
+    phases: dict[str, Any] = Field(default_factory=dict)
     """The original phases by name; empty if too large."""
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = Field(default_factory=dict)
     """The original metrics; empty if too large."""
 
 
-class TaskDocument(_Document):
+class TaskDocument(StoredDocument):
     """The state of one task in one run."""
 
     status: TaskStatus = TaskStatus.PENDING
@@ -234,16 +230,16 @@ def apply_trigger(subject: str, task: TaskDocument, trigger: Trigger, **changes:
     return task.model_copy(update={"status": status, **changes})
 
 
-class ImportedRun(_Document):
+class ImportedRun(StoredDocument):
     """The record of a run from a session in an earlier state format."""
 
     source: str
     """The path of the source file, relative to the project folder."""
     status: str | None = None
     """The original name of its status."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """The original options; empty if too large."""
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = Field(default_factory=dict)
     """The original metrics; empty if too large."""
 
 
@@ -310,7 +306,7 @@ class RunDocument(ResolvedSettings):
 _MAX_CLOCK_SKEW = 60.0
 
 
-class AdapterDocument(_Document):
+class AdapterDocument(StoredDocument):
     """The state of an adapter in a run. Times are wall-clock seconds."""
 
     cooldown_until: Instant | None = None
@@ -344,7 +340,7 @@ class RequestAction(StrEnum):
     ENABLE = "enable"  #: for adapters, not for tasks
 
 
-class RunRequest(_Document):
+class RunRequest(StoredDocument):
     """A request to a run, for its current or next leader."""
 
     id: str

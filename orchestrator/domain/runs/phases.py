@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict
-
+from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.events import tasks as events
 from orchestrator.errors import InvalidTransition
@@ -93,10 +92,8 @@ OPEN_STATUSES: Final = frozenset(status for status in PhaseStatus if status.reco
 PASSED_STATUSES: Final = frozenset(status for status in PhaseStatus if status.record.is_passed)
 
 
-class InputSummary(BaseModel):
+class InputSummary(StoredDocument):
     """The values passed to a phase: names, and sizes as JSON in bytes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     keys: tuple[str, ...] = ()
     omitted: tuple[str, ...] = ()
@@ -105,10 +102,8 @@ class InputSummary(BaseModel):
     """The total size in bytes, including omitted values."""
 
 
-class PhaseRecord(BaseModel):
+class PhaseRecord(StoredDocument):
     """One visit of a phase. Times are wall-clock seconds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     phase: str
     status: PhaseStatus

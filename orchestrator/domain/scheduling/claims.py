@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from enum import StrEnum
 from functools import reduce
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.statuses import ReleaseReason
 from orchestrator.domain.settings.run_settings import CoordinationSettings
@@ -26,11 +27,7 @@ class Role(StrEnum):
     WORKER = "worker"  #: waits for other claims
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-
-class OrchestratorIdentity(_Document):
+class OrchestratorIdentity(StoredDocument):
     """The identity of an orchestrator: a process that is active in a run."""
 
     id: str
@@ -46,7 +43,7 @@ class OrchestratorIdentity(_Document):
     """Whether it claims its tasks; if not, no other orchestrator can work on the run."""
 
 
-class ClaimCounters(_Document):
+class ClaimCounters(StoredDocument):
     """Counters of an orchestrator's claims."""
 
     # Descriptions instead of docstrings: extracting docstrings would dominate the import time of this module.
@@ -68,7 +65,7 @@ def sum_counters(counters: Iterable[ClaimCounters]) -> ClaimCounters:
     return reduce(lambda total, more: total.plus(**more.model_dump()), counters, ClaimCounters())
 
 
-class OrchestratorLease(_Document):
+class OrchestratorLease(StoredDocument):
     """An orchestrator's lease, on which its claims depend (wall-clock seconds)."""
 
     owner: OrchestratorIdentity
@@ -84,7 +81,7 @@ class OrchestratorLease(_Document):
     counters: ClaimCounters = Field(default_factory=ClaimCounters)
 
 
-class Claim(_Document):
+class Claim(StoredDocument):
     """The claim on one task. Times are wall-clock seconds."""
 
     owner: OrchestratorIdentity
@@ -97,7 +94,7 @@ class Claim(_Document):
     """The reason for its release or takeover."""
 
 
-class MergeParticipant(_Document):
+class MergeParticipant(StoredDocument):
     """An orchestrator that holds the merge lease or waits for it.
 
     `since` is in wall-clock seconds.
@@ -110,7 +107,7 @@ class MergeParticipant(_Document):
     since: Instant
 
 
-class MergeLease(_Document):
+class MergeLease(StoredDocument):
     """The lease to land on a target: its holder, and the queue of waiters."""
 
     epoch: int = 0

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
+from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.settings.path_patterns import check_pattern, has_overlap, is_match, literal_prefix
@@ -33,10 +34,8 @@ class OwnershipWait:
     since: Instant
 
 
-class PathOwnership(BaseModel):
+class PathOwnership(StoredDocument):
     """The document of the patterns that a session owns, and of those that it waits for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     run: str
     task: str
@@ -51,7 +50,7 @@ class PathOwnership(BaseModel):
     locked: tuple[str, ...] = ()
     """Patterns that the session locked explicitly: no other task may land changes to them."""
     waiting: OwnershipWait | None = None
-    taken: dict[str, Instant] = {}
+    taken: dict[str, Instant] = Field(default_factory=dict)
     """When it acquired each of its patterns."""
 
     @property

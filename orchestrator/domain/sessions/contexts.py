@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict
-
+from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.session_names import SessionName
 
@@ -35,10 +34,8 @@ class SessionStatus(StrEnum):
     DONE = "done"  #: it has reported its end, or has ended
 
 
-class SessionContext(BaseModel):
+class SessionContext(StoredDocument):
     """The current state of one session. Times are wall-clock seconds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     run: str
     task: str

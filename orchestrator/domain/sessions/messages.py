@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterable, Sequence
 from enum import StrEnum
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.model import Attempt
 from orchestrator.domain.runs.statuses import TaskStatus
@@ -28,10 +29,8 @@ class Receiver(StrEnum):
 _HEAD: Final = "The user sent this while the task was in progress; it adds to the task:"
 
 
-class UserMessage(BaseModel):
+class UserMessage(StoredDocument):
     """A message of the user to the agents of a task."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     id: str
     text: str

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict
-
+from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.security.quoting import quote_lines, remove_control_characters
 from orchestrator.domain.settings.path_patterns import has_any_overlap
@@ -28,10 +27,8 @@ _HEAD: Final = (
 )
 
 
-class Note(BaseModel):
+class Note(StoredDocument):
     """A note from a session for later sessions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     id: str
     run: str

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from orchestrator.domain.documents.json_values import compute_digest, parse_object
+from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.workflow.mediation import Mediation
 from orchestrator.errors import HandoffCorrupted
@@ -22,11 +21,7 @@ Delivery = Literal["file", "tool", "message"]
 MAX_SUMMARY_CHARS: Final = 2_000
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-
-class Receipt(_Document):
+class Receipt(StoredDocument):
     """The receipt of a complete handoff by a phase visit, in wall-clock seconds."""
 
     phase: str
@@ -37,7 +32,7 @@ class Receipt(_Document):
     """The digest of the received handoff."""
 
 
-class Handoff(_Document):
+class Handoff(StoredDocument):
     """The result of one phase. Created by `make_handoff`."""
 
     id: str

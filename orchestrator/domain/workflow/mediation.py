@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict
-
 from orchestrator.domain.documents.json_values import find_json_error, is_empty_value
+from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.workflow.violations import Violation
 from orchestrator.errors import PluginFailed, plugin_code
 
@@ -21,10 +20,8 @@ from orchestrator.errors import PluginFailed, plugin_code
 Transformation = Callable[[dict[str, Any], dict[str, Any]], Any]
 
 
-class Mediation(BaseModel):
+class Mediation(StoredDocument):
     """A transformed result."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     transformation: str | None = None
     """The name of the transformation; None: the default."""

@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
-from functools import cache
 from typing import Any, Final, NamedTuple
 
 import anyio
 import anyio.to_thread
 import orjson
-from pydantic import BaseModel, ConfigDict, JsonValue, TypeAdapter
 
 from orchestrator.client import strict_json
 from orchestrator.client.commands import MAX_SHARED_BYTES
+from orchestrator.domain.documents import stored as stored_values
 from orchestrator.domain.events.coordination import SharedPut
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.security.secrets import Redactor
@@ -37,14 +36,6 @@ MAX_KEYS: Final = 1000
 MAX_BYTES: Final = 32 << 20
 #: The default time to wait for a value, in seconds.
 DEFAULT_WAIT: Final = 30.0
-
-
-class _Stored(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    value: JsonValue
-    writer: str | None
-    time: float
 
 
 class SharedValue(NamedTuple):
@@ -105,7 +96,9 @@ class SharedValues:
             version = document.version if document else 0
             if if_version is not None and if_version != version:
                 raise _version_conflict(key, if_version, version)
-            stored = _Stored(value=redacted, writer=None if writer is None else str(writer), time=self._clock.now())
+            stored = stored_values.SharedValue(
+                value=redacted, writer=None if writer is None else str(writer), time=self._clock.now()
+            )
             task, attempt = (None, None) if writer is None else (writer.task, writer.attempt)
             event = Event.of(SharedPut(run=self._run, task=task, attempt=attempt, key=key))
             write = Write(name, version, stored.model_dump())
@@ -229,16 +222,11 @@ def require_new_value(key: str, value: SharedValue | None, timeout: float) -> Sh
     return value
 
 
-@cache
-def _stored() -> TypeAdapter[_Stored]:
-    return TypeAdapter(_Stored)
-
-
 def _read(key: str, document: Document) -> SharedValue:
     stored = None
     if not document.damaged:
         try:
-            stored = _stored().validate_json(document.encoded)
+            stored = stored_values.SharedValue.model_validate_json(document.encoded)
         except ValueError:  # not written by `SharedValues`
             stored = None
     if stored is None:
