@@ -88,13 +88,16 @@ class CheckpointSession:
 
 
 class CheckpointRecord(_Stored):
-    """A named position of the log; see `state.documents.checkpoints.Checkpoint`."""
+    """A named position of the log, with a summary."""
 
     position: int
+    """The position of the last commit that it includes."""
     reason: str
     created_by: CheckpointOrigin
     status: str | None
+    """`running`, `interrupted`, `landed` or `incomplete`; None for the whole store or a damaged run."""
     task_counts: dict[str, int]
+    """The number of tasks by status; `damaged` counts unreadable ones."""
     sessions: tuple[CheckpointSession, ...]
 
 

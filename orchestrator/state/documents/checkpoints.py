@@ -35,7 +35,7 @@ from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.domain.documents.stored import CheckpointOrigin, CheckpointRecord, CheckpointSession
+from orchestrator.domain.documents.stored import CheckpointOrigin, CheckpointRecord
 from orchestrator.domain.events.state import CheckpointCreated
 from orchestrator.domain.runs.model import RunDocument, TaskDocument
 from orchestrator.domain.runs.rollback import roll_back_task
@@ -65,24 +65,14 @@ _COVERED_KINDS: Final = (*_RESTORED_KINDS, _NOTE)
 _MAX_READS: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(CheckpointRecord, extra="ignore"):
     """A named log position of a run or of the whole store (None), with a summary."""
 
     id: str
     """`<run>/<number>`, or `all/<number>`; numbers increase."""
     run: str | None
-    position: int
-    """The position of the last commit that it includes."""
     time: float
     """The creation time in wall-clock seconds."""
-    reason: str
-    created_by: CheckpointOrigin
-    status: str | None
-    """`running`, `interrupted`, `landed` or `incomplete`; None for the whole store or a damaged run."""
-    task_counts: Mapping[str, int]
-    """The number of tasks by status; `damaged` counts unreadable ones."""
-    sessions: Sequence[CheckpointSession]
 
     @property
     def number(self) -> int:
@@ -197,18 +187,9 @@ async def prune_checkpoints(store: Store, run: str, keep: int, guards: Sequence[
 
 
 def _checkpoint(found: Document) -> Checkpoint:
-    record, run = CheckpointRecord.model_validate_json(found.encoded), found.key.id.rpartition("/")[0]
-    return Checkpoint(
-        id=found.key.id,
-        run=None if run == WHOLE_STORE else run,
-        position=record.position,
-        time=found.time,
-        reason=record.reason,
-        created_by=record.created_by,
-        status=record.status,
-        task_counts=record.task_counts,
-        sessions=record.sessions,
-    )
+    run = found.key.id.rpartition("/")[0]
+    own = {"id": found.key.id, "run": None if run == WHOLE_STORE else run, "time": found.time}
+    return Checkpoint.model_validate({**found.value, **own})
 
 
 async def _free_key(store: Store, owner: str) -> Key:

@@ -154,7 +154,7 @@ async def _full_id(council: Council, name: str, run: str | None) -> str:
 
 
 def _facts(one: Checkpoint) -> JsonObject:
-    return {**asdict(one), "number": one.number}
+    return {"id": one.id, "run": one.run, **one.model_dump(mode="json"), "number": one.number}
 
 
 def _changes(found: RestorePlan) -> JsonObject:
