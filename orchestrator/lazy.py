@@ -11,13 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
-    import git
     import jsonschema
-    import portalocker
     import referencing
     import zstandard
 
-__all__ = ["difflib", "git", "jsonschema", "lazy_names", "portalocker", "referencing", "zstandard"]
+__all__ = ["difflib", "jsonschema", "lazy_names", "referencing", "zstandard"]
 
 
 def lazy_names(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:

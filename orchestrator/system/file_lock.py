@@ -31,7 +31,6 @@ import anyio
 import anyio.to_thread
 from anyio.lowlevel import RunVar
 
-from orchestrator import lazy
 from orchestrator.errors import LockHeld, StoreUnavailable
 from orchestrator.system.process_table import start_ticks
 from orchestrator.system.slow_waits import NOTICE_AFTER, warn_if_slow
@@ -325,7 +324,9 @@ class _Locker:
     """`flock` by an explicit portalocker locker: the default is global, maybe lockf."""
 
     def __init__(self) -> None:
-        portalocker = lazy.portalocker  # takes up to half a second to import if redis is installed
+        # Imported late: portalocker takes up to half a second to import if redis is installed.
+        import portalocker  # noqa: PLC0415  (a slow import)
+
         self.locker = portalocker.portalocker.FlockLocker()
         self.held, self.failed = portalocker.AlreadyLocked, portalocker.LockException
         modes = {False: portalocker.LockFlags.EXCLUSIVE, True: portalocker.LockFlags.SHARED}

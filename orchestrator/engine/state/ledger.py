@@ -51,8 +51,9 @@ class Ledger:
         Unless `is_shared`, there are no claims, and only the leader can work in the run.
         """
         self.writer, self.orchestrators = writer, writer.orchestrators
-        self.claims = Claims(writer.store, writer.clock, writer.orchestrators) if is_shared else None
-        self.takeovers = self.claims and ClaimTakeovers(writer.store, writer.clock, writer.orchestrators, self.claims)
+        parts = writer.store, writer.clock, writer.orchestrators
+        self.claims = Claims(*parts) if is_shared else None
+        self.takeovers = None if self.claims is None else ClaimTakeovers(*parts, self.claims)
         self.run_state = RunState(writer, loaded.run)
         self.adapters = AdapterStates(writer)
         self.tasks = TaskTable(writer.store, self.run_state, loaded, self.claims)

@@ -1,7 +1,4 @@
-"""Read refs, commits and diffs; GitPython avoids a process where possible.
-
-Importing it takes as long as all our other imports together, so this happens on first use.
-"""
+"""Read refs, commits and diffs; GitPython avoids a process where possible."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
-from orchestrator import lazy
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import CONFIG_FLAGS, Git, is_object_id, sealed_environment
 
@@ -36,17 +32,20 @@ class CommitSummary:
 def _sealed_repo() -> tuple[type[git.Repo], type[Exception]]:
     """Return GitPython's repository class and its base error class."""
 
-    class SealedGit(lazy.git.Git):
+    # Imported late: importing GitPython takes as long as all other imports together.
+    import git  # noqa: PLC0415
+
+    class SealedGit(git.Git):
         """Runs git without our environment, which could relocate it or run programs."""
 
         def execute(self, command: Sequence[str], *args: Any, **kwargs: Any) -> Any:
             variables = (f"{name}={value}" for name, value in sealed_environment(self.environment()).items())
             return super().execute(["env", "-i", *variables, "git", *CONFIG_FLAGS, *command[1:]], *args, **kwargs)
 
-    class SealedRepo(lazy.git.Repo):
+    class SealedRepo(git.Repo):
         GitCommandWrapperType = SealedGit
 
-    return SealedRepo, lazy.git.exc.GitError
+    return SealedRepo, git.exc.GitError
 
 
 async def _read(repository: Git, read: Callable[[git.Repo], T]) -> T:
@@ -112,12 +111,14 @@ def _read_ref(repository: Path, ref: str) -> str | None:
 
 
 def _read_any_ref(repository: Path, ref: str) -> str | None:
+    import git  # noqa: PLC0415  as above
+
     try:
-        with lazy.git.Repo(repository) as opened:
-            return lazy.git.SymbolicReference.dereference_recursive(opened, ref)
+        with git.Repo(repository) as opened:
+            return git.SymbolicReference.dereference_recursive(opened, ref)
     except ValueError:  # GitPython raises this for a missing ref
         return None
-    except (lazy.git.exc.InvalidGitRepositoryError, lazy.git.exc.NoSuchPathError):  # the message is only the path
+    except (git.exc.InvalidGitRepositoryError, git.exc.NoSuchPathError):  # the message is only the path
         raise GitError(["rev-parse", ref], 128, f"{repository} is no longer a git repository") from None
-    except (lazy.git.exc.GitError, OSError) as error:
+    except (git.exc.GitError, OSError) as error:
         raise GitError(["rev-parse", ref], 128, f"{repository}: {error}") from error
