@@ -117,7 +117,7 @@ def test_fast_path_imports_nothing_slow(tmp_path: Path) -> None:
     assert loaded & slow == set()
     assert {name for name in loaded if name.startswith("orchestrator.")} == {
         "orchestrator.__main__",
-            "orchestrator.lazy",
+        "orchestrator.lazy",
         *(
             f"orchestrator.client{name}"
             for name in ("", ".commands", ".main", ".messages", ".quick_parser", ".session")
