@@ -28,6 +28,7 @@ A message ends with the remedy.
       RequestTimeout         a run's process did not perform a request in time     exit 1
       GitError               a git command failed unexpectedly
         GitKilled            git was killed externally in every attempt            exit 1
+        HubDamaged           one of council's own repositories is damaged          exit 2
         TargetMissing        the target branch was deleted or renamed
       SessionError           a supervisor ended without a report
 
@@ -354,6 +355,16 @@ class GitKilled(GitError):
         super().__init__(argv, returncode, stderr)
         self.message = f"`{' '.join(argv)}` was killed ({self.stderr or f'exit code {returncode}'})"
         self.remedy = "fix the cause, such as lack of memory, then repeat the command, or run `council resume`"
+        self.args = (f"{self.message}: {self.remedy}",)
+
+
+class HubDamaged(GitError):
+    """Council's own repositories in a folder are damaged or incomplete."""
+
+    def __init__(self, argv: Sequence[str], returncode: int, stderr: str, folder: Path) -> None:
+        super().__init__(argv, returncode, stderr)
+        self.message = f"the internal repository {folder} is damaged: {self.stderr}"
+        self.remedy = "move it away and start a new run; landed commits stay on their targets"
         self.args = (f"{self.message}: {self.remedy}",)
 
 

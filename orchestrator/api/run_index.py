@@ -78,7 +78,8 @@ class RunIndex:
         hub = Hub(Path(run.hub))
         # An attempt that was still active may have created its own folder again, but nothing else.
         if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
-            raise RefusedError(f"the repositories of run {run.id} are gone from {hub.root}", "start a new run")
+            remedy = "move it away and start a new run" if hub.root.exists() else "start a new run"
+            raise RefusedError(f"the repositories of run {run.id} are gone from {hub.root}", remedy)
         await anyio.to_thread.run_sync(create_folders, hub.root)
         return hub
 

@@ -99,6 +99,10 @@ def test_damaged_internal_repository_is_named_with_the_remedy(
     assert (refused.code, refused.result["status"]) == (2, "refused"), refused
     assert f"the internal repository {trusted.parent} is damaged" in refused.result["error"]
     assert "move it away" in refused.result["remedy"]
+    if damage == "HEAD":  # a valid repository is needed by all of these, but not each of its objects and refs
+        for command in (["salvage", "list"], ["run", str(config)]):
+            refused = repository.council(*command, "--json")
+            assert (refused.code, "move it away" in refused.result["remedy"]) == (2, True), refused
     trusted.parent.rename(tmp_path / "moved")
     assert repository.council("run", str(config), "--json").states == {"one": "landed"}
 
@@ -352,13 +356,19 @@ async def test_failing_other_hooks_of_the_user_stop_nothing(repository: Reposito
 
 
 async def test_missing_own_repositories_are_named(repository: Repository) -> None:
-    """An incomplete folder is not reported as an internal error."""
-    repository.council("run", str(repository.configure([{"id": "one", "prompt": "write one.txt 1"}])))
+    """An incomplete folder is not reported as an internal error, and the printed remedy works."""
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])
+    repository.council("run", str(config))
     (hub,) = (path for path in Path(repository.environ["COUNCIL_HOME"]).iterdir() if path.is_dir())
     shutil.rmtree(hub)
     (hub / "sessions").mkdir(parents=True)
-    ended = repository.council("resume", "--json")
-    assert (ended.code, "are gone from" in ended.result["error"]) == (2, True)
+    for command in (["resume"], ["run", str(config)], ["salvage", "list"]):
+        ended = repository.council(*command, "--json")
+        assert (ended.code, ended.result["status"]) == (2, "refused"), ended
+        assert str(hub) in ended.result["error"]
+        assert "move it away and start a new run" in ended.result["remedy"]
+    hub.rename(hub.with_name("moved"))
+    assert repository.council("run", str(config), "--json").states == {"one": "no_change"}  # it landed before
 
 
 def test_removed_locks_folder_is_created_again(repository: Repository) -> None:

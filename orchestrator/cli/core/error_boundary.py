@@ -25,6 +25,7 @@ from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.errors import (
     ConfigError,
     CouncilError,
+    HubDamaged,
     LeaseLost,
     RefusedError,
     StateLost,
@@ -118,7 +119,7 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None], resume
         return EXIT_INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted"
     if isinstance(error, ConfigError):
         return EXIT_BAD_INPUT, {"status": "invalid", "errors": [*map(asdict, error.problems)]}, str(error)
-    if isinstance(error, RefusedError):
+    if isinstance(error, RefusedError | HubDamaged):
         result = {"status": "refused", "error": error.message, "remedy": error.remedy}
         return EXIT_BAD_INPUT, result, f"council: {error}"
     if (lack := describe_shortage(error)) is not None:

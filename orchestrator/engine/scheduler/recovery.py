@@ -30,6 +30,7 @@ from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import (
     GitError,
+    HubDamaged,
     LockHeld,
     PluginFailed,
     RefusedError,
@@ -40,7 +41,6 @@ from orchestrator.errors import (
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.intake.collect import CollectionResult
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.hub import reports_hub_damage
 from orchestrator.repo.worktrees.preserved import try_to_preserve
 from orchestrator.repo.worktrees.slots import read_setup_files
 from orchestrator.repo.worktrees.worktrees import Worktree
@@ -72,14 +72,9 @@ async def recover(ledger: Ledger, context: RunContext) -> None:
     context.target.must_exist |= ledger.tasks.has_moved_target(ledger.run.start)
     try:
         await context.target.refresh()
-    except TargetMissing as error:
+    except (TargetMissing, HubDamaged) as error:
         raise RefusedError(error.message, error.remedy) from None
     except GitError as error:
-        if reports_hub_damage(context.hub, error.stderr):
-            message = f"the internal repository {context.hub.root} is damaged: {error.stderr}"
-            raise RefusedError(
-                message, "move it away and start a new run; landed commits stay on their targets"
-            ) from None
         raise to_unusable_error(error, "can't read the target", "retry when it is reachable") from None
     taken = await _take_over(ledger, context, counts=False)
     tasks = ledger.run.tasks if alone else taken

@@ -25,7 +25,7 @@ import anyio
 import anyio.to_thread
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from orchestrator.errors import GitError, GitKilled, RefusedError
+from orchestrator.errors import GitError, GitKilled, HubDamaged, RefusedError
 from orchestrator.repo.git.stale_files import list_index_locks, list_locks, remove_unowned
 from orchestrator.sandbox.confinement import Confinement
 from orchestrator.system.failpoints import failpoint, is_triggered
@@ -38,6 +38,12 @@ RECOMMENDED_VERSION: Final = (2, 39)  # the oldest version that the tests run wi
 IDENTITY: Final = ("CLI Council", "council@localhost")
 GITLINK_MODE: Final = "160000"  # a link to a commit of another repository
 LINK_MODE: Final = "120000"  # a symbolic link
+
+#: The name of our repository in a hub (`repo.worktrees.hub`).
+TRUSTED_NAME: Final = "trusted.git"
+#: Git's messages about a damaged repository, and about one of our refs with a missing or invalid object.
+_DAMAGE: Final = re.compile(r"corrupt|is empty|unable to unpack|not a git repository")
+_DAMAGED_REF: Final = "fatal: bad object refs/council/"
 
 _HARMLESS_CONFIG: Final = (
     "core.hooksPath=/dev/null",
@@ -239,7 +245,7 @@ class Git:
             folder = cwd or self.git_dir
             if folder is None or folder.is_dir():
                 raise RefusedError("git is not on PATH", _INSTALL) from None
-            raise GitError(["git", *args], 128, f"folder {folder} does not exist") from None
+            raise self._failure(args, 128, f"folder {folder} does not exist") from None
         except PermissionError as error:
             folder = cwd or self.git_dir
             if folder is not None and error.filename == folder:  # subprocess names the folder or the program
@@ -254,8 +260,18 @@ class Git:
                 message = f"{message}: {os.strerror(errno.ENOSPC)}"
             elif was_killed(done.returncode, message):
                 raise GitKilled(["git", *args], done.returncode, message)
-            raise GitError(["git", *args], done.returncode, message)
+            raise self._failure(args, done.returncode, message)
         return done
+
+    def _failure(self, args: Sequence[str], returncode: int, message: str) -> GitError:
+        """Return the error of a failed command: HubDamaged if our repository, not the user's, is damaged."""
+        argv, own = ["git", *args], self.git_dir
+        if own is None or own.name != TRUSTED_NAME:
+            return GitError(argv, returncode, message)
+        is_damaged = _DAMAGED_REF in message or (str(own.parent) in message and _DAMAGE.search(message))
+        if is_damaged or f"{own} does not exist" in message:
+            return HubDamaged(argv, returncode, message, own.parent)
+        return GitError(argv, returncode, message)
 
     async def _confinement(self, scope: ConfinedPaths, path: str) -> Confinement:
         if path not in _INSTALLATIONS:

@@ -31,14 +31,11 @@ import anyio.to_thread
 
 from orchestrator.domain.scheduling.claims import OrchestratorIdentity
 from orchestrator.errors import RefusedError, to_unusable_error
-from orchestrator.repo.git.command import IDENTITY, Git
+from orchestrator.repo.git.command import IDENTITY, TRUSTED_NAME, Git
 from orchestrator.repo.worktrees import origin
 from orchestrator.repo.worktrees.files.file_trees import remove_all
 from orchestrator.system.file_lock import FileLock, is_held
 
-#: Git's messages about a damaged repository, and about one of our refs with a missing or invalid object.
-_DAMAGE = re.compile(r"corrupt|is empty|unable to unpack|not a git repository")
-_DAMAGED_REF = "fatal: bad object refs/council/"
 #: The ref namespace in the trusted repository for fetched commits of each run.
 INTERNAL_REFS = "refs/council"
 
@@ -86,7 +83,7 @@ class Hub:
     @property
     def trusted(self) -> Path:
         """The repository in which our git commands run."""
-        return self.root / "trusted.git"
+        return self.root / TRUSTED_NAME
 
     @property
     def session_template(self) -> Path:
@@ -145,11 +142,6 @@ class Hub:
 def is_inside_hub(hub: Hub, path: Path) -> bool:
     """Return whether no link in `path` leads out of the hub. Blocks."""
     return path.parent.resolve().is_relative_to(hub.root.resolve())
-
-
-def reports_hub_damage(hub: Hub, stderr: str) -> bool:
-    """Return whether git reports that the hub, not the user's repository, is damaged."""
-    return _DAMAGED_REF in stderr or (str(hub.root) in stderr and _DAMAGE.search(stderr) is not None)
 
 
 def locate_hub(source: str, home: Path) -> Hub:
