@@ -6,12 +6,16 @@ import json
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator import Council
+from orchestrator.domain.runs.check_results import MAX_CHECK_AGE
+from orchestrator.testing.clock import ManualClock
 from tests.conftest import CommandResult, Repository
 from tests.waiting import wait_for
 
@@ -280,6 +284,11 @@ async def test_passed_check_is_not_repeated_in_another_run(repository: Repositor
     assert run(MODE="two") == 2
     repository.commit({"new.txt": "x"}, "another tree")
     assert run(MODE="two") == 3
+    async with Council.open(repository.top, environ=repository.environ) as council:
+        assert [check.record.command for check in await council.checks.list()] == [log.command()] * 3
+    later = ManualClock(time.time() + MAX_CHECK_AGE)
+    async with Council.open(repository.top, environ=repository.environ, clock=later) as council:
+        assert await council.checks.list() == []  # the periodic maintenance deletes expired documents
 
 
 async def test_check_without_a_cache_runs_for_each_landing(repository: Repository, log: CheckLog) -> None:
