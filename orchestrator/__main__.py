@@ -17,6 +17,12 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command has started
         sys.stderr.write("council: interrupted\n")
         sys.exit(130)  # as in `orchestrator.cli.core.error_boundary`, which may not be imported yet
+    except BaseException as error:
+        if "Too many open files" not in str(error):
+            raise
+        # As in `orchestrator.errors`, which may not be importable. Python could not print the traceback either.
+        sys.stderr.write("council: too many open files: raise the limit of open files (`ulimit -n`)\n")
+        sys.exit(1)
 
 
 def _run() -> None:

@@ -38,6 +38,7 @@ Expected outcomes (a failed task, a merge conflict) are values, not errors.
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -400,6 +401,7 @@ _SHORTAGES: Final[Mapping[int, tuple[str, str]]] = {
 #: Hardware faults, in the same format: unlike shortages they may be permanent, so waiting does not help.
 _FAULTS: Final[Mapping[int, tuple[str, str]]] = {
     errno.EIO: ("Input/output error", "check the disk and its file system"),
+    errno.ENOLCK: ("No locks available", "use a local file system, or start the lock service of this one"),
 }
 #: The fixes, by errno and by message.
 RESOURCE_REMEDIES: Final = {number: fix for number, (_, fix) in _SHORTAGES.items()}
@@ -415,10 +417,12 @@ def find_exhausted_resource(error: OSError | GitError) -> int | None:
     return _find_errno(error, _SHORTAGES)
 
 
-def _find_errno(error: OSError | GitError, among: Mapping[int, tuple[str, str]]) -> int | None:
-    if isinstance(error, GitError):  # git prints the system's messages, in the C locale
-        return next((number for number, (text, _) in among.items() if text in error.stderr), None)
-    return error.errno if error.errno in among else None
+def _find_errno(error: BaseException, among: Mapping[int, tuple[str, str]]) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno if error.errno in among else None
+    # Git prints the system's messages, in the C locale; a failed import of a compiled module has no errno.
+    message = error.stderr if isinstance(error, GitError) else str(error)
+    return next((number for number, (text, _) in among.items() if text in message), None)
 
 
 def is_resource_exhaustion(error: OSError | GitError) -> bool:
@@ -434,9 +438,11 @@ def describe_shortage(error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, _UNAVAILABLE) and not isinstance(error, StateLost):
         return error.message, error.remedy
     known = {**_SHORTAGES, **_FAULTS}
-    if not isinstance(error, OSError | GitError) or (number := _find_errno(error, known)) is None:
+    # Compiled modules turn the error of an import within them into a panic, which is no Exception.
+    is_system_error = isinstance(error, OSError | GitError | ImportError) or type(error).__name__ == "PanicException"
+    if not is_system_error or (number := _find_errno(error, known)) is None:
         return None
-    subject = error.filename if isinstance(error, OSError) else " ".join(error.argv[:2])
+    subject = " ".join(error.argv[:2]) if isinstance(error, GitError) else getattr(error, "filename", None)
     return ": ".join(filter(None, (subject and str(subject), known[number][0].lower()))), known[number][1]
 
 
@@ -449,8 +455,15 @@ def to_unusable_error(error: OSError | GitError, message: str, remedy: str) -> O
     return RefusedError(f"{message}: {reason}", remedy) if describe_shortage(error) is None else error
 
 
-def to_permission_refusal(error: OSError) -> RefusedError | None:
-    """Return a refusal for a denied access; None for others, perhaps internal errors."""
+def to_access_refusal(error: OSError) -> RefusedError | None:
+    """Return a refusal for a denied access, or a file in the place of a folder; None for others.
+
+    Others are perhaps internal errors. Blocks.
+    """
+    if error.errno == errno.ENOTDIR and error.filename is not None:
+        path = Path(os.fsdecode(error.filename))
+        if (file := next((one for one in (path, *path.parents) if one.is_file()), None)) is not None:
+            return RefusedError(f"{file} is a file, and a folder is needed there", "move it to another place")
     if error.errno not in {errno.EACCES, errno.EPERM}:
         return None
     subject = "" if error.filename is None else f"{error.filename}: "

@@ -353,13 +353,23 @@ def lock_descriptor(fd: int, *, block: bool = True, shared: bool = False) -> boo
     except flock.held:
         return False
     except flock.failed as exc:
-        raise OSError(getattr(exc.__cause__, "errno", None) or errno.ENOLCK, str(exc)) from exc
+        raise _system_error(exc) from exc
     return True
 
 
 def unlock_descriptor(fd: int) -> None:
     """Release the lock on an open file. Raises OSError if that fails."""
-    _locker().locker.unlock(fd)
+    flock = _locker()
+    try:
+        flock.locker.unlock(fd)
+    except flock.failed as exc:
+        raise _system_error(exc) from exc
+
+
+def _system_error(error: BaseException) -> OSError:
+    """Return the error of the system behind one of portalocker."""
+    number = getattr(error.__cause__, "errno", None) or errno.ENOLCK
+    return OSError(number, os.strerror(number))
 
 
 def _flock(path: Path, fd: int, *, block: bool, shared: bool = False) -> bool:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import anyio.to_thread
 import pytest
 
+from orchestrator.__main__ import main as start_council
 from orchestrator.cli.core.error_boundary import ErrorLog, error_boundary
 from orchestrator.cli.render.output import Output
 from orchestrator.errors import ClaimLost, GitError, LeaseLost, is_resource_exhaustion
+from orchestrator.repo.worktrees.hub import create_folders
 from orchestrator.system.file_lock import FileLock
 
 
@@ -94,6 +99,65 @@ def test_input_output_error_is_reported_but_not_waited_for(
     assert end.value.code == 1
     reported = f"council: {subject}: input/output error: check the disk and its file system; no recorded work is lost\n"
     assert capsys.readouterr().err == reported
+
+
+@pytest.mark.parametrize("limit", [5, 6])
+def test_command_without_free_descriptors_prints_one_line(tmp_path: Path, limit: int) -> None:
+    """Neither the event loop nor a coroutine that was never awaited adds a traceback or a warning."""
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "runs"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done
+    assert "too many open files: raise the limit of open files (`ulimit -n`)" in done.stderr
+
+
+@pytest.mark.parametrize("message", ["Too many open files", "Too many open files in system (os error 23)"])
+@pytest.mark.parametrize("kind", [ImportError, type("PanicException", (BaseException,), {})])
+def test_compiled_module_without_descriptors_is_unavailable(
+    capsys: pytest.CaptureFixture[str], kind: type[BaseException], message: str
+) -> None:
+    """Such an error has no errno, and may be no Exception."""
+    with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=False), ErrorLog()):
+        raise kind(f"cannot open shared object file: {message}")
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("council: too many open files")
+
+
+def test_import_without_descriptors_prints_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the error boundary is imported."""
+    monkeypatch.setattr(sys, "argv", ["council", "runs"])
+    monkeypatch.setitem(sys.modules, "orchestrator.cli.main", None)
+    with pytest.raises(ImportError):
+        start_council()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.delitem(sys.modules, "orchestrator.client.quick_parser")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        with pytest.raises(SystemExit) as end:
+            start_council()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    reported = "council: too many open files: raise the limit of open files (`ulimit -n`)\n"
+    assert (end.value.code, capsys.readouterr().err) == (1, reported)
+
+
+def test_file_in_the_place_of_a_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the folders of a hub are created."""
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "sessions").touch()
+    attempts: list[Callable[[], object]] = [
+        lambda: create_folders(hub),
+        lambda: (hub / "sessions/run/t.1").mkdir(parents=True),
+    ]
+    for attempt in attempts:
+        with pytest.raises(SystemExit) as end, error_boundary(Output(as_json=False), ErrorLog()):
+            attempt()
+        reported = f"council: {hub}/sessions is a file, and a folder is needed there: move it to another place\n"
+        assert (end.value.code, capsys.readouterr().err) == (2, reported)
 
 
 @pytest.mark.parametrize("read", [Path.read_bytes, Path.read_text, read_head, read_descriptor])

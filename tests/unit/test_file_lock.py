@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -17,8 +18,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from orchestrator.errors import LockHeld
-from orchestrator.system.file_lock import FileLock
+from orchestrator.errors import LockHeld, describe_shortage
+from orchestrator.system.file_lock import FileLock, lock_descriptor, unlock_descriptor
 from tests.programs import run_python
 
 HOLDER = """
@@ -51,7 +52,7 @@ anyio.run(main)
 GIVES_UP = """
 import sys, anyio
 from pathlib import Path
-from orchestrator.errors import LockHeld
+from orchestrator.errors import LockHeld, describe_shortage
 from orchestrator.system.file_lock import FileLock
 
 async def main():
@@ -254,6 +255,20 @@ async def test_lock_without_a_free_descriptor_is_unsigned(path: Path) -> None:
     )
     done = await anyio.run_process([sys.executable, "-c", code, str(path)], check=False)
     assert (done.returncode, done.stdout) == (0, b"held\nheld\n"), done.stderr
+
+
+def test_lock_service_failure_is_an_error_of_the_system(path: Path) -> None:
+    """A failed lock or unlock is reported by its errno, which has a fix, whatever the library raises."""
+    with path.open("w") as file:
+        descriptor = file.fileno()
+    for call in (lock_descriptor, unlock_descriptor):
+        with pytest.raises(OSError, match="Bad file descriptor") as raised:
+            call(descriptor)
+        assert raised.value.errno == errno.EBADF
+    no_locks = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    assert describe_shortage(no_locks) == (
+        "no locks available", "use a local file system, or start the lock service of this one",
+    )  # fmt: skip
 
 
 async def test_unsigned_holder_has_no_name(path: Path) -> None:

@@ -249,6 +249,7 @@ def run_command(command: Callable[[CommandContext], Awaitable[int | None]], *, i
     gc.set_threshold(0 if is_short_lived else _GC_THRESHOLD)
     with error_boundary(output, log):
         _check_folder()
+        _check_descriptors()
         code = anyio.run(guarded)
     if output.write_error is not None:
         output.text(f"council: {write_error_message(output.write_error)}\n", err=True)
@@ -257,6 +258,12 @@ def run_command(command: Callable[[CommandContext], Awaitable[int | None]], *, i
     if is_short_lived:
         os._exit(code)  # the output is flushed; freeing thousands of documents one by one has no use
     sys.exit(code)
+
+
+def _check_descriptors() -> None:
+    """Raise the error of missing descriptors, which asyncio would report with tracebacks of its own."""
+    for descriptor in (*os.pipe(), *os.pipe()):
+        os.close(descriptor)
 
 
 def _check_folder() -> None:

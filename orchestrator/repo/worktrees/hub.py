@@ -19,7 +19,9 @@ imported as verified objects (`repo.intake.collect`).
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -202,7 +204,10 @@ def _configure(building: Path, hub: Hub) -> None:
 def create_folders(root: Path) -> None:
     """Create the folders of a hub that are missing, perhaps because the user has removed them. Blocks."""
     for name in ("sessions", "indexes", "slots", "trash", "locks"):
-        (root / name).mkdir(mode=0o700, exist_ok=True)
+        try:
+            (root / name).mkdir(mode=0o700, exist_ok=True)
+        except FileExistsError as error:  # as the first access below it would fail
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
 
 
 def _add_settings(git_dir: Path, section: str, **settings: str) -> None:
