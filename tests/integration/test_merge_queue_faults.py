@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Repository
 from tests.integration.test_batched_landings import ended, recorded
-from tests.integration.test_merge_queue import CheckLog, events, landed, queue
+from tests.integration.test_merge_queue import GOOD, CheckLog, events, landed, queue
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.extended_rest
@@ -61,6 +61,46 @@ async def test_landing_stops_no_check_of_a_phase(repository: Repository, log: Ch
     done = ended(child)
     assert set(done.states.values()) == {"landed"}, done
     assert not events(done, "task.interrupted")
+
+
+async def test_joined_check_is_restarted_if_the_task_that_started_it_is_cancelled(
+    repository: Repository, log: CheckLog
+) -> None:
+    """Both tasks have made the same change, so the second one waits for the check of the first one."""
+    free, after = log.folder / "free", log.folder / "after"
+    until = log.command(f"test -e {free} || sleep 600")
+    tasks: list[dict[str, Any]] = [
+        {"id": "t0", "prompt": "write a x", "workflow": "checked"},
+        {"id": "t1", "prompt": f"await {log.folder}/runs\nwrite a x", "workflow": "checked"},
+    ]
+    config = repository.configure(
+        tasks,
+        capacity=2,
+        workflows={"checked": [{"build": {"prompt": "{{ task.prompt }}", "until": [until]}}]},
+        worktrees={"after_run": [f"echo x >> {after}"]},
+        writable=[str(log.folder)],
+    )
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: after.exists() and len(after.read_text().split()) == len(tasks))
+    free.touch()
+    assert repository.council("cancel", "t0").code == 0
+    done = ended(child)
+    assert done.states == {"t0": "cancelled", "t1": "landed"}, done
+    assert [line["task"] for line in events(done, "task.interrupted")] == ["t0"]
+    assert log.runs == [["a"], ["a"]]
+
+
+async def test_check_ahead_of_a_failed_batch_is_stopped(repository: Repository, log: CheckLog) -> None:
+    """The merges after the batch contain its failure, so their checks have no use during the search for it."""
+    begun, lock = log.folder / "begun", log.folder / "lock"
+    ahead = f"if test -e bad && test -e e; then flock {lock} sh -c 'touch {begun}; sleep 600'; fi"
+    whole = f"if test -e bad && test -e d; then while ! test -e {begun}; do sleep 0.02; done; fi"
+    searched = f"if test -e b && ! test -e d; then flock {lock} true; fi"
+    check = log.command(f"{ahead}; {whole}; {searched}; {GOOD}")
+    queue(repository, log, ["a", "b", "bad", "d", "e"], check, capacity=2, merge={"batch": 4})
+    done = repository.council("resume", "--json", timeout=50)
+    assert done.states == {"t0": "landed", "t1": "landed", "t2": "failed", "t3": "landed", "t4": "landed"}, done
+    await repository.assert_invariants()
 
 
 @pytest.mark.extended

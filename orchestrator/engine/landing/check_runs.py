@@ -76,6 +76,8 @@ class _Running:
 
     task: str
     checked: CheckedTree = _STOPPED
+    stopped_for: Container[str] = ()
+    """The tasks that need no result any more."""
     waiters: int = 0
     """How many callers need the result."""
     ended: anyio.Event = field(default_factory=anyio.Event)
@@ -115,9 +117,10 @@ class CheckRuns:
         return CheckRequest(task, attempt, spec, key, commit, base, checker)
 
     def stop(self, tasks: Container[str]) -> None:
-        """Stop the checks for these tasks; `run` then returns ChecksNotRun."""
+        """Stop the checks for these tasks; `run` then returns ChecksNotRun for them, and restarts those of others."""
         for running in self._running.values():
             if running.task in tasks:
+                running.stopped_for = tasks
                 running.scope.cancel()
 
     def close(self) -> None:
@@ -168,23 +171,23 @@ class CheckRuns:
             self._known[key] = checked
 
     async def _join(self, request: CheckRequest, earlier: CheckedTree = _STOPPED) -> CheckedTree:
-        key = request.key
-        while (running := self._running.get(key)) is not None and running.scope.cancel_called:
-            await running.ended.wait()
-        if self._closed:
-            return _STOPPED
-        if running is None:
-            for other in self._running.values():  # of an earlier merge of the task, checked ahead of its turn
-                if other.task == request.task and not other.waiters:
-                    other.scope.cancel()
-            running = self._running[key] = _Running(request.task, waiters=1)
-            return await self._run(running, request, earlier)
-        running.waiters += 1
-        try:
-            await running.ended.wait()
-        finally:
-            running.waiters -= 1
-        return running.checked
+        while not self._closed:
+            running = self._running.get(request.key)
+            if running is None:
+                for other in self._running.values():  # of an earlier merge of the task, checked ahead of its turn
+                    if other.task == request.task and not other.waiters:
+                        other.scope.cancel()
+                running = self._running[request.key] = _Running(request.task, waiters=1)
+                return await self._run(running, request, earlier)
+            is_joined = not running.scope.cancel_called
+            running.waiters += is_joined
+            try:
+                await running.ended.wait()
+            finally:
+                running.waiters -= is_joined
+            if is_joined and (running.checked is not _STOPPED or request.task in running.stopped_for):
+                return running.checked
+        return _STOPPED
 
     async def _run(self, running: _Running, request: CheckRequest, earlier: CheckedTree = _STOPPED) -> CheckedTree:
         # The repetition has its own log: both results are evidence.

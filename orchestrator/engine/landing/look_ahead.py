@@ -56,14 +56,19 @@ class LookAhead:
         whole = await self._checks.request(task, merge)
         if whole is None:
             return CheckedMerges(len(merges))
-        checked, failure = CheckedMerges(0), None
-        async with anyio.create_task_group() as ahead:
-            ahead.start_soon(self._check_waiting, lease, merge, whole, waiting, group)
+        checked, failure, ahead = CheckedMerges(0), None, anyio.CancelScope()
+
+        def stop() -> None:
+            ahead.cancel()
+            self._checks.runs.prefetch(group, [])
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._check_waiting, ahead, lease, merge, whole, waiting, group)
             try:
-                checked = await self._checks.check(merges, whole)
+                checked = await self._checks.check(merges, whole, stop)
             except CouncilError as error:  # the task group would raise it as a group
                 failure = error
-            ahead.cancel_scope.cancel()
+            ahead.cancel()
         if failure is not None:
             raise failure
         self._resize(has_passed=checked.passed == len(merges))
@@ -76,27 +81,29 @@ class LookAhead:
 
     async def _check_waiting(
         self,
+        scope: anyio.CancelScope,
         lease: HeldMergeLease,
         merge: PreparedMerge,
         whole: CheckRequest,
         waiting: Callable[[], Sequence[str]],
         group: TaskGroup,
     ) -> None:
-        """Check the batches after `merge`, which is being checked, until cancelled."""
+        """Check the batches after `merge`, which is being checked, until `scope` is cancelled."""
         self._merged.clear()
         self._requests.clear()
-        while True:
-            changed = self._changed
-            requests, last = [whole], merge
-            async with aclosing(self._batches.divide(waiting())) as batches:
-                async for batch in batches:
-                    if len(requests) >= self._window:
-                        break
-                    last, task = await self._merge(lease, last, batch)
-                    if task is not None and (request := await self._request(task, last)) is not None:
-                        requests.append(request)
-            self._checks.runs.prefetch(group, requests)
-            await changed.wait()
+        with scope:
+            while True:
+                changed = self._changed
+                requests, last = [whole], merge
+                async with aclosing(self._batches.divide(waiting())) as batches:
+                    async for batch in batches:
+                        if len(requests) >= self._window:
+                            break
+                        last, task = await self._merge(lease, last, batch)
+                        if task is not None and (request := await self._request(task, last)) is not None:
+                            requests.append(request)
+                self._checks.runs.prefetch(group, requests)
+                await changed.wait()
 
     async def _merge(
         self, lease: HeldMergeLease, last: PreparedMerge, batch: Sequence[str]

@@ -74,11 +74,13 @@ class MergeChecks:
         builder = self._ledger.task(task).building_attempt
         return await self.runs.request(task, builder.number, spec, spec.checks, merge.new, merge.old or builder.base)
 
-    async def check(self, merges: Mapping[str, PreparedMerge], whole: CheckRequest) -> CheckedMerges:
+    async def check(
+        self, merges: Mapping[str, PreparedMerge], whole: CheckRequest, search: Callable[[], None]
+    ) -> CheckedMerges:
         """Check consecutive merges, whose tasks have the same checks; `whole` is the request for the last one.
 
-        If the last merge fails them, the first merge that fails is searched: its task and later ones are queued again.
-        The failure of a single merge is recorded as its outcome.
+        If the last merge fails them, `search` is called, and the first merge that fails is searched: its task and later
+        ones are queued again. The failure of a single merge is recorded as its outcome.
         """
         tasks = list(merges)
         if not await self.runs.has_passed(whole):
@@ -87,14 +89,16 @@ class MergeChecks:
             }
             await self._ledger.change_all(checking)
             failpoint("landing.checking")
-        checked = await (self._search_failure(merges, whole) if len(tasks) > 1 else self._check_single(whole))
+        checked = await (self._search_failure(merges, whole, search) if len(tasks) > 1 else self._check_single(whole))
         leading = tasks[: checked.passed]
         if leading and (reason := await self._find_obstacle(merges, leading)) is not None:
             await self.requeue(leading, reason)
             return CheckedMerges(0, [*leading, *checked.again] if len(tasks) > 1 else ())
         return checked
 
-    async def _search_failure(self, merges: Mapping[str, PreparedMerge], whole: CheckRequest) -> CheckedMerges:
+    async def _search_failure(
+        self, merges: Mapping[str, PreparedMerge], whole: CheckRequest, search: Callable[[], None]
+    ) -> CheckedMerges:
         """Find the leading merges that pass: all, or those before the first that fails."""
         tasks = list(merges)
         passed, failed = 0, len(tasks)
@@ -108,6 +112,7 @@ class MergeChecks:
                     failpoint("landing.checked")
                     passed, records = position, checked.records
                 case CommandFailed():
+                    search()  # later merges contain the failure: their checks have no use
                     failed = position - 1
                 case ChecksNotRun(reason) as result:
                     await self.requeue(tasks[passed:], reason)
