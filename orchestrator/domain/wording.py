@@ -26,6 +26,11 @@ def join_names(names: Collection[str], limit: int = 5, separator: str = ", ") ->
     return separator.join(islice(names, limit)) + (f" and {rest} more" if rest > 0 else "")
 
 
+def format_cost(cost: float) -> str:
+    """Return an amount of US dollars with two decimals, or four if it has fractions of a cent."""
+    return f"${cost:.4f}".removesuffix("00")
+
+
 def find_similar(unknown: str, names: Collection[str], limit: int = 1, cutoff: float = 0.6) -> list[str]:
     """Return likely meanings of an unknown name: another case, or similar names."""
     same = [name for name in names if name.casefold() == unknown.casefold()] if len(names) <= _MOST_FOLDED else []

@@ -132,7 +132,9 @@ async def test_version_2_file_is_imported_as_runs(repository: Repository) -> Non
     assert first.code == 0, first
     assert re.fullmatch(r"Imported 1 run with 5 tasks from \S+, which are unchanged: .*\n", first.stderr)
     landed = f"2 of 5 landed on develop (imported from {LEGACY_FILE})"
-    assert first.stdout.split() == f"{RUN} incomplete {landed}, 2 cancelled, 1 failed, 15:00 on average".split()
+    assert (
+        first.stdout.split() == f"{RUN} incomplete {landed}, 2 cancelled, 1 failed, average time to land 15:00".split()
+    )
     assert repository.council("runs").stderr == ""
     assert originals(repository) == before
     assert repository.git("status", "--porcelain", "--", ".council") == ""

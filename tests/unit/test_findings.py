@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.render.findings import finding_lines
+from orchestrator.cli.render.text import COLUMNS
 from orchestrator.config.load import load_config
 from orchestrator.domain.scheduling.admission import DEFAULT_DEMAND, MIB, AvailableResources, SessionDemand
 from orchestrator.engine.diagnostics import findings
@@ -42,8 +43,17 @@ def assert_finding(finding: Finding | None, level: Level, *words: str) -> None:
 def test_findings_are_printed_in_full() -> None:
     """Neither a command nor a list of folders is cut."""
     path, command = "/usr/local/bin:" * 40, f"`sysctl {'kernel.unprivileged_userns_clone=1 ' * 20}`"
-    first, second = finding_lines([Finding("sandbox", Level.PROBLEM, f"PATH is {path}", f"run {command} as root")])
-    assert (path in first, command in second) == (True, True)
+    lines = [*finding_lines([Finding("sandbox", Level.PROBLEM, f"PATH is {path}", f"run {command} as root")])]
+    assert any(path in line for line in lines)
+    assert any(command in line for line in lines)
+
+
+def test_findings_are_wrapped() -> None:
+    """All lines of a finding begin in the same column."""
+    lines = [*finding_lines([Finding("sandbox", Level.PROBLEM, "word " * 40, "fix " * 40)])]
+    assert lines[0].startswith("problem  sandbox  word ")
+    assert max(map(len, lines)) <= COLUMNS
+    assert {line[: len("problem  sandbox  ")] for line in lines[1:]} == {" " * len("problem  sandbox  ")}
 
 
 def test_system_is_rated() -> None:

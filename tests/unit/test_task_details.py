@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 
 from orchestrator.cli.render.task_details import task_detail_lines
+from orchestrator.cli.render.text import COLUMNS
 from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument
 from orchestrator.domain.runs.phases import InputSummary, PhaseRecord, PhaseStatus
 from orchestrator.domain.runs.statuses import TaskStatus
@@ -111,11 +113,11 @@ def test_each_visit_has_its_result() -> None:
 def test_text_for_people_is_complete() -> None:
     """With sizes, findings, notes and paths; terminal sequences of agents are escaped."""
     document, handoffs = reviewed()
-    shown = text(details_of(document, FOUR, *handoffs))
+    shown = re.sub(r"\n {4,}", " ", text(details_of(document, FOUR, *handoffs)))
     for part in (
         "task t of run run: running",
         "  prompt    Add login.",
-        "  It has tests.",
+        "It has tests.",
         "(from tickets)",
         "requirements (120 of 3,400 bytes; omitted: risks)",
         "scout (session 1)",
@@ -125,7 +127,7 @@ def test_text_for_people_is_complete() -> None:
         "verdict: reject",
         "a.py:3 (major) say \N{REPLACEMENT CHARACTER}[31mmore",
         "a.py, b.py",
-        "invalid handoff, cli-2, 0:30, 1.0k tokens, $0.5000",
+        "invalid handoff, cli-2, 0:30, 1.0k tokens, $0.50",
         "continued an earlier conversation",
         "/logs/t.4.stdout",
         "run/t/1, scout: scout to plan; direct; via file; sha256:",
@@ -136,7 +138,7 @@ def test_text_for_people_is_complete() -> None:
         "--json prints all",
         "by shorter",
         "not landed; its work is saved as t/4",
-        "6 sessions, 9:10, 6.1k tokens, $2.5000",
+        "6 sessions, 9:10, 6.1k tokens, $2.50",
     ):
         assert part in shown, part
     assert "\x1b" not in shown
@@ -231,6 +233,14 @@ def test_prompt_keeps_its_lines() -> None:
     assert "  prompt    Add login.\n\n              It has tests.\n" in shown
     long = TaskDefinition("\n".join(map(str, range(30))), None, (), None, ())
     assert "… (20 more lines; --json prints all)" in text(details_of(TaskDocument(), long))
+
+
+def test_details_are_wrapped() -> None:
+    """Only a long word, such as a path, is longer than a line."""
+    document, handoffs = reviewed()
+    prompt = TaskDefinition("word " * 30, None, (), None, ())
+    lines = f"{text(details_of(document, FOUR, *handoffs))}\n{text(details_of(TaskDocument(), prompt))}".split("\n")
+    assert [line for line in lines if len(line) > COLUMNS and " " in line.strip()] == []
 
 
 def test_session_without_changes_is_not_a_failure() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.usage import Usage, compute_usage
 from orchestrator.domain.settings.run_settings import Budget
+from orchestrator.domain.wording import format_cost
 
 RUN = RunDocument(
     id="run",
@@ -57,3 +60,11 @@ def test_clock_set_back_subtracts_nothing() -> None:
 def test_run_without_sessions_has_no_usage() -> None:
     """The total exists and is zero."""
     assert compute_usage(RUN, {"a": TaskDocument()}, now=1.0).total == Usage(0, 0, 0, 0, 0, None, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("cost", "text"), [(0.0015, "$0.0015"), (0.5, "$0.50"), (10.0, "$10.00"), (1.001, "$1.0010"), (0.0, "$0.00")]
+)
+def test_cost_shows_fractions_of_a_cent(cost: float, text: str) -> None:
+    """Otherwise a cheap session would seem to be free."""
+    assert format_cost(cost) == text

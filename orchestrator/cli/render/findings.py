@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from orchestrator.cli.render.output import Output
-from orchestrator.cli.render.text import one_line, pluralize, printable
+from orchestrator.cli.render.text import one_line, pluralize, printable, wrapped
 from orchestrator.engine.diagnostics.findings import Finding, Level
 
 
@@ -29,11 +29,12 @@ def finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield each finding and its remedy, uncut because both may contain commands."""
     width = max((len(finding.name) for finding in findings), default=0)
     for finding in findings:
-        yield printable(
-            f"{finding.level:<8} {finding.name:<{width}}  {one_line(finding.message, len(finding.message))}"
-        )
+        indent = " " * (width + 11)
+        head = f"{finding.level:<8} {finding.name:<{width}}  "
+        yield from wrapped(printable(one_line(finding.message, len(finding.message))), head=head, indent=indent)
         if finding.remedy is not None:
-            yield printable(f"{'':<8} {'':<{width}}  → {one_line(finding.remedy, len(finding.remedy))}")
+            text = printable(one_line(finding.remedy, len(finding.remedy)))
+            yield from wrapped(text, head=f"{indent}→ ", indent=f"{indent}  ")
 
 
 def findings_exit_code(findings: Iterable[Finding]) -> int:

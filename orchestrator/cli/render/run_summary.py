@@ -18,6 +18,7 @@ from orchestrator.cli.render.text import (
     wrapped,
 )
 from orchestrator.domain.events.tasks import salvage_name
+from orchestrator.domain.wording import format_cost
 from orchestrator.system.instants import format_local_time
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ def metrics_line(report: RunReport, metrics: Metrics) -> str:
     """Return the metrics of a run on one line; omit those that are zero or unknown."""
     parts = [landed_summary(report), *state_counts(report)]
     if metrics.average_time_minutes is not None:
-        parts.append(f"{format_elapsed(metrics.average_time_minutes * 60)} on average")
+        parts.append(f"average time to land {format_elapsed(metrics.average_time_minutes * 60)}")
     if tokens := metrics.input_tokens + metrics.output_tokens:
         parts.append(f"{format_count(tokens)} tokens")
     if metrics.cost is not None:
-        parts.append(f"${metrics.cost:.2f}")
+        parts.append(format_cost(metrics.cost))
     return ", ".join(parts)

@@ -10,6 +10,7 @@ from typing import Final
 
 from orchestrator.api.topics.logs import AttemptMarker, LogEntry
 from orchestrator.cli.render.text import format_count, format_elapsed, one_line, printable, truncate_end
+from orchestrator.domain.wording import format_cost
 from orchestrator.sessions.output.entries import OutputEntry, OutputEntryKind
 from orchestrator.system.instants import format_local_time
 
@@ -118,5 +119,5 @@ def _attempt_line(one: AttemptMarker) -> str:
     if sent or received:
         parts.append(f"{format_count(sent)} tokens in, {format_count(received)} out")
     if cost is not None:
-        parts.append(f"${cost:.2f}")
+        parts.append(format_cost(cost))
     return f"session {attempt.number} {', '.join(parts)}"

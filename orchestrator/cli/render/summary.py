@@ -40,6 +40,7 @@ from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.wording import format_cost
 from orchestrator.engine.reports.report import RunReport
 from orchestrator.engine.reports.task_report import TaskReport
 
@@ -133,7 +134,7 @@ def _totals(report: RunReport) -> Iterator[str]:
         parts.append(f"{format_count(tokens)} tokens")
     costs = [task.cost for task in report.tasks if task.cost is not None]
     if costs:
-        parts.append(f"${sum(costs):.2f}")
+        parts.append(format_cost(sum(costs)))
     if parts:
         yield f"  {', '.join(parts)}"
     flaky = [

@@ -12,6 +12,7 @@ from orchestrator.cli.render.text import format_count, format_elapsed, format_li
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
+from orchestrator.domain.wording import format_cost
 from orchestrator.repo.git.change_counts import Changes
 
 RETRY_LABEL = "retry"
@@ -184,5 +185,5 @@ def totals_line(totals: RunTotals) -> str:
     if totals.tokens:
         parts.append(f"{format_count(totals.tokens)} tokens")
     if totals.cost is not None:
-        parts.append(f"${totals.cost:.2f}")
+        parts.append(format_cost(totals.cost))
     return " · ".join(parts)

@@ -8,20 +8,21 @@ from itertools import zip_longest
 
 from orchestrator.cli.render.result import format_visit
 from orchestrator.cli.render.text import (
-    align_columns,
+    described,
     format_age,
     format_count,
     format_elapsed,
     one_line,
     printable,
     truncate_end,
+    wrapped,
 )
 from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.runs.check_results import CheckOutcome, CheckRecord, CheckSource
 from orchestrator.domain.runs.phases import InputSummary, PhaseStatus
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, TaskStatus
 from orchestrator.domain.runs.usage import Usage
-from orchestrator.domain.wording import join_names
+from orchestrator.domain.wording import format_cost, join_names
 from orchestrator.engine.reports.task_details import (
     AttemptDetails,
     HandoffDetails,
@@ -40,8 +41,8 @@ _MAX_NAMED = 10
 
 def task_detail_lines(details: TaskDetails, now: float, state: str) -> Iterator[str]:
     """Yield a task in full: phases, sessions, handoffs, landing and usage."""
-    yield printable(f"task {details.id} of run {details.run}: {state}")
-    yield from align_columns(list(_head(details, now)), "  ")
+    yield from _wrapped(f"task {details.id} of run {details.run}: {state}", "")
+    yield from described(list(_head(details, now)), "  ")
     if details.phases or details.remaining_phases:
         yield "phases"
     for visit in details.phases:
@@ -56,16 +57,20 @@ def task_detail_lines(details: TaskDetails, now: float, state: str) -> Iterator[
         yield "messages"
     for message in details.messages:
         receivers = f"session {message.attempts[0]}" if message.attempts else "not received yet"
-        yield printable(f"  {format_local_time(message.time)}, {receivers}: {one_line(message.text, _LONGEST)}")
+        yield from _wrapped(f"{format_local_time(message.time)}, {receivers}: {one_line(message.text, _LONGEST)}")
     if details.handoffs:
         yield "handoffs"
         for handoff in details.handoffs:
             yield from _handoff(handoff)
     yield "landing"
-    yield printable(f"  {_landing(details)}")
+    yield from _wrapped(_landing(details))
     if details.sessions:
         yield "usage"
-        yield f"  {_figures(details.usage)}"
+        yield from _wrapped(_figures(details.usage))
+
+
+def _wrapped(text: str, head: str = "  ") -> Iterator[str]:
+    return wrapped(printable(text), head=head, indent="    ")
 
 
 def _head(details: TaskDetails, now: float) -> Iterator[list[str]]:
@@ -107,8 +112,8 @@ def _visit(visit: PhaseVisitDetails, details: TaskDetails) -> Iterator[str]:
         did.append(f"verdict: {visit.verdict}")
     if visit.usage.sessions:
         did += [_figures(visit.usage), " then ".join(visit.adapters)]
-    yield printable(f"  {visit.phase}{again}: {', '.join(did)}")
-    yield from align_columns(list(_details(visit, details)), "    ")
+    yield from _wrapped(f"{visit.phase}{again}: {', '.join(did)}")
+    yield from described(list(_details(visit, details)), "    ")
 
 
 def _details(visit: PhaseVisitDetails, details: TaskDetails) -> Iterator[list[str]]:
@@ -162,7 +167,7 @@ def _session(one: AttemptDetails) -> Iterator[str]:
         parts.append("estimated")
     if one.resumed:
         parts.append("continued an earlier conversation")
-    yield printable(f"  {one.number} {one.phase}: {', '.join(parts)}")
+    yield from _wrapped(f"{one.number} {one.phase}: {', '.join(parts)}")
     fields = {
         "restart": one_line(one.restart_reason),
         "reason": one_line(one.reason or ""),
@@ -173,7 +178,7 @@ def _session(one: AttemptDetails) -> Iterator[str]:
         "discarded": _format_paths(one.discarded),
         "denied": one_line(str(one.denied_tools)),
     }
-    yield from align_columns([[name, value] for name, value in fields.items() if value], "    ")
+    yield from described([[name, value] for name, value in fields.items() if value], "    ")
 
 
 def _checks(details: TaskDetails) -> Iterator[str]:
@@ -203,13 +208,13 @@ def _handoff(one: HandoffDetails) -> Iterator[str]:
     parts = [where, one.protocol, f"via {one.via}", f"{one.digest[: _SHORT_DIGEST + len('sha256:')]}, {state}"]
     if one.key is not None:
         parts.append(f"shared as {one.key}, version {one.version}")
-    yield printable(f"  {one.id}, {one.kind}: {'; '.join(parts)}")
+    yield from _wrapped(f"{one.id}, {one.kind}: {'; '.join(parts)}")
     received = ", ".join(f"{receipt.phase} (session {receipt.attempt})" for receipt in one.receipts)
     taken = [["received", received or "not yet"]] if received or one.to is not None else []
-    yield from align_columns([*taken, ["data", _short(one.data)]], "    ")
+    yield from described([*taken, ["data", _short(one.data)]], "    ")
     if one.mediation is not None:
         how = one.mediation.transformation or "default"
-        yield from align_columns([["mediated", f"by {how}"], ["result", _short(one.mediation.processed)]], "    ")
+        yield from described([["mediated", f"by {how}"], ["result", _short(one.mediation.processed)]], "    ")
 
 
 def _short(value: object) -> str:
@@ -239,7 +244,7 @@ def _figures(one: Usage) -> str:
 
 def _used(tokens_in: int, tokens_out: int, cost: float | None) -> list[str]:
     parts = [f"{format_count(tokens_in + tokens_out)} tokens"] if tokens_in or tokens_out else []
-    return parts if cost is None else [*parts, f"${cost:.4f}"]
+    return parts if cost is None else [*parts, format_cost(cost)]
 
 
 def _format_paths(paths: Sequence[str]) -> str:

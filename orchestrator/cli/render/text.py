@@ -117,7 +117,11 @@ def described(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
     """Yield rows in columns; the last column is prose and wraps."""
     heads = align_columns([[*row[:-1], "|"] for row in rows], indent)
     for row, head in zip(rows, heads, strict=True):
-        yield from wrapped(printable(row[-1]), head=head.removesuffix("|"), indent=f"{indent}    ")
+        first, text = head.removesuffix("|"), printable(row[-1])
+        if _width(f"{first}{text}") <= COLUMNS:  # as it is, for example indented
+            yield f"{first}{text}".rstrip()
+        else:
+            yield from wrapped(text, head=first, indent=f"{indent}    ")
 
 
 def align_columns(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:

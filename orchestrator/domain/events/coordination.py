@@ -11,7 +11,7 @@ class ClaimAcquired(TaskEvent):
     """A task was claimed without an attempt, for example a queued task."""
 
     type = "claim.acquired"
-    sentence = "claimed by {owner}"
+    sentence = "assigned to worker {owner}"
     shown = Shown.ALWAYS
 
     owner: str

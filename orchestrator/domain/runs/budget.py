@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from orchestrator.domain.runs.model import Attempt
 from orchestrator.domain.settings.run_settings import Budget
+from orchestrator.domain.wording import format_cost
 
 #: The fraction of a limit above which a warning is shown.
 WARNING_RATIO = 0.8
@@ -47,7 +48,7 @@ class BudgetUsage:
         """Return the usage as text."""
         match self.key:
             case "cost":
-                return f"${self.used:.4f} of ${self.limit:.2f}"
+                return f"{format_cost(self.used)} of {format_cost(self.limit)}"
             case "time":
                 return f"{_format_seconds(self.used)} of {_format_seconds(self.limit)} of session time"
             case _:

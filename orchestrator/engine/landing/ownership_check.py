@@ -23,6 +23,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.locking.ownership import OwnershipRegistry
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.git.revert import revert_paths
+from orchestrator.repo.landing.merge_commits import RETRY_BASE_MESSAGE
 from orchestrator.repo.worktrees.hub import internal_ref_name
 
 #: The maximum number of paths in a message and in a record: a session may change any number of files.
@@ -127,7 +128,7 @@ class OwnershipCheck:
 
         It is the merge without its out-of-scope changes, preserved by a ref.
         """
-        commit = await revert_paths(self._git, merge.new, frozenset(violation.paths), "Merge for another attempt\n")
+        commit = await revert_paths(self._git, merge.new, frozenset(violation.paths), RETRY_BASE_MESSAGE)
         await self._git("update-ref", internal_ref_name(self._ledger.run.id, f"again/{task}"), commit)
         return commit
 

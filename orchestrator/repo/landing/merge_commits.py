@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from orchestrator.repo.git.command import Git
 
+#: The message of a commit that another attempt starts from; `salvage list` shows it for work that ends there.
+RETRY_BASE_MESSAGE = "Work merged into the target, for the next attempt to fix\n"
+
 
 async def commit_merge(git: Git, tree: str, first: str, second: str, message: str) -> str:
     """Return a commit with a tree and two parents."""
@@ -48,7 +51,7 @@ async def renew_retry_base(git: Git, work: str, onto: str, ref: str) -> str | tu
 
 
 async def _keep_retry_base(git: Git, tree: str, first: str, second: str, ref: str) -> str:
-    commit = await commit_merge(git, tree, first, second, "Merge for another attempt\n")
+    commit = await commit_merge(git, tree, first, second, RETRY_BASE_MESSAGE)
     await git("update-ref", ref, commit)
     return commit
 

@@ -12,6 +12,7 @@ import click
 from orchestrator.cli.core.command import CouncilContext, council_command, run_argument
 from orchestrator.cli.render.text import align_columns, format_elapsed, short_name
 from orchestrator.domain.runs.budget import Spending, compute_budget_usage
+from orchestrator.domain.wording import format_cost
 
 if TYPE_CHECKING:
     from orchestrator.domain.runs.usage import RunUsage, Usage
@@ -59,7 +60,7 @@ def _cost(one: Usage) -> str:
     parts = [] if one.priced == one.sessions else [f"{one.priced} of {one.sessions} sessions"]
     parts += ["estimated"] if one.estimated else []
     details = f" ({', '.join(parts)})" if parts else ""
-    return f"${one.cost:.4f}{details}"
+    return f"{format_cost(one.cost)}{details}"
 
 
 def _notes(found: RunUsage) -> Iterator[str]:

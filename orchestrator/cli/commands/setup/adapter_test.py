@@ -28,6 +28,7 @@ from orchestrator.config.load import load_value
 from orchestrator.config.model import RunConfig, make_adapters
 from orchestrator.domain.settings.quantities import format_duration
 from orchestrator.domain.settings.run_settings import AdapterConfig
+from orchestrator.domain.wording import format_cost
 from orchestrator.engine.diagnostics.findings import describe
 from orchestrator.engine.diagnostics.programs import AdapterStatus, make_default_adapters, probe_adapters
 from orchestrator.engine.reports.task_report import TaskReport
@@ -143,7 +144,7 @@ def _live_lines(live: TaskReport | str | None) -> Iterator[str]:
         yield f"session   {live.status}: {one_line(live.reason or '')}"
         return
     tokens = f"{live.input_tokens:,} tokens in, {live.output_tokens:,} out" if live.input_tokens else "tokens unknown"
-    cost = "cost unknown" if live.cost is None else f"${live.cost:.4f}"
+    cost = "cost unknown" if live.cost is None else format_cost(live.cost)
     yield f"session   landed; {tokens}; {cost}"
     if live.last_message:
         yield f"          message: {one_line(live.last_message)[:200]}"

@@ -12,6 +12,7 @@ from orchestrator.api.council import Council
 from orchestrator.cli.core.command import CouncilContext, council_command, run_argument, run_option
 from orchestrator.cli.core.completion import complete_checkpoints
 from orchestrator.cli.core.group import SuggestingGroup
+from orchestrator.cli.render.text import printable, wrapped
 from orchestrator.engine.scheduler.restore import RestoreResult
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
@@ -76,8 +77,13 @@ async def list_checkpoints(context: CouncilContext, run: str | None, whole: bool
     if run is not None and not found:  # checkpoints remain when the record of their run is removed
         found = await council.checkpoints.list(await council.runs.find(run))
     lines = (
-        f"{one.id:<24} {format_local_time(one.time)}  {one.status or '-':<12} {_phase(one)}  {one.reason}"
+        line
         for one in found
+        for line in wrapped(
+            printable(f"{one.status or '-':<12} {_phase(one)}  {one.reason}"),
+            head=f"{one.id:<24} {format_local_time(one.time)}  ",
+            indent="    ",
+        )
     )
     context.output.answer(
         lambda: {"checkpoints": [_facts(one) for one in found]}, lines if found else ["no checkpoints"]
