@@ -199,7 +199,7 @@ def _check(session: AttemptDetails, check: CheckRecord, details: TaskDetails) ->
     ran = f"{source}ran{owner}{run} on {check.host} in {check.seconds:.1f} s, until {format_local_time(check.ended)}"
     tests = join_names([one_line(name) for name in check.failed_tests], _MAX_NAMED)
     fields = {"run": ran, "tests failed": tests, "failed": check.failed_log or "", "log": check.log}
-    yield from align_columns([[name, value] for name, value in fields.items() if value], "    ")
+    yield from described([[name, value] for name, value in fields.items() if value], "    ")
 
 
 def _handoff(one: HandoffDetails) -> Iterator[str]:
