@@ -38,7 +38,6 @@ Expected outcomes (a failed task, a merge conflict) are values, not errors.
 from __future__ import annotations
 
 import errno
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -460,8 +459,8 @@ def to_access_refusal(error: OSError) -> RefusedError | None:
 
     Others are perhaps internal errors. Blocks.
     """
-    if error.errno == errno.ENOTDIR and error.filename is not None:
-        path = Path(os.fsdecode(error.filename))
+    if error.errno == errno.ENOTDIR and isinstance(error.filename, str | Path):
+        path = Path(error.filename)
         if (file := next((one for one in (path, *path.parents) if one.is_file()), None)) is not None:
             return RefusedError(f"{file} is a file, and a folder is needed there", "move it to another place")
     if error.errno not in {errno.EACCES, errno.EPERM}:
