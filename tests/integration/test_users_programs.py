@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,25 @@ async def test_hooks_outside_of_the_checkouts_run(repository: Repository, tmp_pa
     assert isinstance(refused, DeferredLanding)
     for part in ("hook declined", "index.lock: Permission denied", ": grant your user access"):
         assert part in refused.reason
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="root ignores permissions without setpriv")
+async def test_unwritable_git_directory_is_reported_with_the_fix(repository: Repository, tmp_path: Path) -> None:
+    """Git names only the folder that it could not create, in a message of its own side."""
+    objects, programs = repository.top / ".git/objects", tmp_path / "programs"
+    programs.mkdir()
+    (programs / "git").write_text(
+        '#!/bin/sh\ncase "$*" in *receive-pack*) drop="setpriv --bounding-set=-dac_override,-dac_read_search";; esac\n'
+        f'[ "$(id -u)" = 0 ] || drop=\nexec $drop {shutil.which("git")} "$@"\n'
+    )
+    (programs / "git").chmod(0o755)
+    repository.environ["PATH"] = f"{programs}:{repository.environ['PATH']}"
+    try:
+        refused = await land(repository, tmp_path, {"a.txt": "a"}, before=lambda: objects.chmod(0o555))
+    finally:
+        objects.chmod(0o755)
+    assert isinstance(refused, DeferredLanding)
+    assert "unable to create temporary object directory: grant your user access" in refused.reason
 
 
 async def test_daemon_of_a_hook_keeps_no_lock_of_a_killed_process(repository: Repository) -> None:

@@ -34,7 +34,9 @@ _RECEIVE = (
 _UPLOAD = "git -c pack.window=0 -c uploadpack.hideRefs='!refs/heads' upload-pack"
 
 #: Messages of the remote side in addition to the porcelain output: hook output and system errors.
-_REMOTE_MESSAGE = re.compile(r"remote: (?!\s*$)")
+_REMOTE_MESSAGE = re.compile(r"remote: (?!\s*$)|error: remote unpack failed: ")
+#: What git says about an object folder in which it can't create a file, and about the same in other folders.
+_NO_ACCESS = re.compile("Permission denied|insufficient permission|unable to create temporary object directory")
 _MAX_REASON_CHARS = 300  # characters
 
 
@@ -117,7 +119,7 @@ class UpstreamRepository:
             line.removeprefix("remote: ").strip() for line in stderr.splitlines() if _REMOTE_MESSAGE.match(line)
         )
         reason = summary if not lines or not messages else f"{summary}: {printable_name(messages)[:_MAX_REASON_CHARS]}"
-        remedy = ": grant your user access" if "Permission denied" in messages else ""
+        remedy = ": grant your user access" if _NO_ACCESS.search(messages) else ""
         return PushResult(moved=False, reason=reason + remedy, was_killed=was_killed(done.returncode, stderr))
 
     async def _receive(self, branch: str, old: str | None) -> str:
