@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from orchestrator.domain.runs.statuses import TaskStatus
     from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, TaskSummary
     from orchestrator.domain.sessions.notes import Note
+    from orchestrator.domain.sessions.predicted_conflicts import PredictedConflict
     from orchestrator.domain.settings.failures import FailureClass
     from orchestrator.domain.settings.run_settings import Backoff, SetupStep, TaskSettings, WorktreeSettings
     from orchestrator.domain.workflow.violations import Violation
@@ -95,6 +96,7 @@ __all__ = [
     "Note",
     "OrchestratorReport",
     "Plugins",
+    "PredictedConflict",
     "PreservedWork",
     "Problem",
     "ProjectPaths",
@@ -144,6 +146,7 @@ if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown
             "domain.settings.failures": ("FailureClass",),
             "domain.runs.statuses": ("TaskStatus",),
             "domain.sessions.notes": ("Note",),
+            "domain.sessions.predicted_conflicts": ("PredictedConflict",),
             "domain.workflow.violations": ("Violation",),
             "engine.phases.verification": ("TaskVerification", "RunVerification"),
             "engine.session_api.details": ("SessionDetails",),

@@ -25,6 +25,7 @@ class FakeSessionService:
     """
 
     foreign_owners: dict[str, str] = field(default_factory=dict)
+    warning: str | None = None
     owners: dict[str, SessionName] = field(default_factory=dict)
     asked: list[tuple[SessionName, str, JsonObject]] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +76,13 @@ class FakeSessionService:
                 return {"size": 2}
             case "check_edit":
                 owner = self.foreign_owners.get(arguments["path"])
-                return {"allowed": owner is None, "owner": owner, "since": None, "reason": None}
+                return {
+                    "allowed": owner is None,
+                    "owner": owner,
+                    "since": None,
+                    "reason": None,
+                    "warning": self.warning,
+                }
             case _:
                 return {}
 

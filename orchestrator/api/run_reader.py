@@ -211,6 +211,7 @@ class RunReader:
                 blocked_on=one.blocked_on,
                 files=one.files,
                 updated=one.updated,
+                conflicts=one.conflicts,
             )
             for one in await read_active_contexts(self.context.store, run)
         ]

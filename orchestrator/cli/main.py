@@ -45,6 +45,10 @@ COMMANDS_BY_SECTION: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "check": ("runs.check:check", "Verify a run's workflow records."),
         "checks": ("state.checks:checks", "List or delete recorded results of checks."),
         "state": ("state.state:state", "Inspect and maintain the recorded state, now and in the past."),
+        "conflicts": (
+            "runs.status:conflicts",
+            "List predicted merge conflicts between the running sessions of a run.",
+        ),
         "locks": ("state.locks:locks", "List locks with their holders, times and waiters."),
         "where": ("runs.status:where", "Print the locations of the state, the logs and the repositories."),
     },

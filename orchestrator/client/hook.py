@@ -1,9 +1,10 @@
 """The hooks that CLIs run: before an edit, to deny edits of files of other sessions; before they end, to run checks.
 
 They read a JSON object with `hook_event_name` and, before an edit, `tool_input` from standard input. They print a
-denial or nothing, in the format of Claude Code (https://code.claude.com/docs/en/hooks), which other CLIs adopted, or
-that of Gemini CLI (https://geminicli.com/docs/hooks/reference). On any error of the hook or the orchestrator the edit
-or the end is allowed: changes are checked again when they land.
+denial, a warning about a predicted merge conflict, or nothing, in the format of Claude Code
+(https://code.claude.com/docs/en/hooks), which other CLIs adopted, or that of Gemini CLI
+(https://geminicli.com/docs/hooks/reference), which has no warnings before an edit. On any error of the hook or the
+orchestrator the edit or the end is allowed: changes are checked again when they land.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _STOP_TIMEOUT = 60.0  # a message whose delivery is recorded must arrive
 _MAX_INPUT_BYTES = 1 << 26  # the input contains the whole new text of the file
 _MAX_PATHS = 200
 _MAX_OUTPUT_BYTES = 8192  # of a failed check: the end of its output
+_GEMINI_EVENT = "BeforeTool"
 _PATHS = ("file_path", "notebook_path", "path", "filePath", "absolute_path")
 _TEXTS = ("command", "input", "patch", "patchText")
 _PATCH = ("*** Add File: ", "*** Update File: ", "*** Delete File: ", "*** Move to: ")
@@ -36,19 +38,18 @@ def run(name: str, stdin: BinaryIO, stdout: TextIO) -> int:
         call = json.loads(stdin.read(_MAX_INPUT_BYTES))
         if name == "stop":
             reason = _continuation_reason(call)
-            denial = {"decision": "block", "reason": reason}
+            answer = None if reason is None else {"decision": "block", "reason": reason}
         else:
-            reason = _denial_reason(call)
-            denial = _denial(call.get("hook_event_name"), reason)
-        if reason is not None:
-            stdout.write(json.dumps(denial) + "\n")
+            answer = _edit_answer(call)
+        if answer is not None:
+            stdout.write(json.dumps(answer) + "\n")
     except (SessionRequestError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # a failing hook must not block the agent
     return 0
 
 
-def _denial_reason(call: dict[str, Any]) -> str | None:
-    """Return the reason why the edit is denied; None if it is allowed.
+def _edit_answer(call: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the denial of an edit, or a warning with its permission; None if neither applies.
 
     Raises SessionRequestError, and any error caused by malformed input.
     """
@@ -56,7 +57,7 @@ def _denial_reason(call: dict[str, Any]) -> str | None:
     paths = dict.fromkeys(_paths(call["tool_input"]))
     if not paths:
         return None
-    session = find_session(os.environ, cwd)
+    session, event, warning = find_session(os.environ, cwd), call.get("hook_event_name"), None
     for path in list(paths)[:_MAX_PATHS]:
         inside = session.relative_path(path, cwd)
         if inside is None or len(inside) > MAX_REQUEST_BYTES:
@@ -66,8 +67,11 @@ def _denial_reason(call: dict[str, Any]) -> str | None:
             owner = answer["owner"] or "another session"
             reason = f": {answer['reason']}" if answer["reason"] else ""
             remedy = f"Work on other files, or wait for it with `council lock {inside} --wait 60`."
-            return f"{inside} belongs to {owner}{reason}. {remedy}"
-    return None
+            return _denial(event, f"{inside} belongs to {owner}{reason}. {remedy}")
+        warning = answer["warning"] or warning
+    if warning is None or event == _GEMINI_EVENT:
+        return None
+    return {"hookSpecificOutput": {"hookEventName": "PreToolUse", "additionalContext": warning}}
 
 
 def _paths(tool_input: dict[str, Any]) -> Iterator[str]:
@@ -125,8 +129,8 @@ def _run_check(command: str, timeout: float, folder: str) -> str | None:
     return f"{how}:\n{text}" if text else f"{how}."
 
 
-def _denial(event: object, reason: str | None) -> dict[str, Any]:
-    if event == "BeforeTool":
+def _denial(event: object, reason: str) -> dict[str, Any]:
+    if event == _GEMINI_EVENT:
         return {"decision": "deny", "reason": reason}
     denied = {"hookEventName": "PreToolUse", "permissionDecision": "deny", "permissionDecisionReason": reason}
     return {"hookSpecificOutput": denied}

@@ -65,15 +65,19 @@ class WorkCollector:
         clock = self.tools.clock
         await clock.wait(self.stopping, clock.monotonic() + seconds)
 
+    @property
+    def rules(self) -> IntakeRules:
+        """The rules for its files."""
+        assignment, unignored = self.assignment, self.checkout.contents.record.unignored
+        scratch = (*self.scratch_patterns, *(() if assignment.writes else _CACHES))
+        return replace(self.tools.intake_rules(assignment.max_file, unignored), scratch_patterns=scratch)
+
     async def _commit(self, diff: TreeDiff | None) -> CollectionResult:
         assignment = self.assignment
         message = self.tools.redactor.text(format_commit_message(assignment.worktree, assignment.task_prompt))
-        unignored = self.checkout.contents.record.unignored
-        scratch = (*self.scratch_patterns, *(() if assignment.writes else _CACHES))
-        rules = replace(self.tools.intake_rules(assignment.max_file, unignored), scratch_patterns=scratch)
         base = assignment.base if assignment.writes else assignment.start or assignment.base
         git, worktree = self.tools.git, assignment.worktree
-        return await collect_work(git, worktree, base, message, rules=rules, diff=diff)
+        return await collect_work(git, worktree, base, message, rules=self.rules, diff=diff)
 
     async def _discard(self, work: CollectionResult) -> CollectionResult:
         """Discard the changes of a session without write permission."""

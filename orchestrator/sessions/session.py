@@ -17,6 +17,7 @@ from orchestrator.domain.runs.outcome import (
     ProcessExit,
     ResourcesExhausted,
 )
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.errors import GitError, LeaseLost, RefusedError, SessionError, is_resource_exhaustion
 from orchestrator.protocols import JsonObject
@@ -86,6 +87,7 @@ class Session:
     _tree_diff: TreeDiff | None = field(default=None, init=False)
     _program: SessionProgram = field(init=False)
     _stopped_for: Failed | None = field(default=None, init=False)
+    _is_running: bool = field(default=False, init=False)
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
     _stopping: anyio.Event = field(default_factory=anyio.Event, init=False)
 
@@ -98,6 +100,25 @@ class Session:
         self._running.cancel()
         self._stopping.set()
 
+    @property
+    def name(self) -> SessionName:
+        """Its name."""
+        worktree = self.assignment.worktree
+        return SessionName(worktree.run, worktree.task, worktree.attempt)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether the program runs, and its changes will be kept."""
+        return self._is_running and self.assignment.writes
+
+    def live_work(self) -> WorkCollector | None:
+        """Return the work of a session that `is_writing`; None if it has just ended."""
+        return self._collector(self._checkout) if self._is_running and self._checkout is not None else None
+
+    def _collector(self, checkout: HeldSlot) -> WorkCollector:
+        patterns = self._program.command().scratch_patterns
+        return WorkCollector(self.tools, self.assignment, checkout, patterns, self._stopping)
+
     async def run(self) -> SessionResult:
         """Set up the worktree, run the CLI in it, and collect its work.
 
@@ -109,6 +130,7 @@ class Session:
                 obstacle = await self._set_up()
                 if obstacle is not None:
                     return SessionResult(obstacle)
+                self._is_running = True
                 exit_ = await self._supervise()
         except SetupFailed as failed:
             at_base = self.assignment.start is None
@@ -119,6 +141,8 @@ class Session:
             await anyio.to_thread.run_sync(kill_by_environment, self.assignment.worktree.marker)
             # Unsupervised processes may still be writing to the worktree, so it can only be preserved.
             return SessionResult(Failed(FailureClass.TRANSIENT, str(error)), _UNCOLLECTED)
+        finally:
+            self._is_running = False
         if self._checkout is None:
             return SessionResult(self._stopped_for or Interrupted("stopped before it started"))
         failpoint("session.ended")
@@ -126,15 +150,14 @@ class Session:
 
     async def _finish(self, exit_: ProcessExit, checkout: HeldSlot) -> SessionResult:
         """Collect the work of the ended program and judge its outcome."""
-        assignment, worktree, program = self.assignment, self.assignment.worktree, self._program
+        worktree, program = self.assignment.worktree, self._program
         is_full = await anyio.to_thread.run_sync(is_disk_full, worktree.tree, self.tools.logs)
         command, prepared = program.command(), program.prepared
         if command.home is not None:
             await adapter_homes.write_back_logins(program.home, command.home, self.tools.environ)
         faults = () if prepared is None else await self.tools.worktree_setup.run_after(worktree, prepared)
-        collector = WorkCollector(self.tools, assignment, checkout, command.scratch_patterns, self._stopping)
         try:
-            work, self._tree_diff = await collector.collect()
+            work, self._tree_diff = await self._collector(checkout).collect()
         except (GitError, OSError) as error:
             reason = f"the work in {worktree.tree} could not be collected: {error}"
             return SessionResult(Failed(FailureClass.TRANSIENT, reason), _UNCOLLECTED)

@@ -157,9 +157,26 @@ async def test_edit_of_a_file_owned_by_another_session_is_denied(repository: Rep
             assert reported["since"] <= team.clock.now()
         for session, path in ((second, "docs/a.md"), (second, "/etc/hosts"), (second, "../x"), (first, "src/api.py")):
             reported = await team.ask(session, "check_edit", path=path)
-            assert reported == {"allowed": True, "owner": None, "since": None, "reason": None}, path
+            expected = {"allowed": True, "owner": None, "since": None, "reason": None, "warning": None}
+            assert reported == expected, path
         again = await team.join("auth", 2)
         assert (await team.ask(again, "check_edit", path="src/api.py"))["allowed"], "attempts of one task share"
+
+
+async def test_predicted_conflict_is_reported_once_at_the_next_edit(repository: Repository, tmp_path: Path) -> None:
+    """And as long as it exists in the record of the session."""
+    async with open_team(repository, tmp_path) as team:
+        session = await team.join("auth")
+        await team.session_service.record_conflicts(session, {"web": ["a.py"]}, "conflict ahead")
+        warnings = [(await team.ask(session, "check_edit", path="b.py"))["warning"] for _ in range(2)]
+        assert warnings == ["conflict ahead", None]
+        [context] = await team.contexts.all()
+        assert context.conflicts == {"web": ("a.py",)}
+        await team.session_service.record_conflicts(session, {"web": ["a.py"]}, "again")
+        await team.session_service.record_conflicts(session, {}, None)
+        assert (await team.ask(session, "check_edit", path="b.py"))["warning"] is None, "resolved before the edit"
+        [context] = await team.contexts.all()
+        assert context.conflicts == {}
 
 
 async def test_details_are_available_while_a_session_runs(repository: Repository, tmp_path: Path) -> None:

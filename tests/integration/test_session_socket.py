@@ -631,7 +631,7 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
 async def test_edit_of_a_file_locked_by_another_session_is_denied(
     site: Site, event: str, given: dict[str, Any], what: str
 ) -> None:
-    """In the format of the CLI, with the owner; other files may be edited."""
+    """In the format of the CLI, with the owner; other files may be edited, with the pending warning."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"
     async with site.session() as (worktree, session_socket):
         (worktree.tree / "src" / "link.py").symlink_to("theirs.py")
@@ -653,10 +653,16 @@ async def test_edit_of_a_file_locked_by_another_session_is_denied(
         denied = json.loads(await call(given))
         assert await call({"file_path": "src/ours.py"}) == ""
         assert await call({"file_path": "/etc/passwd"}) == ""
+        site.session_service.warning = "conflict ahead"
+        warned = await call({"file_path": "src/ours.py"})
     if event == "BeforeTool":
         assert denied["decision"] == "deny"
         reason = denied["reason"]
+        assert warned == "", "this CLI has no warnings"
     else:
+        assert json.loads(warned) == {
+            "hookSpecificOutput": {"hookEventName": "PreToolUse", "additionalContext": "conflict ahead"}
+        }
         assert denied["hookSpecificOutput"]["permissionDecision"] == "deny"
         assert denied["hookSpecificOutput"]["hookEventName"] == "PreToolUse"
         reason = denied["hookSpecificOutput"]["permissionDecisionReason"]

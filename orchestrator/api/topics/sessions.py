@@ -21,6 +21,7 @@ from orchestrator.domain.sessions.contexts import (
     find_file_conflicts,
     summarize_task,
 )
+from orchestrator.domain.sessions.predicted_conflicts import PredictedConflict, list_conflicts
 from orchestrator.engine.session_api.contexts import clean_contexts, read_contexts
 from orchestrator.engine.session_api.details import SessionDetails, find_workspace, read_session_details
 from orchestrator.engine.session_api.shared_values import SharedValues
@@ -40,6 +41,10 @@ class Sessions(Topic):
     async def file_conflicts(self, run: str | None = None) -> Mapping[str, Sequence[SessionContext]]:
         """Return files that several sessions edit or have locked, by session."""
         return find_file_conflicts(await self.list(run))
+
+    async def predicted_conflicts(self, run: str | None = None) -> Sequence[PredictedConflict]:
+        """Return the predicted merge conflicts between the running sessions of a run."""
+        return list_conflicts(await self.list(run))
 
     async def summarize_task(self, task: str, run: str | None = None) -> TaskSummary:
         """Return a summary of a task's sessions.

@@ -25,6 +25,7 @@ from orchestrator.domain.runs.check_results import CheckRecord
 from orchestrator.domain.runs.model import HaltCause
 from orchestrator.domain.runs.phases import PhaseStatus
 from orchestrator.domain.runs.statuses import ACTIVE_STATUSES, SUCCESS_STATUSES, USER_STATUSES, TaskStatus
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.report import (
     AdapterReport,
     OrchestratorReport,
@@ -107,7 +108,8 @@ def format_session_status(session: SessionReport, now: float | None = None) -> s
     if session.progress is not None:
         parts.append(session.progress)
     at = ": ".join(filter(None, [session.file, session.message]))
-    line = printable(one_line("; ".join(filter(None, [" ".join(parts), at]))))
+    ahead = [f"conflicts with {task} in {join_names(paths, 2)}" for task, paths in session.conflicts.items()]
+    line = printable(one_line("; ".join(filter(None, [*ahead, " ".join(parts), at]))))
     return line if now is None or not line else f"{line} ({format_age(session.updated, now)})"
 
 

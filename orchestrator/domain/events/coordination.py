@@ -145,6 +145,33 @@ class NoteDeleted(TypedEvent):
     note: str
 
 
+class ConflictPredicted(TaskEvent):
+    """The unfinished changes of a session conflict with those of another running session.
+
+    Recorded for both tasks, and again when the paths change.
+    """
+
+    type = "conflict.predicted"
+    sentence = "merge conflict with {other} predicted in {paths}"
+    shown = Shown.ALWAYS
+
+    other: str
+    """The other task."""
+    paths: Sequence[str]
+    """The conflicting paths, at most 20."""
+
+
+class ConflictResolved(TaskEvent):
+    """The changes of two running sessions merge again without conflicts. Recorded for both tasks."""
+
+    type = "conflict.resolved"
+    sentence = "no more merge conflict with {other} predicted"
+    shown = Shown.ALWAYS
+
+    other: str
+    """The other task."""
+
+
 class SlotSetupStarted(RunEvent):
     """Steps of `setup` started in a new worktree, or because their inputs changed."""
 

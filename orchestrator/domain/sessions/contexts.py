@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
+from pydantic import Field
+
 from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.session_names import SessionName
@@ -58,6 +60,8 @@ class SessionContext(StoredDocument):
     """The reason that it is blocked."""
     files: tuple[str, ...] = ()
     """The files that it has locked."""
+    conflicts: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
+    """The paths of its predicted merge conflicts, by other task."""
     started: Instant
     updated: Instant
 

@@ -102,6 +102,8 @@ class SessionReport:
     """The files that it has locked."""
     updated: float
     """The time of its last update (seconds since the epoch)."""
+    conflicts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The paths of its predicted merge conflicts, by other task."""
 
 
 @dataclass(frozen=True, slots=True)

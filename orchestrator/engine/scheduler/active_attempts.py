@@ -58,8 +58,7 @@ class ActiveAttempt:
     @property
     def name(self) -> SessionName:
         """Return the name of its session."""
-        worktree = self.session.assignment.worktree
-        return SessionName(worktree.run, worktree.task, worktree.attempt)
+        return self.session.name
 
     def stop_for_budget(self, reached: BudgetReached) -> None:
         """Stop the session because a budget is exhausted."""

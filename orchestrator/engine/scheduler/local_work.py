@@ -25,6 +25,7 @@ from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.run_state import AdapterUpdate
+from orchestrator.sessions.session import Session
 from orchestrator.system.clock import Clock
 
 #: The head start in seconds of the orchestrator that released a task, to claim it again.
@@ -96,6 +97,10 @@ class LocalWork:
         """Wait until woken, or until a time."""
         await self._clock.wait(self._woken, until)
         self._woken = anyio.Event()
+
+    def active_sessions(self) -> list[Session]:
+        """Return the sessions of all active attempts."""
+        return [work.session for work in self.active_attempts.values()]
 
     def stop_sessions(self) -> None:
         """Stop all sessions, preserving their work."""

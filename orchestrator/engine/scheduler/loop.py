@@ -16,6 +16,7 @@ from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.landing.check_runs import CheckRuns
+from orchestrator.engine.landing.conflict_prediction import ConflictPredictor
 from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.landing.repository_guard import RepositoryGuard
 from orchestrator.engine.phases.completion import PhaseHandlers
@@ -127,6 +128,7 @@ class Scheduler:
             services.start_soon(self._run_monitor_as_leader)
             if self._context.session_service is not None:
                 services.start_soon(self._context.session_service.follow_lock_breaks)
+            services.start_soon(ConflictPredictor(self._ledger, self._context, self._local.active_sessions).run)
             services.start_soon(self._peers.renew)
             services.start_soon(self._peers.sweep)
             services.start_soon(self._peers.detect_dead_peers)

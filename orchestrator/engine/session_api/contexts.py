@@ -7,7 +7,7 @@ over can no longer write.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
 from typing import Any, Final, TypedDict, Unpack
@@ -131,6 +131,10 @@ class SessionContexts:
         """Record all files that a session has locked."""
         return await self._note(session, {"files": tuple(sorted(files))})
 
+    async def predict(self, session: SessionName, conflicts: Mapping[str, Sequence[str]]) -> SessionContext:
+        """Record the paths of a session's predicted merge conflicts, by other task."""
+        return await self._note(session, {"conflicts": {task: tuple(paths) for task, paths in conflicts.items()}})
+
     @asynccontextmanager
     async def waiting(self, session: SessionName, message: str) -> AsyncIterator[None]:
         """Record a session as waiting within the body.
@@ -162,7 +166,7 @@ class SessionContexts:
                 return
             self._own[session] = _OwnRecord(context, self.claim(session))
         try:
-            await self._note(session, {"status": SessionStatus.DONE, "files": (), "blocked_on": None})
+            await self._note(session, {"status": SessionStatus.DONE, "files": (), "blocked_on": None, "conflicts": {}})
         except LeaseLost:  # the process that took over the task records its status
             pass
         finally:

@@ -31,7 +31,7 @@ from orchestrator.locking.ownership import OwnershipRegistry
 from orchestrator.protocols import Commit, Guard, JsonObject
 from orchestrator.system.instants import format_local_time
 
-_ALLOWED: Final[JsonObject] = {"allowed": True, "owner": None, "since": None, "reason": None}
+_ALLOWED: Final[JsonObject] = {"allowed": True, "owner": None, "since": None, "reason": None, "warning": None}
 
 #: Returns the errors in a submitted result, one sentence each; empty if it is accepted.
 HandoffValidator = Callable[[JsonObject], Awaitable[Sequence[str]]]
@@ -66,6 +66,8 @@ class ActiveSession:
     validate_handoff: HandoffValidator | None = None
     stop_checks: StopChecks | None = None
     handoff: JsonObject | None = None
+    warning: str | None = None
+    """A message for its next edit."""
 
     async def paths(self, paths: Sequence[str], redactor: Redactor) -> list[str]:
         """Return canonical paths without duplicates; raise RefusedError for outside paths."""
@@ -169,7 +171,7 @@ class SessionLocks:
                 await self._registry.release_patterns(active.name, unused, active.claim)
 
     async def check_edit(self, active: ActiveSession, path: str) -> JsonObject:
-        """Check whether a session may edit a file."""
+        """Check whether a session may edit a file; an allowed edit also gets the pending warning."""
         try:
             [relative] = await active.paths([path], self._contexts.redactor)
         except RefusedError:  # not a path in the worktree, so no session owns it
@@ -181,8 +183,9 @@ class SessionLocks:
                 continue
             since = holding.taken.get(pattern, holding.since)
             reason = f"task {owner.task} of run {owner.run} owns {pattern} since {format_local_time(since)}"
-            return {"allowed": False, "owner": str(owner), "since": since, "reason": reason}
-        return _ALLOWED
+            return {**_ALLOWED, "allowed": False, "owner": str(owner), "since": since, "reason": reason}
+        warning, active.warning = active.warning, None
+        return {**_ALLOWED, "warning": warning}
 
     async def release_all(self, session: SessionName, claim: Guard | None, *, keep_ownership: bool) -> None:
         """Release all locks of a session; with `keep_ownership`, its task keeps its paths."""

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import anyio
@@ -121,6 +121,15 @@ class SessionService:
         """
         active = self._active.get(session)
         return None if active is None else active.handoff
+
+    async def record_conflicts(
+        self, session: SessionName, conflicts: Mapping[str, Sequence[str]], warning: str | None
+    ) -> None:
+        """Record the predicted conflicts of a session, by other task; `warning` reaches it at its next edit."""
+        if (active := self._active.get(session)) is not None:
+            active.warning = warning
+            with suppress(LeaseLost):  # taken over: its record no longer counts
+                await self._contexts.predict(session, conflicts)
 
     async def leave(self, session: SessionName, *, keep_ownership: bool = False) -> None:
         """Release all locks of a session, regardless of how it ended.

@@ -307,9 +307,12 @@ class Git:
         rows = (row.partition("\t") for row in split_nul(listed.stdout))
         return {path: meta for meta, _, path in rows}
 
-    async def ignored(self, paths: Iterable[str], cwd: Path, env: Mapping[str, str] | None = None) -> set[str]:
-        """Return the paths that git ignores according to the files in `cwd`."""
-        done = await self("check-ignore", "-z", "--stdin", env=env or {}, cwd=cwd, input_=join_nul(paths), ok=(0, 1))
+    async def ignored(
+        self, paths: Iterable[str], cwd: Path, env: Mapping[str, str] | None = None, limit: float | None = None
+    ) -> set[str]:
+        """Return the paths that git ignores according to the files in `cwd`; for `limit` see `__call__`."""
+        command, listed = ("check-ignore", "-z", "--stdin"), join_nul(paths)
+        done = await self(*command, env=env or {}, cwd=cwd, input_=listed, ok=(0, 1), limit=limit)
         return set(split_nul(done.stdout))
 
     async def is_ancestor(

@@ -11,7 +11,7 @@ import click
 from orchestrator.cli.core.command import CouncilContext, council_command, run_argument
 from orchestrator.cli.render.next_steps import Step, halt_steps, run_step
 from orchestrator.cli.render.run_summary import metrics_line
-from orchestrator.cli.render.text import wrapped
+from orchestrator.cli.render.text import align_columns, printable, wrapped
 from orchestrator.engine.reports.report import RunReport
 
 if TYPE_CHECKING:
@@ -32,6 +32,27 @@ async def status(context: CouncilContext, run: str | None) -> int:
       council status 20260102-030405-ab12 --json
     """
     return await context.show_result(await context.council.runs.status(run))
+
+
+@click.command()
+@run_argument
+@council_command(is_short_lived=True)
+async def conflicts(context: CouncilContext, run: str | None) -> None:
+    """List predicted merge conflicts between the running sessions of a run.
+
+    RUN defaults to the newest run.
+
+    \b
+    Examples:
+      council conflicts
+      council conflicts 20260102-030405-ab12 --json
+    """
+    found = await context.council.sessions.predicted_conflicts(run)
+    rows = [(" and ".join(one.tasks), printable(", ".join(one.paths))) for one in found]
+    context.answer_with_damage(
+        lambda: {"conflicts": [one._asdict() for one in found]},
+        align_columns(rows, "  ") if rows else ["no predicted conflicts"],
+    )
 
 
 @click.command()

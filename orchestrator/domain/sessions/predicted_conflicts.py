@@ -1,0 +1,89 @@
+"""Predicted merge conflicts between the unfinished work of sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, NamedTuple
+
+from orchestrator.domain.sessions.contexts import SessionContext, filter_active
+from orchestrator.domain.wording import join_names
+
+#: The maximum number of recorded paths of a conflict; the others are only counted.
+MAX_PATHS: Final = 20
+
+
+@dataclass(frozen=True)
+class ChangedPaths:
+    """The files that a session changed or added, and those that it removed."""
+
+    present: Collection[str]
+    removed: Collection[str]
+
+    @cached_property
+    def files(self) -> frozenset[str]:
+        """All of these files."""
+        return frozenset((*self.present, *self.removed))
+
+    @cached_property
+    def folders(self) -> frozenset[str]:
+        """The folders above them, including the top folder, which is empty."""
+        return frozenset(_parents(self.files))
+
+    @cached_property
+    def left_folders(self) -> frozenset[str]:
+        """The folders from which files were removed, perhaps because the folder was renamed."""
+        return frozenset(path.rpartition("/")[0] for path in self.removed)
+
+    def may_conflict(self, other: ChangedPaths) -> bool:
+        """Return whether a merge of both can conflict.
+
+        It can if both changed one file, if a file of one is a folder of the other, or if one perhaps renamed a folder
+        in which the other changed files.
+        """
+        return not (
+            self.files.isdisjoint(other.files)
+            and self.files.isdisjoint(other.folders)
+            and other.files.isdisjoint(self.folders)
+            and self.left_folders.isdisjoint(other.folders)
+            and other.left_folders.isdisjoint(self.folders)
+        )
+
+
+def _parents(files: Iterable[str]) -> Iterable[str]:
+    found: set[str] = set()
+    for path in files:
+        folder = path.rpartition("/")[0]
+        while folder not in found:
+            found.add(folder)
+            folder = folder.rpartition("/")[0]
+    return found
+
+
+class PredictedConflict(NamedTuple):
+    """A merge conflict between the unfinished work of two tasks."""
+
+    tasks: tuple[str, str]
+    """Both tasks, sorted."""
+    paths: tuple[str, ...]
+    """The conflicting paths, sorted; at most 20."""
+
+
+def list_conflicts(contexts: Iterable[SessionContext]) -> list[PredictedConflict]:
+    """Return the predicted conflicts between active sessions of one run, sorted."""
+    active = {context.task: context.conflicts for context in filter_active(contexts)}
+    pairs: dict[tuple[str, str], set[str]] = {}
+    for task, conflicts in active.items():
+        for other in conflicts.keys() & active.keys():
+            pairs.setdefault((min(task, other), max(task, other)), set()).update(conflicts[other])
+    return [PredictedConflict(tasks, tuple(sorted(paths))) for tasks, paths in sorted(pairs.items())]
+
+
+def describe_conflict(other: str, paths: Collection[str]) -> str:
+    """Return a message for the agent of a task: its changes conflict with those of the task `other`."""
+    return (
+        f"Merge conflict ahead: your changes conflict with the unfinished changes of task {other} in "
+        f"{join_names(sorted(paths), MAX_PATHS)}. One of you lands first, and the other one then has to merge. "
+        f"`council ask {other}` shows its changes. If your task allows it, change other lines or files."
+    )
