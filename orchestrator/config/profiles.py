@@ -140,7 +140,8 @@ def _merged(below: Node, above: Node, without: Sequence[str]) -> Iterator[tuple[
 
 
 def describe_errors(error: ConfigError) -> str:
-    """Return the first errors of a profile on one line."""
-    shown = [str(problem) for problem in error.problems[:_MOST_SHOWN]]
+    """Return the first errors of a profile on one line, which names its file once."""
+    first, *others = error.problems[:_MOST_SHOWN]
+    shown = [str(first), *(str(problem).removeprefix(f"{first.file}:") for problem in others)]
     hidden = len(error.problems) - len(shown)
     return "; ".join([*shown, *([f"and {hidden} more"] if hidden else [])])

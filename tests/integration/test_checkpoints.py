@@ -290,7 +290,8 @@ async def test_clean_creates_a_checkpoint_of_each_run_first(repository: Reposito
 
 async def test_all_runs_are_restored_with_readable_output(repository: Repository) -> None:
     """The whole store has its own checkpoints; every command prints text for people."""
-    path = repository.configure([{"id": "one", "prompt": f"without {flag(repository)} exit 1", "attempts": 1}])
+    idle = {"id": "two", "prompt": "exit 0"}
+    path = repository.configure([{"id": "one", "prompt": f"without {flag(repository)} exit 1", "attempts": 1}, idle])
     assert repository.council("run", str(path)).code == 1
     assert repository.council("checkpoint", "list").stdout == "no checkpoints\n"
     created = repository.council("checkpoint", "create", "--all", "--reason", "a\x1bb").stdout
@@ -298,7 +299,7 @@ async def test_all_runs_are_restored_with_readable_output(repository: Repository
     assert repository.council("retry", "one").code == 0
     assert repository.council("run", str(path)).code == 1
     listed = repository.council("checkpoint", "list", "--all").stdout
-    assert "1 failed  a\N{REPLACEMENT CHARACTER}b" in listed
+    assert "1 failed, 1 no change a\N{REPLACEMENT CHARACTER}b" in " ".join(listed.split())
     shown = repository.council("checkpoint", "show", "all/1")
     old, new = [one["run"] for one in repository.council("runs", "--json").result["runs"]]
     assert f"would be restored: task/{old}/one" in shown.stdout
@@ -309,7 +310,7 @@ async def test_all_runs_are_restored_with_readable_output(repository: Repository
     assert "there is nothing to resume" in done.stdout
     assert repository.council("checkpoint", "show", "all/1").stdout.endswith("restoring it would change nothing\n")
     assert "nothing to restore" in repository.council("checkpoint", "restore", "all/1").stdout
-    assert repository.council("status", old, "--json").states == {"one": "failed"}
+    assert repository.council("status", old, "--json").states == {"one": "failed", "two": "no_change"}
     await repository.assert_invariants()
 
 

@@ -140,10 +140,11 @@ def test_commands_show_profiles(repository: Repository) -> None:
     """`adapters` marks unverified ones and reports errors; `validate` explains a missing type."""
     home = Path(repository.environ["HOME"])
     write(home, "fine", TOOL)
-    broken = write(home, "broken", TOOL + "agrv: x\n")
+    broken = write(home, "broken", TOOL + "agrv: x\noutptu: y\n")
     shown = repository.council("adapters").stdout
     assert f"fine ({home}/.config/council/profiles/fine.yaml, unverified)" in shown
-    assert f"skipped: the profile {broken}:5:1: unknown key 'agrv': did you mean 'argv'?" in shown
+    skipped = f"the profile {broken}:5:1: unknown key 'agrv': did you mean 'argv'?; 6:1: unknown key 'outptu'"
+    assert f"skipped: {skipped}: did you mean 'output'?" in shown
     types = {one["name"]: one for one in repository.council("adapters", "--json").result["types"]}
     assert types["fine"]["programs"][0]["verified"] == []
     config = repository.configure([{"id": "t", "prompt": "x"}], adapters={"it": {"use": "broken"}})

@@ -13,6 +13,7 @@ from orchestrator.cli.core.command import CouncilContext, council_command, run_a
 from orchestrator.cli.core.completion import complete_checkpoints
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.render.text import printable, wrapped
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.engine.scheduler.restore import RestoreResult
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
@@ -80,7 +81,7 @@ async def list_checkpoints(context: CouncilContext, run: str | None, whole: bool
         line
         for one in found
         for line in wrapped(
-            printable(f"{one.status or '-':<12} {_phase(one)}  {one.reason}"),
+            printable(f"{one.status or '-':<12} {_task_counts(one)}  {one.reason}"),
             head=f"{one.id:<24} {format_local_time(one.time)}  ",
             indent="    ",
         )
@@ -175,15 +176,16 @@ def _skipped_documents(left: Mapping[str, str]) -> list[JsonObject]:
     return [{"document": name, "reason": why} for name, why in left.items()]
 
 
-def _phase(one: Checkpoint) -> str:
-    return ", ".join(f"{count} {status}" for status, count in one.task_counts.items())
+def _task_counts(one: Checkpoint) -> str:
+    labels = {status.value: status.record.label for status in TaskStatus}
+    return ", ".join(f"{count} {labels.get(status, status)}" for status, count in one.task_counts.items())
 
 
 def _lines(found: RestorePlan) -> Iterator[str]:
     one = found.checkpoint
     yield f"{one.id}  {format_local_time(one.time)}  position {one.position}  {one.status or '-'}"
     yield f"created by {one.created_by}: {one.reason}"
-    yield f"tasks: {_phase(one)}"
+    yield f"tasks: {_task_counts(one)}"
     for session in one.sessions:
         yield f"active: {session.run}/{session.task}, session {session.attempt}, {session.status}"
     yield from (f"would be restored: {key}" for key in found.written)
