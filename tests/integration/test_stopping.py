@@ -16,6 +16,7 @@ import pytest
 from orchestrator.domain.runs.outcome import ProcessExit
 from orchestrator.sessions.sandbox.policy import SandboxKind, sandbox_command
 from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
+from tests.conftest import Repository
 from tests.integration.test_sandbox import Folders, wait_until
 from tests.processes import child_processes
 from tests.sandboxes import require_sandbox
@@ -287,3 +288,15 @@ os.waitpid(behind, 0)
     assert (folders.tree / "work" / "last-word").exists()
     assert (ended.exit, ended.killed) == (0, 0)
     assert took < 10
+
+
+@pytest.mark.extended_rest
+async def test_pending_task_of_an_interrupted_run_has_a_reason(repository: Repository) -> None:
+    """It waits for a command, as the task that was running."""
+    tasks = [{"id": f"t{number}", "prompt": f"write {number} x"} for number in range(2)]
+    config = repository.configure(tasks, capacity=1)
+    assert repository.council("run", str(config), failpoints="work.recorded=kill").code == -signal.SIGKILL
+    last = repository.council("status", "--json").result["tasks"][1]
+    assert (last["status"], "council resume" in str(last["reason"])) == ("pending", True), last
+    done = repository.council("resume", "--json")
+    assert [task["reason"] for task in done.result["tasks"]] == [None, None]

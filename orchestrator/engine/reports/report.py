@@ -48,6 +48,7 @@ EXIT_CODES: Mapping[RunStatus, int] = {
 
 
 _INTERRUPTED = "session interrupted: to retry, run `council resume {run}`"
+_PAUSED = "waits until the run continues: run `council resume {run}`"
 _DAMAGED = "its record in the state log is damaged, so an earlier state is shown: run `council state verify`"
 
 
@@ -297,6 +298,7 @@ def build_report(
     for task, blocker in blocked.items():  # needs come before their dependents
         roots[task] = roots.get(blocker, blocker)
     interrupted = _INTERRUPTED.format(run=record.run.id) if status.is_stopped else None
+    paused = _PAUSED.format(run=record.run.id) if status is RunStatus.INTERRUPTED else None
     is_merge, folder = record.run.merges is not None, str(logs)
     for task in record.run.tasks:
         need = blocked.get(task)
@@ -309,6 +311,7 @@ def build_report(
                 obstacle=stuck.get(task) if need is None else describe_failed_need(need),
                 blocked_by=roots.get(task),
                 interrupted=interrupted,
+                paused=paused,
                 is_reloadable=file is not None and record.entries[task].is_from_file,
                 remark=_DAMAGED if task in record.damaged else waiting.get(task),
             )

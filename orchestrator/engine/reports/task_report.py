@@ -87,6 +87,7 @@ def report_task(
     obstacle: str | None = None,
     blocked_by: str | None = None,
     interrupted: str | None = None,
+    paused: str | None = None,
     is_reloadable: bool = True,
     remark: str | None = None,
 ) -> TaskReport:
@@ -94,14 +95,16 @@ def report_task(
 
     `adapter` is None if the task runs no session. `logs` is the folder with the logs of its run. `obstacle` is the
     reason that it can't start, and `blocked_by` the failed task that it needs, if any. `interrupted` is the reason of a
-    running attempt that no process runs. `is_reloadable`: its settings come from the file. A `remark` replaces the
-    recorded reason.
+    running attempt that no process runs, and `paused` that of a pending task of an interrupted run. `is_reloadable`:
+    its settings come from the file. A `remark` replaces the recorded reason.
     """
     status, counted, reason = str(document.status), document.counted_attempts, document.reason
     last = document.phases[-1] if document.phases else None
     phase = last.phase if last is not None and last.status in OPEN_STATUSES else document.phase
     if document.status is TaskStatus.PENDING and obstacle is not None:
         status, reason = "blocked", obstacle
+    elif document.status is TaskStatus.PENDING and paused is not None:
+        reason = reason or paused
     elif document.status is TaskStatus.RUNNING:
         reason = interrupted  # the recorded reason belongs to an earlier attempt
         # A resume records the interruption, and then no longer counts the attempt either.
