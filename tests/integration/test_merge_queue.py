@@ -50,9 +50,10 @@ def log(tmp_path: Path) -> CheckLog:
 def queue(repository: Repository, log: CheckLog, names: Sequence[str], check: str, **settings: Any) -> None:
     """Build a task for each file name, and end with all of them in the queue.
 
-    They can't land because of a user's change, which is then undone.
+    They land in this order, whichever was built first. At first they can't, because of a user's change, which is
+    then undone.
     """
-    tasks = [{"id": f"t{number}", "prompt": f"write {name} x"} for number, name in enumerate(names)]
+    tasks = [{"id": f"t{at}", "prompt": f"write {name} x", "priority": -at} for at, name in enumerate(names)]
     defaults = {"checks": [check], "allow_failing_base": True, "on_checks_failed": "fail", "timeout": "60s"}
     config = repository.configure(tasks, defaults=defaults, writable=[str(log.folder)], **settings)
     readme = repository.top / "README.md"

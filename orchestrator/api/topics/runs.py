@@ -21,8 +21,9 @@ from orchestrator.domain.events.runs import (
 )
 from orchestrator.domain.events.state import CheckpointCreated, CheckpointRestored
 from orchestrator.domain.runs.model import RequestAction
+from orchestrator.domain.scheduling.landing_order import QueuedTask, QueueFacts, describe_queue
 from orchestrator.engine.reports.report import RunReport, RunStatus
-from orchestrator.engine.state.records import read_run
+from orchestrator.engine.state.records import read_queue_windows, read_run
 from orchestrator.errors import RefusedError, UnreadableDocument
 from orchestrator.protocols import RecordedEvent
 from orchestrator.state.documents.log_reader import follow_log
@@ -166,6 +167,20 @@ class Runs(RunIndex):
     async def status(self, run: str | None = None) -> RunReport:
         """Return the current report of a run."""
         return await RunReader(self.context).status(await self.find(run))
+
+    async def queue(self, run: str | None = None) -> Sequence[QueuedTask]:
+        """Return the merge queue of a run: its built tasks in landing order, held ones last, with the reasons to wait.
+
+        The state is recorded, so it includes the checks of other processes, as long as these are active in the run.
+        """
+        name, store = await self.find(run), self.context.store
+        record = await RunReader(self.context).record(name)
+        is_live = record.run.ended is None and await self.has_live_process(name)
+        ended = {one.owner.id for one in record.orchestrators if one.ended is not None}
+        windows = await read_queue_windows(store, name)
+        priorities = {task: entry.priority for task, entry in record.entries.items()}
+        active = [window for process, window in windows.items() if process not in ended]
+        return describe_queue(QueueFacts(record.tasks, priorities, record.run.held, record.run.bumped, active, is_live))
 
     async def list(self, *, active: bool = False) -> Sequence[RunReport]:
         """Return the reports of all runs of the project, oldest first.

@@ -80,6 +80,23 @@ class Tasks(Topic):
         check_reason(reason)
         return await self._request(run, RequestAction.IGNORE, tasks, reason)
 
+    async def hold(self, *tasks: str, reason: str | None = None, run: str | None = None) -> RunReport:
+        """Hold tasks: their work is built, but does not land until `release`.
+
+        A task that is `landing` in the report is not held: the target may already be updated.
+        """
+        if reason is not None:
+            check_reason(reason)
+        return await self._request_named(run, RequestAction.HOLD, tasks, reason)
+
+    async def release(self, *tasks: str, run: str | None = None) -> RunReport:
+        """Let held tasks land. Raises RefusedError if a task is not held."""
+        return await self._request_named(run, RequestAction.RELEASE, tasks)
+
+    async def bump(self, *tasks: str, run: str | None = None) -> RunReport:
+        """Move tasks to the front of the merge queue, now or once they are built; the first one is first."""
+        return await self._request_named(run, RequestAction.BUMP, tuple(reversed(tasks)))
+
     async def file_changes(self, run: str | None = None) -> FileChanges:
         """Return the changes in a run's file, for tasks that have not succeeded.
 
@@ -182,9 +199,14 @@ class Tasks(Topic):
         self, action: RequestAction, tasks: tuple[str, ...], note: str | None, run: str | None
     ) -> RunReport:
         check_note(note)
+        return await self._request_named(run, action, tasks, note)
+
+    async def _request_named(
+        self, run: str | None, action: RequestAction, tasks: tuple[str, ...], reason: str | None = None
+    ) -> RunReport:
         if not tasks:  # the engine would select all unfinished tasks
-            raise RefusedError("no task is named", "`council status` lists the tasks that wait for approval")
-        return await self._request(run, action, tasks, note)
+            raise RefusedError("no task is named", "`council status` lists the tasks")
+        return await self._request(run, action, tasks, reason)
 
     async def _request(
         self,

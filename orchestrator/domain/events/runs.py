@@ -87,7 +87,7 @@ class RunCapacityLimited(RunEvent):
 
 
 class RunWaiting(RunEvent):
-    """The run can only wait for paused adapters or approvals; repeated after changes."""
+    """The run can only wait for paused adapters, approvals or held tasks; repeated after changes."""
 
     type = "run.waiting"
     sentence = "waiting for {awaited}, at least until {until}"
@@ -98,13 +98,16 @@ class RunWaiting(RunEvent):
     adapters: Sequence[str]
     approvals: Sequence[str]
     """The tasks that wait for approval."""
+    held: Sequence[str] = ()
+    """The tasks that land once a user releases them."""
 
     @property
     def awaited(self) -> str:
         """A description of what it waits for."""
         adapters = f"{', '.join(self.adapters)} (cooling down)" if self.adapters else ""
         approvals = f"your approval of {', '.join(self.approvals)}" if self.approvals else ""
-        return ", and for ".join(filter(None, (adapters, approvals)))
+        held = f"`council queue release {' '.join(self.held)}`" if self.held else ""
+        return ", and for ".join(filter(None, (adapters, approvals, held)))
 
 
 class RunPaused(RunEvent):

@@ -307,6 +307,31 @@ class TaskRetryRequested(TaskEvent):
     sentence = "will be retried"
 
 
+class TaskHeld(TaskEvent):
+    """A user holds the task: its work does not land until it is released."""
+
+    type = "task.held"
+    sentence = "held: {reason}"
+    sentence_without = ("reason", "held")
+
+    reason: str | None
+    """null if there is no reason."""
+
+
+class TaskReleased(TaskEvent):
+    """A user released the task, which may land."""
+
+    type = "task.released"
+    sentence = "released, may land"
+
+
+class TaskBumped(TaskEvent):
+    """A user moved the task to the front of the merge queue."""
+
+    type = "task.bumped"
+    sentence = "moved to the front of the merge queue"
+
+
 class TaskReloaded(TaskEvent):
     """`council retry --reload` adopted the task's settings from the file."""
 

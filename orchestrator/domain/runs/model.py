@@ -281,6 +281,10 @@ class RunDocument(ResolvedSettings):
     """The cause of the halt."""
     allow_failing_base: bool = False
     """Whether sessions start even if checks fail on the base."""
+    held: dict[str, str] = Field(default_factory=dict)
+    """Tasks that a user holds, which do not land until they are released, each with the reason, which may be empty."""
+    bumped: tuple[str, ...] = ()
+    """Tasks that a user moved to the front of the merge queue, the first one first."""
     merges: str | None = None
     """The run whose branch it merges; `latest` never refers to such a run."""
     imported: ImportedRun | None = None
@@ -337,6 +341,9 @@ class RequestAction(StrEnum):
     RETRY = "retry"
     APPROVE = "approve"
     REJECT = "reject"
+    HOLD = "hold"  #: the task does not land until it is released
+    RELEASE = "release"
+    BUMP = "bump"  #: to the front of the merge queue
     ENABLE = "enable"  #: for adapters, not for tasks
 
 
@@ -348,7 +355,7 @@ class RunRequest(StoredDocument):
     tasks: tuple[str, ...]
     asked: Instant
     reason: str | None = None
-    """The reason to ignore tasks, or the comment on an approval or rejection."""
+    """The reason to ignore or hold tasks, or the comment on an approval or rejection."""
     phase: str | None = None
     """The phase from which to retry the tasks; None: their current phase."""
     adapters: tuple[str, ...] = ()

@@ -396,7 +396,7 @@ class TaskSettings(Settings):
     max_file: Size = 50_000_000
     """The size of the largest file that may be committed."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    """Ready tasks with a higher priority start first; each ten minutes of waiting add one."""
+    """Tasks with a higher priority start first, and land first; each ten minutes of waiting add one."""
     instructions: Prompt | None = None
     """Instructions in addition to the prompt, as part of the system prompt if the CLI has one."""
     budget: Budget = Field(default_factory=Budget)

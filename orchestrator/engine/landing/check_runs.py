@@ -11,7 +11,7 @@ import hashlib
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from orchestrator.domain.runs.check_results import (
     CheckSource,
     digest_facts,
 )
+from orchestrator.domain.scheduling.landing_order import CheckState
 from orchestrator.domain.settings.run_settings import Check, TaskSpec
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
@@ -95,6 +96,8 @@ class CheckRuns:
         self._worktrees: defaultdict[tuple[str, int, str], anyio.Lock] = defaultdict(anyio.Lock)
         """Held by checks until they have left their worktree, also after they were stopped."""
         self._closed = False
+        self.when_ended: Callable[[], None] = lambda: None
+        """Called after checks have ended."""
 
     async def request(
         self,
@@ -115,6 +118,12 @@ class CheckRuns:
         facts = [variables, setup, files, self._ledger.run.sandbox.model_dump(mode="json"), spec.checks_timeout]
         key = CheckKey(tree, tuple(checks), digest_facts(*facts))
         return CheckRequest(task, attempt, spec, key, commit, base, checker)
+
+    def state(self, key: CheckKey) -> CheckState:
+        """Return the state of checks whose result is awaited, or was found ahead of its turn."""
+        if (checked := self._known.get(key)) is None:
+            return "running"
+        return "failed" if _has_failed(checked) else "passed"
 
     def stop(self, tasks: Container[str]) -> None:
         """Stop the checks for these tasks; `run` then returns ChecksNotRun for them, and restarts those of others."""
@@ -199,6 +208,7 @@ class CheckRuns:
         finally:
             del self._running[request.key]
             running.ended.set()
+            self.when_ended()
         return running.checked
 
     async def _run_missing(self, request: CheckRequest, checker: str, earlier: CheckedTree) -> CheckedTree:

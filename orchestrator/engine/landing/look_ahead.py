@@ -7,20 +7,26 @@ The window follows Zuul's gate pipelines: it grows with each success, and is hal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import anyio
 from anyio.abc import TaskGroup
 
 from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.domain.scheduling.landing_order import QueueWindow, WindowEntry
 from orchestrator.engine.landing.batches import Batches
 from orchestrator.engine.landing.check_runs import CheckRequest
 from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.records import queue_key
 from orchestrator.errors import CouncilError, GitError, RefusedError
 from orchestrator.locking.merge_lease import HeldMergeLease
+from orchestrator.protocols import Commit, Write
 from orchestrator.repo.landing.target_branch import Target
+
+#: The tasks of a merge, its commit, and the request for its checks; None if there are none.
+_CheckedMerge = tuple[Sequence[str], str, CheckRequest | None]
 
 
 class LookAhead:
@@ -35,6 +41,8 @@ class LookAhead:
         """Merges by the commit below and the work; None if it can't be merged."""
         self._requests: dict[str, CheckRequest | None] = {}
         """The checks of merges by commit; None if there are none, or if they can't be requested now."""
+        self._recorded = QueueWindow()
+        checks.runs.when_ended = self.update
 
     def update(self) -> None:
         """Consider tasks that were added to the queue."""
@@ -63,7 +71,7 @@ class LookAhead:
             self._checks.runs.prefetch(group, [])
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._check_waiting, ahead, lease, merge, whole, waiting, group)
+            tasks.start_soon(self._check_waiting, ahead, lease, merges, whole, waiting, group)
             try:
                 checked = await self._checks.check(merges, whole, stop)
             except CouncilError as error:  # the task group would raise it as a group
@@ -83,33 +91,57 @@ class LookAhead:
         self,
         scope: anyio.CancelScope,
         lease: HeldMergeLease,
-        merge: PreparedMerge,
+        merges: Mapping[str, PreparedMerge],
         whole: CheckRequest,
         waiting: Callable[[], Sequence[str]],
         group: TaskGroup,
     ) -> None:
-        """Check the batches after `merge`, which is being checked, until `scope` is cancelled."""
+        """Check the batches after `merges`, which are being checked, until `scope` is cancelled."""
         self._merged.clear()
         self._requests.clear()
         with scope:
             while True:
                 changed = self._changed
-                requests, last = [whole], merge
+                last = list(merges.values())[-1]
+                requests, checked = [whole], list[_CheckedMerge]([(list(merges), last.new, whole)])
                 async with aclosing(self._batches.divide(waiting())) as batches:
                     async for batch in batches:
                         if len(requests) >= self._window:
                             break
-                        last, task = await self._merge(lease, last, batch)
-                        if task is not None and (request := await self._request(task, last)) is not None:
-                            requests.append(request)
+                        last, merged = await self._merge(lease, last, batch)
+                        request = await self._request(merged[-1], last) if merged else None
+                        requests += [] if request is None else [request]
+                        checked += [(merged, last.new, request)]
                 self._checks.runs.prefetch(group, requests)
+                await self._record(next(iter(merges.values())).old or whole.base, checked)
                 await changed.wait()
+
+    async def _record(self, onto: str, merges: Sequence[_CheckedMerge]) -> None:
+        """Record consecutive merges, from `onto`, for other processes."""
+        writer, runs = self._ledger.writer, self._checks.runs
+        since = {entry.commit: entry.since for entry in self._recorded.entries}
+        entries, ahead = list[WindowEntry](), tuple[str, ...]()
+        for tasks, commit, request in merges:
+            if request is not None:
+                began, state = since.get(commit, writer.clock.now()), runs.state(request.key)
+                entry = WindowEntry(tasks=tuple(tasks), commit=commit, onto=onto, ahead=ahead, since=began, state=state)
+                entries.append(entry)
+            onto, ahead = commit, (*ahead, *tasks)
+        window = QueueWindow(entries=tuple(entries))
+        if window == self._recorded:
+            return
+        key = queue_key(self._ledger.run.id, writer.orchestrators.me.id)
+        with suppress(CouncilError):  # commits of landings report an outage
+            stored = await writer.store.get(key)
+            version = 0 if stored is None else stored.version
+            await writer.commit(Commit([Write(key, version, window.model_dump(mode="json"))], durable=False))
+            self._recorded = window
 
     async def _merge(
         self, lease: HeldMergeLease, last: PreparedMerge, batch: Sequence[str]
-    ) -> tuple[PreparedMerge, str | None]:
-        """Merge tasks, each onto the previous one; return the last merge with its task, None if there is none."""
-        newest = None
+    ) -> tuple[PreparedMerge, list[str]]:
+        """Merge tasks, each onto the previous one; return the last merge, and the tasks that could be merged."""
+        merged = []
         for task in batch:
             document = self._ledger.task(task)
             if document.status is not TaskStatus.QUEUED or document.commit is None:
@@ -123,8 +155,9 @@ class LookAhead:
                     continue
                 self._merged[key] = result if isinstance(result, PreparedMerge) else None
             if (merge := self._merged[key]) is not None:
-                last, newest = merge, task
-        return last, newest
+                last = merge
+                merged.append(task)
+        return last, merged
 
     async def _request(self, task: str, merge: PreparedMerge) -> CheckRequest | None:
         if merge.new not in self._requests:

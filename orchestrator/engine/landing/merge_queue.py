@@ -25,6 +25,8 @@ from orchestrator.domain.runs.check_results import CheckRecord, attribute_checks
 from orchestrator.domain.runs.model import Attempt, PreparedMerge
 from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
+from orchestrator.domain.scheduling.dispatch import DispatchEntry
+from orchestrator.domain.scheduling.landing_order import LandingCandidate, order_landings
 from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.batches import Batches
@@ -57,7 +59,7 @@ _TARGET_BUSY = (
     f"something else updated the target during each of {MAX_MERGE_ROUNDS} attempts, perhaps a hook of the repository"
 )
 _CLAIM_LOST = "another process took over a task of the same batch"
-_CANCELLED = "a task of the same batch was cancelled"
+_WITHDRAWN = "a task of the same landing was cancelled or held"
 _LEASE_LOST = "this process was suspended until its merge lease expired: it requests a new one"
 
 #: Errors of the target or of one task's work; the task keeps its position.
@@ -65,7 +67,7 @@ _LANDING_ERRORS = (GitError, RefusedError)
 
 
 class MergeQueue:
-    """Lands the queued tasks of one run, in order."""
+    """Lands the queued tasks of one run, in the order of `domain.scheduling.landing_order`."""
 
     def __init__(
         self,
@@ -73,8 +75,13 @@ class MergeQueue:
         context: RunContext,
         base_commands: BaseCommands,
         give_up: Callable[[str], None],
+        entries: Mapping[str, DispatchEntry],
     ) -> None:
-        """Create the queue; `give_up` ends the run with a reason if checks can't run."""
+        """Create the queue; `give_up` ends the run with a reason if checks can't run.
+
+        `entries` have the priorities of the tasks.
+        """
+        self._entries = entries
         self._ledger, self._clock = ledger, context.tools.clock
         writer, source = ledger.writer, context.source
         self._leases = MergeLeaseQueue(
@@ -92,6 +99,8 @@ class MergeQueue:
         """Built tasks in landing order."""
         self.deferred: list[str] = []
         """Built tasks that can't land at present."""
+        self.held: list[str] = []
+        """Built tasks that do not land until a user releases them."""
         self.cancelled: set[str] = set()
         """Tasks that a user has cancelled; they don't land unless they are already landing."""
         self.landing: tuple[str, ...] = ()
@@ -115,6 +124,20 @@ class MergeQueue:
         self.waiting.append(task)
         self._look_ahead.update()
 
+    def update_order(self) -> None:
+        """Sort the waiting tasks, and separate those that a user holds."""
+        tasks = dict.fromkeys([*self.waiting, *self.held])
+        candidates = [
+            LandingCandidate.of(task, self._entries[task].priority, self._ledger.task(task)) for task in tasks
+        ]
+        order = order_landings(candidates, self._ledger.run.bumped)
+        self.held = [task for task in order if self.is_held(task)]
+        self.waiting = deque(task for task in order if task not in self.held)
+
+    def is_held(self, task: str) -> bool:
+        """Return True if a user holds a task; its landing may already be in progress."""
+        return task in self._ledger.run.held and self._status(task) is not TaskStatus.LANDING
+
     def cancel(self, task: str) -> None:
         """Stop landing a cancelled task.
 
@@ -130,8 +153,9 @@ class MergeQueue:
     def remove(self, task: str) -> None:
         """Stop landing a task that has ended, or that this orchestrator no longer owns."""
         self.cancel(task)
-        if task in self.deferred:
-            self.deferred.remove(task)
+        for others in (self.deferred, self.held):
+            if task in others:
+                others.remove(task)
 
     async def land(self, group: TaskGroup) -> list[str]:
         """Land the head of the queue; return the tasks that left the queue.
@@ -205,8 +229,9 @@ class MergeQueue:
                 self.waiting.remove(task)
             self.landing = tuple(interrupted)
             return interrupted
+        self.update_order()
         async with aclosing(self._batches.divide(list(self.waiting))) as batches:
-            batch = await anext(batches)
+            batch = await anext(batches, list[str]())
         self.landing = tuple(task for task in batch if task in self.waiting)  # not cancelled in the meantime
         for task in self.landing:
             self.waiting.remove(task)
@@ -318,6 +343,10 @@ class MergeQueue:
         }
         await self._ledger.change_all(updates, [lease.guard])
         failpoint("landing.intended")
+        # Read after the intent is recorded: a user who holds a task later finds it landing.
+        if not (await self._read_held()).isdisjoint(merges):
+            await self.outcomes.abort(merges)
+            return StaleTarget()
         self.is_moving = True
         try:
             moved = await self._target.move(lease, list(dict.fromkeys(merges.values())))
@@ -341,7 +370,7 @@ class MergeQueue:
 
     async def _is_allowed(self, task: str, merge: PreparedMerge) -> bool:
         """Return True if a merge may land if its checks pass; otherwise the reason is recorded."""
-        if self._stopping or task in self.cancelled:
+        if self._stopping or task in self.cancelled or self.is_held(task):
             return False
         return await self._checks.is_allowed(task, merge)
 
@@ -354,13 +383,21 @@ class MergeQueue:
         self._batches.record_checked(tasks, checked.culprit)
         if self._stopping:
             return CheckedMerges(0)
-        if (leading := tasks[: checked.passed]) and self.cancelled.intersection(leading):
-            # The merges before the cancelled one need not pass by themselves.
-            await self._checks.requeue(leading, _CANCELLED)
+        withdrawn = self.cancelled.union(self._ledger.run.held)
+        if (leading := tasks[: checked.passed]) and withdrawn.intersection(leading):
+            # The merges before a withdrawn one need not pass by themselves.
+            await self._checks.requeue(leading, _WITHDRAWN)
             return CheckedMerges(0, [*leading, *checked.again] if len(tasks) > 1 else ())
         return checked
 
+    async def _read_held(self) -> frozenset[str]:
+        """Return the tasks that a user holds; only the leader of the run records them."""
+        is_leader = self._ledger.writer.became_leader.is_set()
+        run = self._ledger.run if is_leader else (await self._ledger.run_state.read())[1]
+        return frozenset(run.held)
+
     def _list_uncancelled(self) -> list[str]:
+        self.update_order()
         return [task for task in self.waiting if task not in self.cancelled]
 
     async def _joined(self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge]) -> Mapping[str, PreparedMerge]:

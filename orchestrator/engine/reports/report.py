@@ -292,7 +292,7 @@ def build_report(
     ]
     disabled = {adapter.name: adapter.disabled_reason for adapter in adapters if adapter.disabled_reason is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, disabled)
-    waiting = _tasks_in_cooldown(record, adapters)
+    waiting = _tasks_in_cooldown(record, adapters) | _held_tasks(record)
     file = None if record.run.imported is not None or "tasks" in record.run.overrides else record.run.config
     reports, roots = [], dict[str, str]()
     for task, blocker in blocked.items():  # needs come before their dependents
@@ -337,6 +337,20 @@ def build_report(
         orchestrators=[OrchestratorReport.from_lease(lease) for lease in leases],
         claims=sum_counters(lease.counters for lease in leases),
     )
+
+
+def _held_tasks(record: RunRecord) -> dict[str, str]:
+    """Return the unfinished tasks that a user holds, with the reasons."""
+    if not record.run.held:
+        return {}
+    from orchestrator.domain.scheduling.landing_order import describe_hold  # noqa: PLC0415  seldom needed
+
+    statuses = {task: one.status for task, one in record.tasks.items()}
+    return {
+        task: describe_hold(reason, task)
+        for task, reason in record.run.held.items()
+        if task in statuses and statuses[task] not in {*FINAL_STATUSES, TaskStatus.LANDING}
+    }
 
 
 def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:

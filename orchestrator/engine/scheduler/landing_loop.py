@@ -60,6 +60,7 @@ class LandingLoop:
                 self._final_tries_left -= 1
             self._queue.waiting.extendleft(reversed(self._queue.deferred))
             self._queue.deferred.clear()
+        self._queue.update_order()
         if not self._queue.waiting:
             self._batch_until = max(self._batch_until, now + (self._merge.wait or 0.0))
         is_batch = len(self._queue.waiting) >= self._merge.batch > 1
@@ -89,6 +90,9 @@ class LandingLoop:
             status = TaskStatus.CANCELLED
         if status not in CLAIMED_STATUSES:
             self._local.show(task)
+            return
+        if self._queue.is_held(task):
+            self._queue.held.append(task)
             return
         pause = DEFERRED_RETRY_DELAY if self._local.active_attempts else FINAL_LANDING_DELAY
         if not self._queue.deferred or not self._local.active_attempts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import anyio
@@ -67,7 +67,7 @@ class Scheduler:
         checks = CheckRuns(ledger, context, pool)
         base_commands = BaseCommands(ledger, context, checks)
         self._base_checks = BaseChecks(ledger, context, base_commands, base_selector, board.entries)
-        self._merge_queue = MergeQueue(ledger, context, base_commands, self._give_up)
+        self._merge_queue = MergeQueue(ledger, context, base_commands, self._give_up, board.entries)
         self._repository_guard = RepositoryGuard(ledger, context, self._merge_queue)
         self._local = LocalWork(ledger, board, self._merge_queue, clock, unavailable_adapters)
         self._landings = LandingLoop(ledger, context, self._local, capacity)
@@ -77,8 +77,8 @@ class Scheduler:
         self._peers = PeerSync(ledger, context, pool, self._local, budgets, self._halt, lambda: self._is_start_blocked)
         self._only_lands = False
         self._stopping = False
-        self._last_noted_wait: tuple[Mapping[str, float], Mapping[str, int]] = {}, {}
-        """The cooling adapters and waiting approvals of the last `run.waiting` event."""
+        self._last_noted_wait: tuple[Mapping[str, float], Mapping[str, int], Sequence[str]] = {}, {}, ()
+        """The cooling adapters, waiting approvals and held tasks of the last `run.waiting` event."""
 
     def stop(self) -> None:
         """Stop sessions and checks, and start no more of them.
@@ -194,20 +194,17 @@ class Scheduler:
         await self._note_waiting()
 
     async def _note_waiting(self) -> None:
-        """Record once that the run only waits for adapter cooldowns or approvals."""
+        """Record once that the run only waits for adapter cooldowns, approvals or held tasks."""
         if self._is_active() or self._landings.is_pending or self._is_start_blocked or self._local.tasks_elsewhere():
             return
         awaited, approvals = self._board.forecast.awaited(), self._local.awaiting_user()
-        if (
-            (not awaited and self._board.forecast.has_work())
-            or not (awaited or approvals)
-            or (awaited, approvals) == self._last_noted_wait
-        ):
+        waits = awaited, approvals, tuple(self._merge_queue.held)
+        if (not awaited and self._board.forecast.has_work()) or not any(waits) or waits == self._last_noted_wait:
             return
-        self._last_noted_wait = awaited, approvals
+        self._last_noted_wait = waits
         ends = [(await self._ledger.adapters.read(name)).cooldown_until for name in awaited]
         until, adapters = min(filter(None, ends), default=None), sorted(awaited, key=awaited.__getitem__)
-        await self._ledger.note(RunWaiting(until=until, adapters=adapters, approvals=list(approvals)))
+        await self._ledger.note(RunWaiting(until=until, adapters=adapters, approvals=list(approvals), held=waits[-1]))
 
     async def _free(self, now: float) -> int:
         """Return the number of sessions that may start now.
@@ -233,7 +230,8 @@ class Scheduler:
         if self._landings.is_pending:
             return False
         # Checked last, because it searches all tasks.
-        is_open = self._board.forecast.has_work() or self._local.is_waiting_for_peers() or self._local.awaiting_user()
+        awaits_user = self._local.awaiting_user() or self._merge_queue.held
+        is_open = self._board.forecast.has_work() or self._local.is_waiting_for_peers() or awaits_user
         return self._is_start_blocked or not is_open
 
     async def _pause(self) -> None:

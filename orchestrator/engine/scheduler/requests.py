@@ -80,9 +80,7 @@ def check_request(
                 message = f"task {task!r} does not wait for approval (state: {status.record.label})"
                 raise RefusedError(message, f"`council status --run {record.run.id}` lists the tasks that do")
         elif action is not RequestAction.RETRY:
-            if status in FINAL_STATUSES and action is not RequestAction.CANCEL:  # nothing is left to cancel
-                message = f"task {task!r} has already ended (state: {status.record.label})"
-                raise RefusedError(message, f"there is nothing to {action}")
+            _check_unfinished(action, task, record)
         elif task in blocked:
             missing = [need for need in record.failed_needs(task) if need not in tasks]
             if missing:
@@ -93,6 +91,15 @@ def check_request(
                 raise RefusedError(message, remedy if gone else retry)
         elif status not in RETRYABLE_STATUSES and not (include_waiting and status in _RELOADED):
             raise _explain_not_retryable(task, status, record, is_live=is_live)
+
+
+def _check_unfinished(action: RequestAction, task: str, record: RunRecord) -> None:
+    status = record.tasks[task].status
+    if status in FINAL_STATUSES and action is not RequestAction.CANCEL:  # nothing is left to cancel
+        message = f"task {task!r} has already ended (state: {status.record.label})"
+        raise RefusedError(message, f"there is nothing to {action}")
+    if action is RequestAction.RELEASE and task not in record.run.held:
+        raise RefusedError(f"task {task!r} is not held", f"`council queue {record.run.id}` lists held tasks")
 
 
 def _explain_merge_retry(run: RunDocument, status: TaskStatus) -> RefusedError:
@@ -159,7 +166,7 @@ def check_adapters_to_enable(record: RunRecord, adapters: Sequence[str], now: fl
 def check_reason(reason: str) -> None:
     """Raise RefusedError for an empty reason, or one that contains a secret."""
     if not reason.strip():
-        raise RefusedError("the reason is empty", "enter the reason to ignore the task")
+        raise RefusedError("the reason is empty", "enter the reason")
     if has_secret_key(reason):
         raise RefusedError("the reason would be recorded, but it seems to contain a secret key", "remove the key")
 
@@ -270,6 +277,15 @@ class RequestHandler:
                 is_changed = await approve_phase(self._ledger, task, request.reason)
             case RequestAction.REJECT:
                 is_changed = await reject_phase(self._ledger, task, request.reason)
+            case RequestAction.HOLD:
+                await self._ledger.run_state.hold(task, request.reason)
+                return
+            case RequestAction.RELEASE:
+                await self._ledger.run_state.release(task)
+                return
+            case RequestAction.BUMP:
+                await self._ledger.run_state.bump(task)
+                return
             case _:
                 await self._cancel(task)
                 return

@@ -77,6 +77,8 @@ def _changes_of_document(
     if key == run_key(ledger.run.id):
         if value["halted"] is not None:
             yield ExternalChange(halted=(HaltCause(value.get("halt_cause") or HaltCause.BUDGET), value["halted"]))
+        else:
+            yield ExternalChange()  # a user may hold or release tasks
     elif key.kind == "request":
         yield ExternalChange(request=RunRequest.model_validate(value))
     elif key.kind == "adapter":

@@ -14,6 +14,7 @@ from orchestrator.domain.events.runs import RunCreated
 from orchestrator.domain.runs.check_results import CheckRecord
 from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
+from orchestrator.domain.scheduling.landing_order import QueueWindow
 from orchestrator.domain.sessions.messages import UserMessage
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.handoffs import Handoff
@@ -74,6 +75,17 @@ def handoff_key(handoff: str) -> Key:
 def message_key(run: str, task: str, message: str) -> Key:
     """Return the key of a user's message to a task."""
     return Key("message", f"{run}/{task}/{message}")
+
+
+def queue_key(run: str, orchestrator: str) -> Key:
+    """Return the key of the merges that a process checks for the merge queue of a run."""
+    return Key("queue", f"{run}/{orchestrator}")
+
+
+async def read_queue_windows(store: Store, run: str) -> dict[str, QueueWindow]:
+    """Return the merges that processes check, or checked last, by the name of the process."""
+    documents = await _list_by_name(store, "queue", run)
+    return {name: _parsed(QueueWindow, document) for name, document in documents.items()}
 
 
 def check_key(digest: str) -> Key:

@@ -17,6 +17,7 @@ from orchestrator.domain.events.runs import (
     RunFinished,
     RunHalted,
 )
+from orchestrator.domain.events.tasks import TaskBumped, TaskHeld, TaskReleased
 from orchestrator.domain.runs.model import AdapterDocument, HaltCause, RunDocument, TaskDocument
 from orchestrator.domain.runs.retry import compute_cooldown_end
 from orchestrator.domain.runs.statuses import TaskStatus
@@ -85,6 +86,21 @@ class RunState:
     async def allow_failing_base(self) -> None:
         """Record that sessions may start although checks fail on the base."""
         await self.update(BaseFailureAllowed(), allow_failing_base=True)
+
+    async def hold(self, task: str, reason: str | None) -> None:
+        """Record that a task does not land until it is released."""
+        await self.update(TaskHeld(task=task, reason=reason), held={**self.document.held, task: reason or ""})
+
+    async def release(self, task: str) -> None:
+        """Record that a held task may land."""
+        if task in self.document.held:
+            held = {name: reason for name, reason in self.document.held.items() if name != task}
+            await self.update(TaskReleased(task=task), held=held)
+
+    async def bump(self, task: str) -> None:
+        """Record that a task lands before all others."""
+        others = [name for name in self.document.bumped if name != task]
+        await self.update(TaskBumped(task=task), bumped=(task, *others))
 
     async def set_budget(self, limits: Mapping[str, float]) -> None:
         """Record new limits of the run's budget, by key."""

@@ -27,6 +27,7 @@ from orchestrator.domain.runs.check_results import CheckRecord
 from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.runs.statuses import UNSUCCESSFUL_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
+from orchestrator.domain.scheduling.landing_order import QueueWindow
 from orchestrator.domain.scheduling.path_ownership import PathOwnership
 from orchestrator.domain.sessions.contexts import SessionContext
 from orchestrator.domain.sessions.messages import UserMessage
@@ -115,6 +116,7 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     LOCK_KIND: _model(NamedLock),
     "note": _model(Note),
     "message": _model(UserMessage),
+    "queue": _model(QueueWindow),
     "check": _model(CheckRecord),
     "ports": _model(PortsRecord),
 }
