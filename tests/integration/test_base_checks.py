@@ -59,7 +59,7 @@ async def test_check_failing_on_the_base_ends_the_run_before_any_session(reposit
     ended = repository.council("run", str(config))
     assert ended.code == 1, ended
     message = " ".join(ended.stdout.partition("Halted: ")[2].split())
-    for part in (GOOD, "fails on main", "exit code 3", "--allow-failing-base", "council resume"):
+    for part in (GOOD, "fails on main", "exit code 3", "--allow-failing-base`", "council resume"):
         assert part in message, message
     assert sessions(repository) == 0
     for command in ("logs", "diff"):

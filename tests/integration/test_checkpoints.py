@@ -299,7 +299,7 @@ async def test_all_runs_are_restored_with_readable_output(repository: Repository
     assert repository.council("retry", "one").code == 0
     assert repository.council("run", str(path)).code == 1
     listed = repository.council("checkpoint", "list", "--all").stdout
-    assert "1 failed, 1 no change a\N{REPLACEMENT CHARACTER}b" in " ".join(listed.split())
+    assert "1 failed, 1 no change; a\N{REPLACEMENT CHARACTER}b" in " ".join(listed.split())
     shown = repository.council("checkpoint", "show", "all/1")
     old, new = [one["run"] for one in repository.council("runs", "--json").result["runs"]]
     assert f"would be restored: task/{old}/one" in shown.stdout

@@ -286,6 +286,8 @@ class InterruptHandler:
         """Whether a signal was received."""
         self.stop: Callable[[], None] | None = None
         """Called instead of the cancellation, if set; the command then ends by itself."""
+        self.message = "interrupted"
+        """What a cancelled command prints."""
 
     async def guard(self, command: Awaitable[int | None]) -> int:
         """Await a command and return its exit code, or the code of an interruption."""
@@ -294,7 +296,7 @@ class InterruptHandler:
             code = await command or 0
             group.cancel_scope.cancel()
             return code
-        self._output.failure({"status": "interrupted", "exit": EXIT_INTERRUPTED}, "council: interrupted")
+        self._output.failure({"status": "interrupted", "exit": EXIT_INTERRUPTED}, f"council: {self.message}")
         return EXIT_INTERRUPTED
 
     async def _listen(self, scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:

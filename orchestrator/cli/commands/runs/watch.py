@@ -31,6 +31,7 @@ async def watch(context: CouncilContext, run: str | None) -> int:
     name = await council.runs.find(run)
     after = await council.history.position()
     if await council.runs.is_live(name):
+        context.interrupt.message = f"the display ended; run {name} continues"
         if not (output.as_json or output.can_draw_tables):  # the table shows them
             output.text("".join(f"{line}\n" for line in running_task_lines(await council.runs.status(name))))
         async with show_progress(council, name, output, after) as progress:

@@ -81,7 +81,7 @@ async def list_checkpoints(context: CouncilContext, run: str | None, whole: bool
         line
         for one in found
         for line in wrapped(
-            printable(f"{one.status or '-':<12} {_task_counts(one)}  {one.reason}"),
+            printable(f"{one.status or '-'}: {_task_counts(one)}; {one.reason}"),
             head=f"{one.id:<24} {format_local_time(one.time)}  ",
             indent="    ",
         )
