@@ -102,7 +102,12 @@ async def salvage_session(git: Git, worktree: Worktree, base: str, prompt: str, 
 
 
 def format_commit_message(worktree: Worktree, prompt: str) -> str:
-    """Return an attempt's commit message: the task and the prompt's first line."""
+    """Return an attempt's commit message."""
+    return f"{format_work_subject(worktree.task, prompt)}\n\nCouncil-Attempt: {worktree.attempt}\n"
+
+
+def format_work_subject(task: str, prompt: str) -> str:
+    """Return the first line of an attempt's commit message: the task and the prompt's first line."""
     first = next((line.strip() for line in prompt.splitlines() if line.strip()), "")
-    subject = "".join(char for char in f"{worktree.task}: {first}" if char.isprintable())
-    return f"{subject if len(subject) <= 72 else subject[:71] + '…'}\n\nCouncil-Attempt: {worktree.attempt}\n"
+    subject = "".join(char for char in f"{task}: {first}" if char.isprintable())
+    return subject if len(subject) <= 72 else subject[:71] + "…"

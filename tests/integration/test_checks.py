@@ -83,6 +83,9 @@ async def test_attempts_that_always_fail_end(repository: Repository) -> None:
     assert (task["status"], task["failure"], task["attempts"]) == ("failed", "checks_failed", 2)
     trusted = Path(ended.result["repository"])
     assert (trusted / "refs/heads" / task["branch"]).exists()
+    # The second attempt changed nothing: its work is the first one's, merged into the target.
+    kept = repository.council("salvage", "list", "--json").result["preserved"]
+    assert {one["name"]: one["subject"] for one in kept}["never/2"] == "never: write a.txt bad"
     await repository.assert_invariants()
 
 

@@ -15,7 +15,7 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.engine.session_api.details import find_session_files
-from orchestrator.engine.state.records import read_run, read_task
+from orchestrator.engine.state.records import read_run, read_spec, read_task
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.change_counts import Changes, count
 from orchestrator.repo.git.command import Git
@@ -23,6 +23,7 @@ from orchestrator.repo.git.reading import CommitSummary, read_commits
 from orchestrator.repo.intake import diffs
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.landing import salvage
+from orchestrator.repo.landing.merge_commits import RETRY_BASE_MESSAGE
 from orchestrator.repo.landing.salvage import UnmergedWork
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees import worktrees
@@ -30,6 +31,7 @@ from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.repo.worktrees.preserved import is_preserved
 from orchestrator.repo.worktrees.slots import empty_trash
 from orchestrator.repo.worktrees.worktrees import Worktree
+from orchestrator.sessions.collection import format_work_subject
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,12 @@ class TaskChanges(Topic):
 
     async def _describe(self, one: UnmergedWork, made: CommitSummary) -> PreservedWork:
         status = (await read_task(self._context.store, one.run, one.task)).status
-        return PreservedWork(one.name, one.run, one.task, status, made.subject, one.commit, made.committed, None)
+        subject = made.subject
+        if subject == RETRY_BASE_MESSAGE.strip():  # the attempt changed nothing
+            spec = await read_spec(self._context.store, one.run, one.task)
+            redactor = Redactor(secret_values(self._context.environ))
+            subject = redactor.text(format_work_subject(one.task, spec.prompt))
+        return PreservedWork(one.name, one.run, one.task, status, subject, one.commit, made.committed, None)
 
     async def _describe_worktree(self, one: Worktree) -> PreservedWork:
         document = await read_task(self._context.store, one.run, one.task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.repo.git.command import Git
 
-#: The message of a commit that another attempt starts from; `salvage list` shows it for work that ends there.
+#: The message of a commit that another attempt starts from; `salvage list` shows the task for work that ends there.
 RETRY_BASE_MESSAGE = "Work merged into the target, for the next attempt to fix\n"
 
 
