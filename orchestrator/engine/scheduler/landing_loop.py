@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from anyio.abc import TaskGroup
@@ -18,7 +19,7 @@ from orchestrator.sessions.setup import adapter_homes
 LANDING_BATCH_WINDOW = 0.25
 #: Seconds before a deferred landing is retried while sessions are active.
 DEFERRED_RETRY_DELAY = 30.0
-#: The retries, and the seconds before each, when there is no other work: the user may be in the middle of a commit.
+#: The retries of each task, and the seconds before each, without other work: the user may be in the middle of a commit.
 MAX_FINAL_LANDINGS, FINAL_LANDING_DELAY = 3, 1.0
 
 
@@ -31,7 +32,7 @@ class LandingLoop:
         self.is_landing = False
         """Whether a landing is in progress."""
         self._deferred_until = 0.0
-        self._final_tries_left = MAX_FINAL_LANDINGS
+        self._final_tries = Counter[str]()
         self._batch_until = 0.0
         self._merge = ledger.run.merge
 
@@ -43,7 +44,9 @@ class LandingLoop:
     @property
     def is_pending(self) -> bool:
         """Whether tasks will land or be retried."""
-        return bool(self._queue.waiting or (self._queue.deferred and self._final_tries_left > 0))
+        return bool(self._queue.waiting) or any(
+            self._final_tries[task] < MAX_FINAL_LANDINGS for task in self._queue.deferred
+        )
 
     def next_times(self) -> list[float | None]:
         """Return the times when the queue may land (monotonic seconds)."""
@@ -57,7 +60,7 @@ class LandingLoop:
         """
         if self._queue.deferred and now >= self._deferred_until:
             if not self._local.active_attempts:
-                self._final_tries_left -= 1
+                self._final_tries.update(self._queue.deferred)
             self._queue.waiting.extendleft(reversed(self._queue.deferred))
             self._queue.deferred.clear()
         self._queue.update_order()
