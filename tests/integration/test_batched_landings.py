@@ -115,12 +115,33 @@ async def test_target_moved_by_each_push_is_reported(repository: Repository, tmp
     hook.chmod(0o755)
     queue(repository, files(1))
     ended = repository.council("resume", "--json")
-    deferred = [line["reason"] for line in ended.lines if line.get("event") == "task.deferred"]
-    assert deferred == [
-        "something else updated the target during each of 10 attempts, perhaps a hook of the repository"
-    ]
+    rounds, newest = MAX_MERGE_ROUNDS, repository.git("rev-parse", "--short=10", "main^")
+    (deferred,) = [line["reason"] for line in ended.lines if line.get("event") == "task.deferred"]
+    moved = f"others added commits to 'main' ({rounds}, newest {newest}) during {rounds} landing attempts: pause"
+    assert deferred.startswith(moved)
     assert ended.states == {"t0": "landed"}, ended
     assert landed(repository).count("theirs") == MAX_MERGE_ROUNDS
+
+
+async def test_final_retries_of_one_task_leave_others_theirs(repository: Repository, tmp_path: Path) -> None:
+    """A task that a hook always rejects uses up its own retries before another task is rejected once."""
+    hook, once = repository.top / ".git/hooks/update", tmp_path / "once"
+    hook.write_text(
+        f"""#!/bin/sh
+files=$(git ls-tree --name-only "$3")
+case $files in *bad.txt*) exit 1 ;; *late.txt*) [ -e "{once}" ] || {{ touch "{once}"; exit 1; }} ;; esac
+"""
+    )
+    hook.chmod(0o755)
+    repository.remember()
+    backoff = {"initial": "6s", "max": "6s", "jitter": False}
+    tasks: list[dict[str, Any]] = [
+        {"id": "bad", "prompt": "write bad.txt x"},
+        {"id": "late", "prompt": "attempt 1 exit 1\nattempt 2 write late.txt x", "backoff": backoff, "attempts": 2},
+    ]
+    ended = repository.council("run", str(repository.configure(tasks)), "--json")
+    assert ended.states == {"bad": "queued", "late": "landed"}, ended
+    await repository.assert_invariants()
 
 
 @pytest.mark.extended

@@ -39,11 +39,13 @@ from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, GitError, LeaseLost, RefusedError
 from orchestrator.locking.merge_lease import HeldMergeLease, MergeLeaseQueue
+from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import (
     OWN_PUSH_DESCRIPTION,
     DeferredLanding,
     Landed,
     StaleTarget,
+    Target,
     combine_merges,
 )
 from orchestrator.system import slow_waits
@@ -55,9 +57,6 @@ MAX_MERGE_ROUNDS = 10
 #: The pauses between these attempts.
 _ROUND_BACKOFF = Backoff(initial=0.02, factor=2.0, max=1.0, jitter=False)
 
-_TARGET_BUSY = (
-    f"something else updated the target during each of {MAX_MERGE_ROUNDS} attempts, perhaps a hook of the repository"
-)
 _CLAIM_LOST = "another process took over a task of the same batch"
 _WITHDRAWN = "a task of the same landing was cancelled or held"
 _LEASE_LOST = "this process was suspended until its merge lease expired: it requests a new one"
@@ -243,11 +242,13 @@ class MergeQueue:
     async def _land_together(self, lease: HeldMergeLease, tasks: Sequence[str], group: TaskGroup) -> list[str]:
         """Land tasks with one move of the target; return the tasks to queue again."""
         later: list[str] = []
+        start = None
         for number in range(1, MAX_MERGE_ROUNDS + 1):
             merges, checked = await self._prepare_checked(lease, tasks, group)
             tasks, later = list(merges), [*checked.again, *later]
             if not tasks:
                 break
+            start = merges[tasks[0]].old if number == 1 else start
             match await self._move(lease, await self._joined(lease, merges), checked.records):
                 case Landed():
                     break
@@ -260,8 +261,9 @@ class MergeQueue:
                 case StaleTarget():
                     await self._pause(number)
         else:
+            reason = await _describe_moves(self._git, self._target, start or self._ledger.run.start)
             for task in tasks:
-                await self.outcomes.defer(task, _TARGET_BUSY)
+                await self.outcomes.defer(task, reason)
         return later
 
     async def _prepare_checked(
@@ -410,3 +412,19 @@ class MergeQueue:
         labels = [f"{run.id}/{task}" for task in merges]
         joined = await self._target.join(lease, labels, list(merges.values()))
         return dict.fromkeys(merges, joined)
+
+
+async def _describe_moves(git: Git, target: Target, start: str) -> str:
+    """Describe the commits since `start`, which made each round of a landing start over, and the fix.
+
+    The merge lease has been held since then, so no other run has landed.
+    """
+    tip = await target.refresh()
+    count = int(await git.line("rev-list", "--first-parent", "--count", f"{start}..{tip}"))
+    moved = f"others added commits to {target.branch!r} ({count}, newest {tip:.10})"
+    if not count:
+        moved = f"each push to {target.branch!r} was interrupted or reverted"
+    return (
+        f"{moved} during {MAX_MERGE_ROUNDS} landing attempts: pause commits to it until the task has landed "
+        "(a repository hook may create them), or make its checks faster"
+    )
