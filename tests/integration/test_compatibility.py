@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,3 +138,24 @@ def test_case_sensitivity_is_detected_without_writing(tmp_path: Path) -> None:
     (tmp_path / "HUB").rmdir()
     (tmp_path / "HUB").symlink_to(folder)
     assert is_case_insensitive(folder)
+
+
+@pytest.mark.extended_rest
+@pytest.mark.parametrize("kind", ["submodules", "git LFS"])
+def test_commit_made_unsupported_during_a_run_starts_no_task(repository: Repository, kind: str) -> None:
+    """Otherwise a session's files in the submodule would be lost, and its LFS files would land as plain files."""
+    add = "git update-index --add --cacheinfo 160000,$(git rev-parse HEAD),sub; mkdir -p sub"
+    if kind == "git LFS":
+        add = 'echo "*.bin filter=lfs" > .gitattributes; git add .gitattributes'
+    hook = repository.top / ".git/hooks/post-receive"
+    hook.write_text(f'#!/bin/sh\nunset GIT_DIR\ncd "{repository.top}" && {{ {add}; git commit -qm theirs; }}\n')
+    hook.chmod(0o755)
+    tasks: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "write a.txt x"},
+        {"id": "b", "prompt": "write sub/b.txt x\nwrite b.bin x", "needs": ["a"]},
+    ]
+    ended = repository.council("run", str(repository.configure(tasks)), "--json")
+    assert ended.states == {"a": "landed", "b": "failed"}, ended
+    failed = ended.result["tasks"][1]
+    assert failed["failure"] == "invalid"
+    assert failed["reason"].startswith(f"{kind} {'are' if kind == 'submodules' else 'is'} not supported: ")

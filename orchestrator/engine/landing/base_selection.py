@@ -19,7 +19,9 @@ from orchestrator.engine.phases.start import ConflictingWork, NextPhase
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError
+from orchestrator.repo.git.command import GITLINK_MODE
 from orchestrator.repo.landing.merge_commits import renew_retry_base
+from orchestrator.repo.source.compatibility import check_supported
 
 #: Outcomes of attempts that conflicted with the target at that time.
 _STALE: Final = frozenset({FailureClass.CONFLICT, FailureClass.CHECKS_FAILED})
@@ -31,6 +33,7 @@ class BaseSelector:
     def __init__(self, ledger: Ledger, context: RunContext) -> None:
         self._ledger, self._context = ledger, context
         self._base: str | None = None
+        self._supported = ledger.run.start
         self._fetch_lock = anyio.Lock()
 
     async def select(self, task: str, spec: TaskSpec, next_phase: NextPhase, tips: dict[bool, str]) -> NextPhase:
@@ -38,13 +41,15 @@ class BaseSelector:
 
         `tips` caches commits for tasks that start together. Earlier work continues if it merges cleanly onto the
         current target. Otherwise, work to be fixed starts from scratch, with the earlier work in the prompt, while a
-        later phase starts from the unmerged work, and its landing reports the conflict.
+        later phase starts from the unmerged work, and its landing reports the conflict. Raises RefusedError if the
+        newest commit is not supported.
         """
         document = self._ledger.task(task)
         builds_on_target = self.builds_on_target(task, spec) or next_phase.start is not None
         if builds_on_target not in tips:
             tips[builds_on_target] = await self.newest(builds_on_target=builds_on_target)
         tip = tips[builds_on_target]
+        await self._check_supported(tip)
         if next_phase.start is None:
             return replace(next_phase, base=tip)
         branches = (each.branch for each in reversed(document.attempts) if not each.restart_reason)
@@ -58,6 +63,19 @@ class BaseSelector:
         if document.start is None and next_phase.base is not None:
             return replace(next_phase, is_newest=False)
         return replace(next_phase, base=tip, start=None, conflicting=conflicting)
+
+    async def _check_supported(self, tip: str) -> None:
+        """Raise RefusedError if a submodule or git LFS was committed since the start of the run.
+
+        A session's files in a submodule could not be collected, and git LFS files would land as plain files.
+        """
+        if tip == self._supported:
+            return
+        # Listing all files for each landing would take too long in large repositories.
+        changes = await self._context.git.changes(self._supported, tip)
+        if any(each.new_mode == GITLINK_MODE or each.path.endswith(".gitattributes") for each in changes):
+            await check_supported(self._context.git, tip)
+        self._supported = tip
 
     def builds_on_target(self, task: str, spec: TaskSpec) -> bool:
         """Return True if a task without earlier work starts from the target, not the base."""
