@@ -117,6 +117,7 @@ _SETTINGS: Final = "council-settings.json"
 #: Unless permissions are bypassed, Claude Code asks for permission to use MCP tools, and no user could respond. Our
 # tools change no files. One word, because the option would also consume the words after it.
 _ALLOWED: Final = f"--allowedTools=mcp__{MCP_SERVER_NAME}"
+_HEADLESS: Final = ("-p", "--output-format", "stream-json", "--verbose")
 _EDITORS: Final = "Edit|Write|MultiEdit|NotebookEdit"
 _HOOK_TIMEOUT: Final = 10  # seconds
 #: Token counts per model in `modelUsage`.
@@ -164,7 +165,7 @@ class ClaudeCodeAdapter:
         RESUME needs a home that keeps conversations.
         """
         can = frozenset(Capability) - {Capability.READ_ONLY}
-        return can if self._options.has_own_home else can - {Capability.RESUME}
+        return can if self._options.has_own_home else can - {Capability.RESUME, Capability.ATTACH}
 
     def programs(self) -> Sequence[Program]:
         """Return Claude Code with its login status command."""
@@ -186,18 +187,17 @@ class ClaudeCodeAdapter:
         env, passed = options.variables(("HOME", "USER", *_KEYS, _ENDPOINT, *folders), **preset, **own)
         return SessionCommand(
             argv=(
-                *(options.bin, "-p", "--output-format", "stream-json", "--verbose", "--permission-mode", mode),
+                *(options.bin, *(() if request.interactive else _HEADLESS), "--permission-mode", mode),
                 *option_arguments("--model", options.model),
                 *option_arguments("--resume", request.resume),
                 *option_arguments("--append-system-prompt", request.instructions),
-                *option_arguments("--max-turns", options.max_turns),
-                *option_arguments("--max-budget-usd", smallest_limit(options.max_cost, request.max_cost)),
+                *(() if request.interactive else _limits(options, request)),
                 *(("--mcp-config", str(request.home / _SERVERS)) if request.mcp_servers else ()),
                 *(("--settings", str(request.home / _SETTINGS)) if hooks else ()),
                 *((_ALLOWED,) if any(server.name == MCP_SERVER_NAME for server in request.mcp_servers) else ()),
                 *options.args,
             ),
-            stdin=request.prompt_file,
+            stdin=None if request.interactive else request.prompt_file,
             env=env,
             pass_env=passed,
             home=_home(request, hooks, is_own=options.has_own_home),
@@ -254,6 +254,13 @@ class ClaudeCodeAdapter:
         ]
         until = next((end for end in reversed(ends) if end is not None), None)
         return with_reset_time(replace(failed, until=until), end.time)
+
+
+def _limits(options: ClaudeCodeOptions, request: SessionRequest) -> tuple[str, ...]:
+    return (
+        *option_arguments("--max-turns", options.max_turns),
+        *option_arguments("--max-budget-usd", smallest_limit(options.max_cost, request.max_cost)),
+    )
 
 
 def _home(request: SessionRequest, hooks: JsonObject, *, is_own: bool) -> SessionHome | None:

@@ -181,7 +181,7 @@ class CodexAdapter:
     def capabilities(self) -> frozenset[Capability]:
         """Return the capabilities; only a task's own home keeps conversations."""
         can = {Capability.INSTRUCTIONS, Capability.MCP}
-        return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
+        return frozenset(can | {Capability.RESUME, Capability.ATTACH} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
         """Return Codex, with its login status command unless it uses another provider."""
@@ -204,13 +204,15 @@ class CodexAdapter:
         env, passed = options.variables(("HOME", "USER", *_KEYS, _USUAL_KEY, *variables), **own)
         return SessionCommand(
             argv=(
-                *(options.bin, "exec", *(() if request.resume is None else ("resume",))),
-                *("--json", "--skip-git-repo-check", *sandbox, *_SETTINGS, *provider),
+                *(options.bin, *(() if request.interactive else ("exec",))),
+                *(() if request.resume is None else ("resume",)),
+                *(() if request.interactive else ("--json", "--skip-git-repo-check")),
+                *(*sandbox, *_SETTINGS, *provider),
                 *(*option_arguments("--model", options.model), *_request_settings(request), *options.args),
                 *(() if request.resume is None else (request.resume,)),
-                "-",
+                *(() if request.interactive else ("-",)),
             ),
-            stdin=request.prompt_file,
+            stdin=None if request.interactive else request.prompt_file,
             env=env,
             pass_env=passed,
             home=SessionHome(links=_LINKS, renewed=(_LOGIN,), folders=_FOLDERS) if options.has_own_home else None,

@@ -194,7 +194,7 @@ class GeminiAdapter:
 
     def capabilities(self) -> frozenset[Capability]:
         """Return the capabilities; only a task's own home has settings and conversations."""
-        in_own = {Capability.MCP, Capability.PRE_EDIT, Capability.RESUME, Capability.STOP_GATE}
+        in_own = {Capability.MCP, Capability.PRE_EDIT, Capability.RESUME, Capability.ATTACH, Capability.STOP_GATE}
         return frozenset(in_own if self._options.has_own_home else ())
 
     def programs(self) -> Sequence[Program]:
@@ -212,14 +212,15 @@ class GeminiAdapter:
         settings = {_SETTINGS: SettingsOverlay(f"~/{_SETTINGS}", _settings(options, request), _hooks(request))}
         return SessionCommand(
             argv=(
-                *(options.bin, "--output-format", "stream-json", "--approval-mode", mode),
+                *(options.bin, *(() if request.interactive else ("--output-format", "stream-json"))),
+                *("--approval-mode", mode),
                 *(
                     *option_arguments("--model", options.model),
                     *option_arguments("--resume", request.resume),
                     *options.args,
                 ),
             ),
-            stdin=request.prompt_file,
+            stdin=None if request.interactive else request.prompt_file,
             env=env,
             pass_env=passed,
             home=SessionHome({}, _LINKS, (_LOGIN,), settings, {_FOLDER: "~"}) if options.has_own_home else None,

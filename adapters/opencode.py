@@ -91,6 +91,7 @@ _LINKS: Final = {
     },
 }
 _LOG_IN: Final = "run `opencode auth login`, set its provider's key (such as ANTHROPIC_API_KEY), or add credit"
+_HEADLESS: Final = ("run", "--format", "json", "--auto", "--print-logs", "--log-level", "ERROR")
 _PRESET: Final = {
     "OPENCODE_DISABLE_AUTOUPDATE": "1",
     "OPENCODE_DISABLE_LSP_DOWNLOAD": "1",
@@ -249,7 +250,7 @@ class OpencodeAdapter:
     def capabilities(self) -> frozenset[Capability]:
         """Return the capabilities. Only a task's own home keeps conversations."""
         can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.PRE_EDIT}
-        return frozenset(can | {Capability.RESUME} if self._options.has_own_home else can)
+        return frozenset(can | {Capability.RESUME, Capability.ATTACH} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
         """Return opencode, which has no command to check a provider's key."""
@@ -272,13 +273,13 @@ class OpencodeAdapter:
         home = SessionHome(files, _LINKS, (_LOGIN,), folders=_MOVED) if options.has_own_home else SessionHome(files)
         return SessionCommand(
             argv=(
-                *(options.bin, "run", "--format", "json", "--auto", "--print-logs", "--log-level", "ERROR"),
+                *(options.bin, *(() if request.interactive else _HEADLESS)),
                 *option_arguments("--model", options.model),
                 *option_arguments("--agent", options.agent),
                 *option_arguments("--session", request.resume),
                 *options.args,
             ),
-            stdin=request.prompt_file,
+            stdin=None if request.interactive else request.prompt_file,
             env=env,
             pass_env=passed,
             scratch_patterns=_LEAVINGS,

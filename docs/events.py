@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
-from orchestrator.domain.events import EVENT_TYPES, TypedEvent, coordination, runs, state, tasks
+from orchestrator.domain.events import EVENT_TYPES, TypedEvent, coordination, phases, runs, state, tasks
 from orchestrator.engine.reports.schema import event_schema
 from orchestrator.protocols import JsonObject
 
 PAGE = Path(__file__).parent / "events.md"
 #: The tables of the page by the name of their marker.
-TOPICS = {"runs": runs, "tasks": tasks, "coordination": coordination, "state": state}
+TOPICS = {"runs": runs, "tasks": tasks, "phases": phases, "coordination": coordination, "state": state}
 #: Fields that the page explains above the tables.
 COMMON = {"run", "task", "attempt"}
 

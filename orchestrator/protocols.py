@@ -556,6 +556,7 @@ class Capability(StrEnum):
     PRE_EDIT = "pre_edit"  #: runs a command before each edit that may deny the edit (`SessionRequest.pre_edit`)
     #: Runs a command when the agent is about to end, which may make it continue (`SessionRequest.stop_gate`).
     STOP_GATE = "stop_gate"
+    ATTACH = "attach"  #: opens an earlier conversation on a terminal (`SessionRequest.interactive`); needs RESUME
 
 
 @dataclass(frozen=True, slots=True)
@@ -589,6 +590,8 @@ class SessionRequest:
     worktree: Path
     home: Path
     resume: str | None = None
+    interactive: bool = False
+    """Whether to open the conversation `resume` for a user, on a terminal, instead of sending the prompt."""
     read_only: bool = False
     instructions: str | None = None
     """Instructions in addition to the prompt, for the program's system prompt."""

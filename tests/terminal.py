@@ -63,6 +63,11 @@ class Terminal:
         return "\n".join(line.rstrip() for line in self._screen.display)
 
     @property
+    def is_running(self) -> bool:
+        """Return whether the program runs."""
+        return self._child.poll() is None
+
+    @property
     def cursor_is_shown(self) -> bool:
         """Return whether the cursor is visible."""
         return not self._screen.cursor.hidden

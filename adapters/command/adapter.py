@@ -85,12 +85,14 @@ class CommandAdapter:
         arguments = tuple(self._arguments(request))
         for name in _LONG:
             _check_size(name, values[name], placeholder_names(arguments).count(name))
-        argv, bridge = fill_placeholders(arguments, values), _bridge_arguments(options, request)
+        argv = fill_placeholders(arguments, values)
+        is_attached = request.interactive and options.attach is not None
+        bridge = () if is_attached else _bridge_arguments(options, request)
         env, passed = self._variables(request, values)
         home = _home(options, request, values)
         return SessionCommand(
             argv=bridge_command("program", *bridge, "--", *argv) if bridge else argv,
-            stdin=request.prompt_file if options.prompt == "stdin" else None,
+            stdin=request.prompt_file if options.prompt == "stdin" and not is_attached else None,
             env=env,
             pass_env=passed,
             readable=bridge_readable_paths() if bridge else (),
@@ -148,6 +150,7 @@ class CommandAdapter:
         options = self._options
         given = {
             Capability.RESUME: options.resume,
+            Capability.ATTACH: options.attach,
             Capability.READ_ONLY: options.read_only,
             Capability.INSTRUCTIONS: options.instructions,
             Capability.MCP: options.mcp,
@@ -189,6 +192,9 @@ class CommandAdapter:
 
 def list_arguments(options: CommandOptions, request: SessionRequest, args: Sequence[str] = ()) -> Iterator[str]:
     """Yield the arguments of a session, with placeholders; `args` are its last options."""
+    if request.interactive and options.attach is not None:
+        yield from (options.argv[0], *options.attach, *args)
+        return
     asked = (
         options.resume if request.resume is not None else None,
         options.read_only if request.read_only else options.read_write,

@@ -116,6 +116,8 @@ class CommandOptions(AdapterOptions):
     """Rules for its output, one per kind of line."""
     resume: _Resume | None = None
     """Arguments, with {session}, that resume an earlier conversation."""
+    attach: _Resume | None = None
+    """Arguments, with {session}, that open an earlier conversation on a terminal, instead of those in `argv`."""
     read_only: _Arguments | None = None
     """Arguments of a read-only session."""
     read_write: _Arguments | None = None
@@ -155,6 +157,8 @@ class CommandOptions(AdapterOptions):
             )
         if twice := {*self.files} & {*self.settings} or {*self.links} & {*self.logins}:
             raise ValueError(f"{min(twice)} is listed twice: keep one of them")
+        if self.attach is not None and self.resume is None:
+            raise ValueError("`attach` opens a conversation that sessions can resume: add `resume`")
         if self.resume is not None and not any("session" in rule.fields_read for rule in self.read):
             raise ValueError("`resume` needs the id of a conversation: add a rule with `session` to `read`")
         if self.resume is not None and not self.has_own_home and "home" not in self.model_fields_set:

@@ -67,6 +67,7 @@ COMMANDS_BY_SECTION: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "cancel": ("runs.tasks:cancel", "Cancel tasks; without TASK, all unfinished ones."),
         "retry": ("runs.tasks:retry", "Retry terminal tasks that have not landed."),
         "tell": ("runs.tasks:tell", "Send a message to the agents of a task."),
+        "attach": ("runs.tasks:attach", "Open the conversation of a task in this terminal."),
         "approve": ("runs.tasks:approve", "Approve the result of a phase, so that its task continues."),
         "reject": ("runs.tasks:reject", "Reject the result of a phase, and repeat the phase."),
         "task": ("runs.tasks:task", "Exclude tasks from further attempts."),

@@ -16,6 +16,7 @@ from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.sandbox.run_sandbox import RunSandbox
 from orchestrator.sessions.setup.worktree_setup import WorktreeSetup
 from orchestrator.sessions.socket.listener import SessionApi
+from orchestrator.sessions.terminal import UserTerminal
 from orchestrator.system.clock import Clock
 
 
@@ -54,6 +55,8 @@ class Assignment:
     task_prompt: str = ""
     phase: str | None = None
     writes: bool = True
+    terminal: UserTerminal | None = None
+    """The terminal of a user who attaches to the earlier conversation; the program gets no prompt."""
 
     @property
     def text(self) -> str:

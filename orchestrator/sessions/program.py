@@ -5,12 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import anyio.to_thread
 
-from orchestrator.domain.runs.outcome import Failed, Outcome, ProcessExit, classify_outcome
+from orchestrator.domain.runs.outcome import (
+    Built,
+    Failed,
+    Outcome,
+    Paused,
+    ProcessExit,
+    ReadOnlySuccess,
+    SessionLimits,
+    classify_outcome,
+)
 from orchestrator.domain.security.secrets import secret_values
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.run_settings import PathAccess
@@ -31,7 +42,13 @@ from orchestrator.sessions.setup.environment import build_session_environment, p
 from orchestrator.sessions.setup.worktree_setup import PreparedWorktree
 from orchestrator.sessions.socket.listener import SessionSocket
 from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand, run_supervised
+from orchestrator.sessions.terminal import UserTerminal
 from orchestrator.system.failpoints import failpoint
+
+#: The variables of a user's terminal.
+_TERMINAL_VARIABLES: Final = ("TERM", "COLORTERM")
+#: A user ends an attached conversation; the supervisor can't wait for longer than 24 days.
+_ATTACHED_LIMITS: Final = SessionLimits(7 * 24 * 3600.0)
 
 
 @dataclass(slots=True)
@@ -58,8 +75,13 @@ class SessionProgram:
         """The CLI's home folder, if it has its own."""
         return adapter_homes.home_path(self.tools.logs, self.assignment.worktree.task, self.assignment.adapter_name)
 
-    async def run(self, may_start: Callable[[], Awaitable[None]] | None) -> ProcessExit:
-        """Run the program until it ends. `may_start` raises LeaseLost to prevent that."""
+    async def run(
+        self, may_start: Callable[[], Awaitable[None]] | None, on_hangup: Callable[[], None] = lambda: None
+    ) -> ProcessExit:
+        """Run the program until it ends. `may_start` raises LeaseLost to prevent that.
+
+        `on_hangup` is called when the user's terminal is closed on which it runs.
+        """
         command, adapter_command = self._supervised(), self.command()
         reach = self.assignment.reach | PathAccess(readable=tuple(adapter_command.readable))
         if adapter_command.home is not None:
@@ -71,7 +93,11 @@ class SessionProgram:
             reach |= self.prepared.reach
         if self.socket is not None:
             reach |= self.socket.reach
-        async with self.tools.sandbox.apply(SandboxScope.of(self.assignment.worktree), command, reach) as sandboxed:
+        async with AsyncExitStack() as stack:
+            if (terminal := self.assignment.terminal) is not None:
+                command = replace(command, terminal=await stack.enter_async_context(terminal.open(on_hangup)))
+            scope = SandboxScope.of(self.assignment.worktree)
+            sandboxed = await stack.enter_async_context(self.tools.sandbox.apply(scope, command, reach))
             try:
                 ended = await run_supervised(
                     sandboxed.command, may_start=may_start, on_spawned=lambda: failpoint("session.spawned")
@@ -101,6 +127,7 @@ class SessionProgram:
             worktree=worktree.tree,
             home=self.home,
             resume=None if earlier is None else earlier.id,
+            interactive=assignment.terminal is not None,
             instructions=assignment.instructions if Capability.INSTRUCTIONS in capabilities else None,
             mcp_servers=servers if Capability.MCP in capabilities else (),
             max_cost=assignment.max_cost if Capability.COST_LIMIT in capabilities else None,
@@ -116,6 +143,10 @@ class SessionProgram:
         assignment, worktree, command = self.assignment, self.assignment.worktree, self.command()
         variables = {} if self.prepared is None else self.prepared.variables
         env = build_session_environment(command, self.tools.environ, worktree, variables)
+        limits = assignment.limits
+        if assignment.terminal is not None:
+            env |= {name: self.tools.environ[name] for name in _TERMINAL_VARIABLES if name in self.tools.environ}
+            limits = _ATTACHED_LIMITS
         if assignment.phase is not None:
             env["COUNCIL_PHASE"] = assignment.phase
         return SupervisedCommand(
@@ -126,11 +157,11 @@ class SessionProgram:
             stdout=self._log("stdout"),
             stderr=self._log("stderr"),
             cap=MAX_OUTPUT_BYTES,
-            timeout=assignment.limits.timeout,
+            timeout=limits.timeout,
             grace=STOP_GRACE,
             interrupt=command.interrupt,
             lock=worktree.lock,
-            idle_timeout=assignment.limits.idle_timeout,
+            idle_timeout=limits.idle_timeout,
             watched=(worktree.tree, worktree.git_dir),
             redact=self.tools.redactor.bytes_pattern,
         )
@@ -142,6 +173,8 @@ class SessionProgram:
 
         `commit` and `refused` are its collected work, see `classify_outcome`.
         """
+        if self.assignment.terminal is not None:
+            return await self._judge_attached(self.assignment.terminal, exit_, commit, refused)
         adapter = self.assignment.adapter
         stdout, stderr = [await read_tail(self._log(name)) for name in ("stdout", "stderr")]
         try:
@@ -166,6 +199,26 @@ class SessionProgram:
             denials=transcript.denials,
         )
         return outcome, transcript, answer
+
+    async def _judge_attached(
+        self, terminal: UserTerminal, exit_: ProcessExit, commit: str | None, refused: str | None
+    ) -> tuple[Outcome, Transcript, str]:
+        """Judge like `judge`, but whether the work is complete is the user's decision."""
+        assignment, earlier = self.assignment, self.assignment.earlier_conversation
+        if exit_.exit != 0:
+            await terminal.reset()
+        outcome: Outcome = Paused("the user left the conversation")
+        if exit_.spawn_error is not None:
+            outcome = Paused(f"the program did not start: {exit_.spawn_error}")
+        elif exit_.ended_by != "exit":
+            outcome = Paused("the terminal was closed, or the command was stopped")
+        elif exit_.exit != 0:
+            outcome = Paused("the program ended with an error")
+        elif refused is not None:
+            outcome = Paused(refused)
+        elif (commit is not None or not assignment.writes) and await terminal.is_complete():
+            outcome = ReadOnlySuccess() if commit is None or not assignment.writes else Built(commit)
+        return outcome, replace(EMPTY_TRANSCRIPT, session=None if earlier is None else earlier.id), ""
 
     def _log(self, stream: str) -> Path:
         return log_path(self.tools.logs, self.assignment.worktree.task, self.assignment.worktree.attempt, stream)

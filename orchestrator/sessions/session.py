@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -14,6 +15,7 @@ from orchestrator.domain.runs.outcome import (
     Failed,
     Interrupted,
     Outcome,
+    Paused,
     ProcessExit,
     ResourcesExhausted,
 )
@@ -86,17 +88,17 @@ class Session:
     _checkout: HeldSlot | None = field(default=None, init=False)
     _tree_diff: TreeDiff | None = field(default=None, init=False)
     _program: SessionProgram = field(init=False)
-    _stopped_for: Failed | None = field(default=None, init=False)
+    _stopped_for: Failed | Paused | None = field(default=None, init=False)
     _is_running: bool = field(default=False, init=False)
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
     _stopping: anyio.Event = field(default_factory=anyio.Event, init=False)
 
-    def stop(self, failure: Failed | None = None) -> None:
+    def stop(self, outcome: Failed | Paused | None = None) -> None:
         """Stop the CLI and its processes; `run` then collects the work.
 
-        The outcome is `failure` if given, otherwise Interrupted.
+        The outcome is `outcome` if given, otherwise Interrupted.
         """
-        self._stopped_for = self._stopped_for or failure
+        self._stopped_for = self._stopped_for or outcome
         self._running.cancel()
         self._stopping.set()
 
@@ -136,7 +138,9 @@ class Session:
             at_base = self.assignment.start is None
             return SessionResult(failed.outcome(self.assignment.worktree.run, at_base=at_base))
         except (GitError, OSError, RefusedError, LeaseLost) as error:
-            return SessionResult(_setup_outcome(error))
+            return SessionResult(
+                _setup_outcome(error) if self.assignment.terminal is None else Paused(f"it could not start: {error}")
+            )
         except SessionError as error:
             await anyio.to_thread.run_sync(kill_by_environment, self.assignment.worktree.marker)
             # Unsupervised processes may still be writing to the worktree, so it can only be preserved.
@@ -196,10 +200,14 @@ class Session:
         earlier = assignment.earlier_conversation
         folder = None if earlier is None else earlier.folder
         commit = assignment.start or assignment.base
+        if folder is not None:
+            await self.pool.adopt(folder, commit, is_required=assignment.terminal is not None)
         checkout = await self.pool.acquire(commit, worktree.root, assignment.adapter_name, folder)
         with anyio.CancelScope(shield=True):
             self._checkout = checkout
             if folder != checkout.slot.tree:
+                if assignment.terminal is not None:
+                    raise RefusedError(f"the worktree {folder} of the conversation was removed", "retry the task")
                 assignment = replace(assignment, earlier_conversation=None)
             worktree = await worktrees.create_worktree(worktree, checkout, assignment.text)
             self.assignment = replace(assignment, worktree=worktree)
@@ -212,10 +220,11 @@ class Session:
 
     async def _supervise(self) -> ProcessExit:
         program, service = self._program, self.tools.session_service
+        run = partial(program.run, self.may_start, partial(self.stop, Paused("the terminal was closed")))
         if service is None:
-            return await program.run(self.may_start)
+            return await run()
         async with open_session_socket(self.assignment.worktree, service) as program.socket:
-            return await program.run(self.may_start)
+            return await run()
 
 
 def _setup_outcome(error: GitError | OSError | RefusedError | LeaseLost) -> Outcome:

@@ -42,6 +42,7 @@ FAILPOINTS: Final = frozenset(
         "message.sent",  # a user's message to a task is in the store
         "message.withdrawing",  # a message came after its task was queued or ended, and is about to be withdrawn
         "message.delivered",  # it is recorded that a running session received it; the session has no answer yet
+        "attachment.recorded",  # it is in the store that a user attaches to a task; its session may still run
         "request.applied",  # the request was applied, but is still in the store
         "attempt.ended",  # the attempt's end is in the store, its worktree is still there
         "phase.checked",  # the `until` of a phase has been checked, not recorded in the store

@@ -49,6 +49,7 @@ _PROMPTS = ("Fix it.", 'Say "{task}" and {prompt}; $HOME `id`\n\nÄ 漢 🙂', "
 #: The fields of a request that use each capability.
 _ASKED: Final[Mapping[Capability, Mapping[str, Any]]] = {
     Capability.RESUME: {"resume": "0c5b2f3e-1d"},
+    Capability.ATTACH: {"interactive": True},
     Capability.READ_ONLY: {"read_only": True},
     Capability.INSTRUCTIONS: {"instructions": 'Speak "plainly".\nÄ 漢 🙂'},
     Capability.MCP: {

@@ -19,6 +19,8 @@ from tests.waiting import wait_for
 
 #: Reached by a request from another process; see below.
 REQUEST_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("request."))
+#: Reached by attaching to a task; see tests/integration/test_attach.py.
+ATTACHMENT_FAILPOINTS = frozenset({"attachment.recorded"})
 #: Those of the store, which has tests of its own; see test_file_store_kills.py, test_compaction.py and test_copying.py
 #: in tests/integration.
 STORE_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("state."))
@@ -34,6 +36,7 @@ PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.finished", "handoff.taken"
 #: Never reached by a run.
 UNREACHED_FAILPOINTS = (
     REQUEST_FAILPOINTS
+    | ATTACHMENT_FAILPOINTS
     | STORE_FAILPOINTS
     | CHECKPOINT_FAILPOINTS
     | VIEW_FAILPOINTS

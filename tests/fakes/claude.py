@@ -180,6 +180,8 @@ def converse() -> None:
                 sys.exit(int(first or 0))
             elif word == "write":
                 write(first, rest)
+            elif word == "run":
+                print(f"exit {subprocess.run(f'{first} {rest}', shell=True, check=False).returncode}", flush=True)
             elif word == "size":
                 size = os.get_terminal_size()
                 print(f"size {size.columns} {size.lines}", flush=True)

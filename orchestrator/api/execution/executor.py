@@ -25,6 +25,7 @@ from orchestrator.domain.runs.model import HaltCause, RunDocument
 from orchestrator.domain.runs.statuses import FINAL_STATUSES
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
 from orchestrator.domain.settings.run_settings import Budget, CoordinationSettings
+from orchestrator.engine.attaching import AttachedTask, check_attachable, record_attachment, wait_until_free
 from orchestrator.engine.cleanup.imported_tasks import write_unfinished_tasks
 from orchestrator.engine.diagnostics.programs import find_unusable_adapters
 from orchestrator.engine.landing.reconciliation import Reconciler, has_unlanded_work
@@ -37,11 +38,12 @@ from orchestrator.engine.scheduler.capacity import Capacity
 from orchestrator.engine.scheduler.loop import Scheduler
 from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.engine.state.records import read_entries, read_requests, read_run
+from orchestrator.engine.state.records import check_task, read_entries, read_requests, read_run
 from orchestrator.engine.state.reload import is_adoptable_while_active
 from orchestrator.errors import LockHeld
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.sessions.supervision.supervisor_client import open_fork_server
+from orchestrator.sessions.terminal import UserTerminal
 
 _NONE: Mapping[str, str] = {}
 
@@ -127,6 +129,43 @@ class RunExecutor:
                 group.cancel_scope.cancel()
         return report
 
+    async def attach(self, run: str, task: str, terminal: UserTerminal) -> RunReport:
+        """Let a user have a task's conversation on a terminal; see `Runs.attach`."""
+        context = self._context
+        document = await read_run(context.store, run)
+        document.check_not_imported()
+        await check_task(context.store, document, task)
+        settings = resolve_coordination(document.coordination, context.environ)
+        if not settings.enabled:
+            raise sharing_disabled_error(run, context.environ, None)
+        hub = await RunIndex(context).hub(document)
+        async with self._entry(document, hub, settings) as entry:
+            reader = RunReader(entry.context)
+            if not await reader.index.has_live_process(run):
+                async with (
+                    hold_run_lock(hub, run) as lock,
+                    entry.lead(lock) as (_, run_context),
+                    run_context.pool(sessions=0),
+                ):
+                    pass  # what a killed process was doing is recorded as interrupted
+            report = await reader.status(run)
+            async with anyio.create_task_group() as group, entry.join() as (ledger, run_context):
+                ended = anyio.Event()
+                group.start_soon(_run_services_as_leader, entry, ledger, ended)
+                adapters = run_context.adapters
+                check_attachable(run, task, ledger.task(task), adapters)
+                async with record_attachment(ledger, task):
+                    attached = AttachedTask(task, terminal)
+                    while await wait_until_free(ledger, task, adapters, lambda: self._stop.is_set):
+                        earlier, before = len(ledger.task(task).attempts), await reader.record(run)
+                        report = await self._execute(reader, before, ledger, run_context, capacity=1, attached=attached)
+                        if any(attempt.attached for attempt in ledger.task(task).attempts[earlier:]):
+                            break  # otherwise, another process has started a session just before it saw the attachment
+                ended.set()
+                if not ledger.writer.became_leader.is_set():
+                    group.cancel_scope.cancel()
+            return report
+
     @asynccontextmanager
     async def _entry(self, run: RunDocument, hub: Hub, settings: CoordinationSettings) -> AsyncIterator[RunEntry]:
         """Yield the entry into a run, with a store that survives outages during the body."""
@@ -160,8 +199,9 @@ class RunExecutor:
         capacity: int | None = None,
         disabled: Mapping[str, str] = _NONE,
         only_lands: bool = False,
+        attached: AttachedTask | None = None,
     ) -> RunReport:
-        """Execute tasks until none is left for this process; omit `disabled` adapters."""
+        """Execute tasks until none is left for this process, or only the `attached` one; omit `disabled` adapters."""
         context, run = reader.context, before.run.id
         entries = await _entries(context, before, ledger)
         wanted = capacity or before.run.capacity
@@ -178,10 +218,11 @@ class RunExecutor:
             self._stop.add(scheduler.stop)
             try:
                 async with _raise_if_fenced(ledger):
-                    finished = await scheduler.run(before.adapters, only_lands=only_lands)
+                    finished = await scheduler.run(before.adapters, only_lands=only_lands, attached=attached)
             finally:
                 self._stop.remove(scheduler.stop)
-        return await _record_end(reader, ledger, scheduler, run, finished=finished)
+        why = "it was stopped" if attached is None else f"a user was attached to task {attached.task!r}"
+        return await _record_end(reader, ledger, scheduler, run, why, finished=finished)
 
     async def _phase_handlers(self, context: ProjectContext, ledger: Ledger, run_context: RunContext) -> PhaseHandlers:
         plugins = await context.plugins.load()
@@ -200,9 +241,12 @@ async def _run_services_as_leader(entry: RunEntry, ledger: Ledger, ended: anyio.
 
 
 async def _record_end(
-    reader: RunReader, ledger: Ledger, scheduler: Scheduler, run: str, *, finished: bool
+    reader: RunReader, ledger: Ledger, scheduler: Scheduler, run: str, why: str, *, finished: bool
 ) -> RunReport:
-    """Record why this process has no more tasks of a run, and return the report."""
+    """Record why this process has no more tasks of a run, and return the report.
+
+    `why` is the reason if the run continues in other processes.
+    """
     is_leader, me = ledger.writer.became_leader.is_set(), ledger.orchestrators.me
     active = [] if finished else await RunIndex(reader.context).active_processes(ledger.run)
     others = [one.owner for one in active if one.owner.id != me.id]
@@ -212,7 +256,7 @@ async def _record_end(
         await ledger.note(RunWorkerLeft(pid=me.pid, reason=scheduler.halted[1]))
     elif others and scheduler.halted is None:
         continued = ", ".join(f"process {one.pid} on {one.host}" for one in others)
-        await ledger.note(RunWorkerLeft(pid=me.pid, reason=f"it was stopped; the run continues in {continued}"))
+        await ledger.note(RunWorkerLeft(pid=me.pid, reason=f"{why}; the run continues in {continued}"))
     elif not finished and is_leader:
         await ledger.note(RunInterrupted())
     if others and (scheduler.halted is None or not is_leader):

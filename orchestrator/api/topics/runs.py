@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from orchestrator.config.coordination import CoordinationOverrides
     from orchestrator.config.model import RunConfig
     from orchestrator.domain.settings.run_settings import Budget
+    from orchestrator.sessions.terminal import UserTerminal
 
 #: The events that end a run's event stream, until the run is resumed.
 _LAST_EVENTS = frozenset({RunFinished.type, RunInterrupted.type, RunImported.type, RunRemoved.type})
@@ -151,6 +152,15 @@ class Runs(RunIndex):
         If the run no longer has a leader, this process becomes the leader.
         """
         return await (await self._executor()).work(run, capacity, coordination)
+
+    async def attach(self, task: str, terminal: UserTerminal, *, run: str | None = None) -> RunReport:
+        """Open the conversation of a task on a terminal, in its worktree and sandbox; return the report.
+
+        A running session of the task is stopped first, and no other one starts. When the user leaves the conversation,
+        the work lands if `terminal.is_complete()`; otherwise the next session continues the work and the conversation.
+        Raises RefusedError if the task has no conversation, or if its adapter can't open it.
+        """
+        return await (await self._executor()).attach(await self.find(run), task, terminal)
 
     async def enable_adapters(self, *adapters: str, run: str | None = None) -> RunReport:
         """Enable disabled adapters and those in cooldown, by default all of them.

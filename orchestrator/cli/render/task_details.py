@@ -166,7 +166,7 @@ def _session(one: AttemptDetails) -> Iterator[str]:
     if one.is_estimated:
         parts.append("estimated")
     if one.resumed:
-        parts.append("continued an earlier conversation")
+        parts.append("continued an earlier conversation" + (", with a user" if one.attached else ""))
     yield from _wrapped(f"{one.number} {one.phase}: {', '.join(parts)}")
     fields = {
         "restart": one_line(one.restart_reason),

@@ -4,7 +4,7 @@ Entry point: `EVENT_TYPES`, all classes by type; a class is registered when it i
 class to the module of its topic. Imports nothing.
 """
 
-from orchestrator.domain.events import coordination, runs, state, tasks
+from orchestrator.domain.events import coordination, phases, runs, state, tasks
 from orchestrator.domain.events.base import EVENT_TYPES, Shown, TypedEvent
 
-__all__ = ["EVENT_TYPES", "Shown", "TypedEvent", "coordination", "runs", "state", "tasks"]
+__all__ = ["EVENT_TYPES", "Shown", "TypedEvent", "coordination", "phases", "runs", "state", "tasks"]

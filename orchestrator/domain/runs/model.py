@@ -21,8 +21,10 @@ from orchestrator.errors import InvalidTransition, RefusedError
 
 #: The outcome of an attempt that was stopped from outside.
 INTERRUPTED = "interrupted"
+#: The outcome of an attempt whose work and conversation continue in the next one, because a user attaches or attached.
+PAUSED = "paused"
 #: Outcomes that `failures` already counts, or that count towards no limit.
-_NOT_COUNTED = frozenset({*FailureClass, INTERRUPTED})
+_NOT_COUNTED = frozenset({*FailureClass, INTERRUPTED, PAUSED})
 
 #: The maximum number of task names in a remedy.
 _MOST_NAMED = 5
@@ -42,7 +44,7 @@ class Attempt(StoredDocument):
     seconds: float | None = None
     """Its duration, as measured by its process without jumps of the wall clock; None: it runs, or was interrupted."""
     outcome: str | None = None
-    """`built`, `completed`, `interrupted`, `cancelled`, or the failure class; None while it runs."""
+    """`built`, `completed`, `interrupted`, `paused`, `cancelled`, or the failure class; None while it runs."""
     reason: str | None = None
     branch: str | None = None
     """The branch in the trusted repository with its changes, if any."""
@@ -72,6 +74,8 @@ class Attempt(StoredDocument):
     """The working directory of the CLI; the conversation can be resumed only there."""
     resumed: bool = False
     """Whether it continued the conversation of an earlier attempt."""
+    attached: bool = False
+    """Whether a user had its conversation on a terminal."""
     phase: str | None = None
     """Its phase of the workflow; None: the task has no workflow."""
     restart_reason: str = ""
@@ -194,6 +198,12 @@ class TaskDocument(StoredDocument):
         return self.attempts[-1 if self.current is None else self.current - 1]
 
     @property
+    def last_conversation(self) -> Attempt | None:
+        """The newest attempt with a conversation that can be continued; None if there is none."""
+        attempts = reversed(self.attempts[: None if self.current is None else self.current])
+        return next((each for each in attempts if each.session is not None and each.folder is not None), None)
+
+    @property
     def counted_attempts(self) -> int:
         """The number of attempts that count towards the limit.
 
@@ -228,6 +238,14 @@ def apply_trigger(subject: str, task: TaskDocument, trigger: Trigger, **changes:
     if status is None:
         raise InvalidTransition(subject, task.status, trigger)
     return task.model_copy(update={"status": status, **changes})
+
+
+class Attachment(StoredDocument):
+    """A task whose conversation a user has, or wants, on a terminal: only the process `orchestrator` may run it."""
+
+    orchestrator: str
+    since: Instant
+    """When it was recorded, in wall-clock seconds."""
 
 
 class ImportedRun(StoredDocument):

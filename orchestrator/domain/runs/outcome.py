@@ -48,6 +48,13 @@ class Interrupted:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """A user attaches to the conversation, or attached: the next session continues it, and its work."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ResourcesExhausted:
     """The machine lacked a resource to start the session; others would fail as well."""
 
@@ -85,7 +92,7 @@ class Misconfigured:
     reason: str
 
 
-Outcome = Built | ReadOnlySuccess | Failed | Interrupted | ResourcesExhausted | Misconfigured
+Outcome = Built | ReadOnlySuccess | Failed | Interrupted | Paused | ResourcesExhausted | Misconfigured
 
 
 @dataclass(frozen=True, slots=True)

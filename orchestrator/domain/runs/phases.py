@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
-from orchestrator.domain.events import tasks as events
+from orchestrator.domain.events import phases as events
 from orchestrator.errors import InvalidTransition
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from orchestrator.domain.events.tasks import PhaseEvent
-from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.events.phases import PhaseEvent
+from orchestrator.domain.runs.model import PAUSED, TaskDocument
 from orchestrator.domain.runs.phases import (
     OPEN_STATUSES,
     PASSED_STATUSES,
@@ -22,8 +22,14 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.names import entry_of_adapter
 from orchestrator.domain.settings.phase_settings import Phase
 
-#: Failures that a follow-up message in the same conversation may fix.
-_REPAIRABLE: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED})
+#: Outcomes after which a follow-up message continues the same conversation.
+_REPAIRABLE: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED, PAUSED})
+
+#: The prompt of a session that continues after a user attached.
+PAUSE_NOTE: Final = (
+    "A user paused the previous session and continued its conversation directly. This worktree contains the work so "
+    "far. Continue the task from there."
+)
 
 #: The kind and the verdict that reject work; only these send work back.
 REVIEW_KIND: Final = "review"
@@ -219,11 +225,10 @@ def find_earlier_work(workflow: Workflow, task: TaskDocument) -> BuiltWork | Non
 def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase) -> int | None:
     """Return the attempt number whose conversation the next one continues, or None."""
     if workflow.is_default:
+        outcome = task.attempt.outcome if task.attempts else None
         # With work to start from, it fixes failed checks, or has received a message after it was built.
-        continues = (
-            task.start is not None and task.attempts and task.attempt.outcome in {"built", FailureClass.CHECKS_FAILED}
-        )
-        return task.attempt.number if continues else None
+        continues = task.start is not None and outcome in {"built", FailureClass.CHECKS_FAILED}
+        return task.attempt.number if continues or outcome == PAUSED else None
     if has_open_visit(task):
         last = task.phases[-1].attempts[-1]
         return last if task.attempts[last - 1].outcome in _REPAIRABLE else None
@@ -232,6 +237,17 @@ def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase)
         return before.attempts[-1]
     record = None if phase.continues is None else latest_visit(task, phase.continues)
     return record.attempts[-1] if record is not None and record.attempts else None
+
+
+def pause_task(task: TaskDocument, commit: str | None, base: str | None) -> dict[str, Any]:
+    """Return the changes to a task whose next session continues its conversation and its work.
+
+    The work is `commit`, compared with `base`; None if there is none.
+    """
+    feedback = task.feedback or PAUSE_NOTE
+    if PAUSE_NOTE not in feedback:
+        feedback += f"\n\n{PAUSE_NOTE}"
+    return {"feedback": feedback, "start": commit, "base": None if commit is None else base}
 
 
 def restart_task(workflow: Workflow, task: TaskDocument, phase: str | None = None) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from orchestrator.domain.events.base import TaskEvent
+from orchestrator.domain.events.phases import HandoffInvalid, HandoffSubmitted
 from orchestrator.domain.events.tasks import (
-    HandoffInvalid,
-    HandoffSubmitted,
     TaskAdvanced,
     TaskAwaitingApproval,
     TaskDone,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
-from orchestrator.domain.events.tasks import HandoffReceived, TaskDone, TaskQueued, TaskStarted, salvage_name
+from orchestrator.domain.events.phases import HandoffReceived
+from orchestrator.domain.events.tasks import TaskDone, TaskQueued, TaskStarted, salvage_name
 from orchestrator.domain.runs.model import Attempt
 from orchestrator.domain.runs.phases import InputSummary, PhaseRecord
 from orchestrator.domain.runs.statuses import Trigger
@@ -182,7 +183,8 @@ class PhaseStarter:
         """Return the update that records the start of an attempt at a phase."""
         document, now = self.ledger.task(task), self.clock.now()
         event = TaskStarted(base=attempt.base, adapter=attempt.adapter)
-        if reasons := [*filter(None, (attempt.restart_reason, following.new_conversation))]:
+        attached = "a user is attached" if attempt.attached else ""
+        if reasons := [*filter(None, (attempt.restart_reason, following.new_conversation, attached))]:
             event = event.replace(reason="; ".join(reasons))
         changes: dict[str, Any] = {"attempts": tuple(attempts), "current": None}
         if following.workflow.is_default:

@@ -8,9 +8,7 @@ from typing import NamedTuple
 import anyio
 
 from orchestrator.domain.runs.model import AdapterDocument
-from orchestrator.domain.runs.outcome import (
-    Failed,
-)
+from orchestrator.domain.runs.outcome import Failed, Paused
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.phases.start import NextPhase
@@ -69,6 +67,10 @@ class ActiveAttempt:
         """Stop the session, and the checks that follow it."""
         self.session.stop()
         self.checks.cancel()
+
+    def pause(self) -> None:
+        """Stop the session, so that a user can attach to its conversation."""
+        self.session.stop(Paused("a user attaches to its conversation"))
 
     def cancel(self) -> None:
         """Stop the attempt without another one."""

@@ -23,12 +23,13 @@ from orchestrator.domain.events.tasks import (
     TaskWorktreePreserved,
 )
 from orchestrator.domain.runs.halts import HaltReason
-from orchestrator.domain.runs.model import INTERRUPTED
+from orchestrator.domain.runs.model import INTERRUPTED, PAUSED
 from orchestrator.domain.runs.outcome import (
     Built,
     Failed,
     Interrupted,
     Misconfigured,
+    Paused,
     ReadOnlySuccess,
     ResourcesExhausted,
 )
@@ -36,6 +37,7 @@ from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.settings.run_settings import Check
+from orchestrator.domain.workflow.routing import pause_task
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.run_context import RunContext
@@ -77,6 +79,8 @@ class AttemptRecorder:
                 interrupted = TaskInterrupted(outcome=INTERRUPTED, reason=reason)
                 await self._end(active, finished, TaskUpdate(Trigger.INTERRUPT, interrupted))
                 return AttemptEnd()
+            case Paused(reason):
+                return await self._record_pause(active, finished, reason)
             case ResourcesExhausted(reason):
                 postponed = TaskPostponed(outcome=INTERRUPTED, reason=reason)
                 await self._end(active, finished, TaskUpdate(Trigger.POSTPONE, postponed))
@@ -89,6 +93,17 @@ class AttemptRecorder:
                 return await self._record_failure(active, finished, outcome)
             case _:
                 assert_never(outcome)
+
+    async def _record_pause(self, active: ActiveAttempt, finished: SessionResult, reason: str) -> AttemptEnd:
+        """Record that the next session continues a conversation and its work."""
+        document = self.ledger.task(active.task)
+        commit, base = document.start, document.base
+        if active.next_phase.phase.writes and finished.folder is not None and finished.work.complete:
+            commit, base = finished.work.commit, active.session.assignment.base
+        changes = pause_task(document, commit, base)
+        interrupted = TaskInterrupted(outcome=PAUSED, reason=reason)
+        await self._end(active, finished, TaskUpdate(Trigger.INTERRUPT, interrupted, changes))
+        return AttemptEnd()
 
     async def _record_cancelled(self, active: ActiveAttempt, finished: SessionResult) -> AttemptEnd:
         cancelled = TaskCancelled(outcome="cancelled", reason="on request, while running")

@@ -47,6 +47,7 @@ from orchestrator.sessions.output.follow import OutputFollower
 from orchestrator.sessions.output.log_files import log_path
 from orchestrator.sessions.program import SessionProgram
 from orchestrator.sessions.session import Session, SessionResult
+from orchestrator.sessions.terminal import UserTerminal
 from orchestrator.system.failpoints import failpoint
 
 
@@ -63,11 +64,19 @@ class AttemptRunner:
     recorder: AttemptRecorder
 
     async def prepare(
-        self, task: str, spec: TaskSpec, next_phase: NextPhase, adapter: str, *, is_probe: bool = False
+        self,
+        task: str,
+        spec: TaskSpec,
+        next_phase: NextPhase,
+        adapter: str,
+        *,
+        terminal: UserTerminal | None = None,
+        is_probe: bool = False,
     ) -> ActiveAttempt:
         """Return the next attempt of a task, with one of its adapters.
 
-        Nothing is created yet. `is_probe`: its session probes the adapter after a cooldown.
+        Nothing is created yet. With a `terminal`, a user has its earlier conversation there, without a prompt.
+        `is_probe`: its session probes the adapter after a cooldown.
         """
         document = self.ledger.task(task)
         notes = await self._notes(task, spec)
@@ -80,6 +89,8 @@ class AttemptRunner:
         conversation = _conversation(document, next_phase.earlier, adapter) if can_resume else None
         received_by = find_conversation_attempts(document.attempts, None if conversation is None else conversation.id)
         messages = due_messages(await read_messages(self.ledger.writer.store, self.ledger.run.id, task), received_by)
+        if terminal is not None:  # its stop hook delivers them
+            messages = []
         rendered = render_messages(messages)
         timeout = next_phase.phase.timeout or spec.timeout
         assignment = Assignment(
@@ -101,6 +112,7 @@ class AttemptRunner:
             task_prompt=spec.prompt,
             phase=None if next_phase.workflow.is_default else next_phase.phase.name,
             writes=next_phase.phase.writes,
+            terminal=terminal,
         )
         session = Session(self.context.tools, self.pool, assignment, partial(self.ledger.confirm_claims, task))
         messages_sent = tuple(message.id for message in messages)
@@ -166,6 +178,8 @@ class AttemptRunner:
             phase=assignment.phase,
             restart_reason="" if conflicting is None else conflicting.describe(),
         )
+        if assignment.terminal is not None and assignment.earlier_conversation is not None:
+            attempt = attempt.model_copy(update={"attached": True, "session": assignment.earlier_conversation.id})
         active.began = self.ledger.writer.clock.monotonic()
         earlier = self.ledger.task(active.task).attempts
         if len(earlier) + 1 != attempt.number:  # another orchestrator has started an attempt since then
@@ -218,7 +232,7 @@ class AttemptRunner:
             check_handoff = self.phase_handlers.completer.make_handoff_checker(
                 active.task, active.spec, active.next_phase.phase
             )
-            is_gated = active.spec.stop_gate and active.next_phase.phase.writes
+            is_gated = active.spec.stop_gate and active.next_phase.phase.writes and assignment.terminal is None
             service = session_service.serve_session(
                 active.name,
                 active.adapter,
@@ -319,6 +333,23 @@ class AttemptPreparer:
         except (RefusedError, HandoffCorrupted) as error:  # an invalid template, condition or handoff
             await self._refuse(task, Failed(FailureClass.INVALID, str(error)))
             return None
+
+    async def prepare_attached(self, task: str, terminal: UserTerminal) -> ActiveAttempt:
+        """Return the attempt in which a user continues the last conversation of a task.
+
+        It starts from the work of that conversation, as it is. Raises RefusedError if the task has no conversation, or
+        no phase is left.
+        """
+        ledger, attempts = self.attempts.ledger, self.attempts
+        spec, conversation = await ledger.definitions.spec(task), ledger.task(task).last_conversation
+        next_phase = await attempts.phase_handlers.starter.next_phase(task, spec)
+        if conversation is None or isinstance(next_phase, TaskUpdate):
+            message = f"task {task!r} has no conversation to attach to"
+            raise RefusedError(message, f"send a message to its next session: `council tell {task} MESSAGE`")
+        if next_phase.start is None or next_phase.base is None:
+            next_phase = await attempts.base_selector.select(task, spec, next_phase, {})
+        following = replace(next_phase, earlier=conversation.number, is_newest=False)
+        return await attempts.prepare(task, spec, following, conversation.adapter, terminal=terminal)
 
     async def _check_retry_limit(self, task: str) -> Failed | None:
         """Return the failure if a task has no retries left, else None; takeovers count."""

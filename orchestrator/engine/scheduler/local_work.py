@@ -54,6 +54,8 @@ class LocalWork:
         self._ledger, self.board, self.merge_queue, self._clock = ledger, board, merge_queue, clock
         self.active_attempts: dict[str, ActiveAttempt] = {}
         """The attempts that run in this process, by task."""
+        self.attached: set[str] = set()
+        """The tasks to which a user is attached in another process: no session of them starts here."""
         self._woken = anyio.Event()
         for task in ledger.run.tasks:
             if ledger.task(task).status in STARTABLE_STATUSES | USER_STATUSES:
@@ -167,6 +169,26 @@ class LocalWork:
             self.board.adapters.end_probe(task)
         adapters, keeps = self._phase_adapters(task)
         self.board.sync_task(task, status, until, adapters, keeps_paths=keeps)
+        if task in self.attached and status in STARTABLE_STATUSES:
+            self.board.pause(task, keeps_paths=keeps, adapters=adapters)
+
+    def attach(self, task: str) -> None:
+        """Stop the session of a task, if it runs here, and start no other one until `detach`."""
+        self.attached.add(task)
+        if task in self.active_attempts:
+            self.active_attempts[task].pause()
+        else:
+            self.show(task)
+
+    def detach(self, task: str) -> None:
+        """Continue a task to which a user was attached."""
+        self.attached.discard(task)
+        if task in self.active_attempts:
+            return
+        self.show(task)
+        if self._ledger.task(task).status in STARTABLE_STATUSES:
+            adapters, keeps = self._phase_adapters(task)
+            self.board.wait(task, self._clock.monotonic(), adapters, keeps_paths=keeps)
 
     def resume(self, task: str) -> None:
         """Continue a task that a user has retried, approved or rejected.

@@ -12,6 +12,7 @@ from orchestrator.domain.events.runs import RunTargetUnreachable, RunWaiting
 from orchestrator.domain.runs.model import AdapterDocument, HaltCause
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchBoard
+from orchestrator.engine.attaching import AttachedTask
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.base_selection import BaseSelector
@@ -107,12 +108,19 @@ class Scheduler:
         self.halted = self.halted or (HaltCause.COMMANDS, reason)
         self.stop()
 
-    async def run(self, adapters: Mapping[str, AdapterDocument], *, only_lands: bool = False) -> bool:
+    async def run(
+        self,
+        adapters: Mapping[str, AdapterDocument],
+        *,
+        only_lands: bool = False,
+        attached: AttachedTask | None = None,
+    ) -> bool:
         """Run until no work remains; return False if stopped earlier.
 
-        `adapters` are the states of an earlier leader. With `only_lands`, no session starts.
+        `adapters` are the states of an earlier leader. With `only_lands`, no session starts; with `attached`, only the
+        one of a user, whose work may land.
         """
-        self._only_lands = only_lands
+        self._only_lands = only_lands or attached is not None
         await self._local.restore_adapters(adapters)
         statuses = self._ledger.statuses()
         for queued_status in (TaskStatus.LANDING, TaskStatus.QUEUED):
@@ -140,6 +148,10 @@ class Scheduler:
                 if failure is not None:
                     self.halted = self.halted or (HaltCause.BASE, failure)
                     self.stop()
+                if attached is not None:
+                    attempt = await self._preparer.prepare_attached(attached.task, attached.terminal)
+                    self._local.active_attempts[attached.task] = attempt
+                    group.start_soon(self._attempt, attempt)
                 await self._tick(group)
                 while not self._idle():
                     await self._pause()
@@ -147,7 +159,7 @@ class Scheduler:
             services.cancel_scope.cancel()
         is_finished = not any(self._board.remaining_adapters(self._ledger.statuses()))
         was_stopped = self._stopping or self.halted is not None
-        if not is_finished and (was_stopped or self._is_unavailable_work_left()):
+        if not is_finished and (was_stopped or attached is not None or self._is_unavailable_work_left()):
             return False
         self.halted = None
         await self._repository_guard.compare()
@@ -188,7 +200,7 @@ class Scheduler:
                 await self._finish(task, prepared)
             if self._is_start_blocked:  # changed while the start point was read
                 return
-            if isinstance(prepared, ActiveAttempt):
+            if isinstance(prepared, ActiveAttempt) and task not in self._local.attached:
                 self._local.active_attempts[task] = prepared
                 group.start_soon(self._attempt, prepared)
         await self._note_waiting()
@@ -230,7 +242,7 @@ class Scheduler:
         if self._landings.is_pending:
             return False
         # Checked last, because it searches all tasks.
-        awaits_user = self._local.awaiting_user() or self._merge_queue.held
+        awaits_user = self._local.awaiting_user() or self._merge_queue.held or self._local.attached
         is_open = self._board.forecast.has_work() or self._local.is_waiting_for_peers() or awaits_user
         return self._is_start_blocked or not is_open
 

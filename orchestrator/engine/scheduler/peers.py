@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import anyio
 
 from orchestrator.domain.runs.model import HaltCause
+from orchestrator.domain.scheduling.claims import OwnerStatus
 from orchestrator.engine.landing.reconciliation import Reconciler
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.budgets import Budgets
@@ -20,12 +22,15 @@ from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.scheduler.recovery import remove_abandoned, take_over_tasks
 from orchestrator.engine.state.change_feed import ExternalChange, follow_changes
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.engine.state.records import read_attachment
 from orchestrator.errors import StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit
 from orchestrator.repo.worktrees.pool import SlotPool
 
 #: Seconds between checks of the liveness locks of this machine.
 LIVENESS_INTERVAL: Final = 0.5
+#: Seconds between two checks whether a stopped session has ended.
+_STOP_POLL_INTERVAL: Final = 0.05
 
 
 class PeerSync:
@@ -67,10 +72,13 @@ class PeerSync:
 
         The leader of the run also queues requests.
         """
-        async for change in follow_changes(self._ledger):
-            # A partial change would leave the board and the documents inconsistent.
-            with anyio.CancelScope(shield=True):
-                await self._apply_change(change)
+        async with anyio.create_task_group() as group:
+            async for change in follow_changes(self._ledger):
+                # A partial change would leave the board and the documents inconsistent.
+                with anyio.CancelScope(shield=True):
+                    await self._apply_change(change)
+                if change.attachment in self._local.attached:
+                    group.start_soon(self._yield_slot, change.attachment)
 
     async def _apply_change(self, change: ExternalChange) -> None:
         if change.request is not None:
@@ -82,12 +90,33 @@ class PeerSync:
         if change.adapter is not None:
             # Read the newest document: this process may have applied a later one.
             self._local.update_adapter(change.adapter, await self._ledger.adapters.read(change.adapter))
+        if change.attachment is not None:
+            await self._apply_attachment(change.attachment)
         if change.has_new_tasks:
             self._local.add_planned_tasks()
         if change.task is not None and change.before is not None:
             self._budgets.add_peer_usage(change.before, self._ledger.task(change.task))
             self._local.sync_task(change.task, change.retry_in)
         self._local.wake()
+
+    async def _apply_attachment(self, task: str) -> None:
+        """Stop or continue a task to which a user attaches or was attached in another process, unless that has died."""
+        _, attachment = await read_attachment(self._ledger.writer.store, self._ledger.run.id, task)
+        if attachment is not None and attachment.orchestrator == self._ledger.orchestrators.me.id:
+            return
+        peers = self._ledger.orchestrators.peers
+        if attachment is not None and await peers.read_liveness(attachment.orchestrator) is OwnerStatus.ALIVE:
+            self._local.attach(task)
+        elif task in self._local.attached:
+            self._local.detach(task)
+
+    async def _yield_slot(self, task: str) -> None:
+        """Let the process in which a user is attached have the worktree slot of its conversation."""
+        while task in self._local.active_attempts:  # noqa: ASYNC110  it is being stopped
+            await anyio.sleep(_STOP_POLL_INTERVAL)
+        conversation = self._ledger.task(task).last_conversation
+        if conversation is not None and conversation.folder is not None:
+            await self._pool.yield_slot(Path(conversation.folder))
 
     async def renew(self) -> None:
         """Send heartbeats, independent of all other work."""
@@ -141,6 +170,8 @@ class PeerSync:
             for request in await self.requests.pending():
                 self.requests.enqueue(request)
         await self._prune_ownership()
+        for task in list(self._local.attached):
+            await self._apply_attachment(task)
         for task in await take_over_tasks(self._ledger, self._context):
             self._local.take_over(task)
         await self.clean_up_abandoned()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import anyio.to_thread
 
@@ -21,11 +22,12 @@ from orchestrator.domain.events.tasks import (
     TaskWorktreePreserved,
 )
 from orchestrator.domain.runs.leftovers import WorktreeContents, classify_worktree
-from orchestrator.domain.runs.model import INTERRUPTED, Attempt
+from orchestrator.domain.runs.model import INTERRUPTED, PAUSED, Attempt
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, FINAL_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.scheduling.claims import OwnerStatus
 from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.domain.workflow.routing import pause_task
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import (
@@ -267,8 +269,14 @@ async def _salvage_attempt(ledger: Ledger, context: RunContext, worktree: Worktr
         transcript = await _read_transcript(context, attempt, worktree.task)
         log_args = (context.tools.logs, worktree.task, attempt.number, attempt.started, ledger.writer.clock.now())
         ended = await anyio.to_thread.run_sync(last_activity, *log_args)
-        usage = {**context.accounting.recorded(transcript, document.attempts), "ended": ended}
-        await _record_interruption(ledger, worktree.task, branch, is_kept=not is_saved, usage=usage)
+        slot = worktree.slot
+        usage = {
+            **context.accounting.recorded(transcript, document.attempts),
+            "ended": ended,
+            "folder": None if slot is None else str(slot.tree),
+        }
+        commit = None if branch is None else await context.git.line("rev-parse", f"refs/heads/{branch}")
+        await _record_interruption(ledger, worktree.task, branch, commit, is_kept=not is_saved, usage=usage)
     return is_saved
 
 
@@ -325,16 +333,21 @@ async def _record_interruption(
     ledger: Ledger,
     task: str,
     branch: str | None,
+    commit: str | None = None,
     *,
     is_kept: bool = False,
     usage: JsonObject | None = None,
 ) -> None:
+    document, changes = ledger.task(task), dict[str, Any]()
     facts = {"outcome": INTERRUPTED, "reason": _ORCHESTRATOR_ENDED, "branch": branch, "is_kept": is_kept}
-    document = ledger.task(task)
-    attempts = document.with_attempt(**{"ended": ledger.writer.clock.now(), **facts, **(usage or {})})
+    if document.attempt.attached:
+        facts |= {"outcome": PAUSED, "session": document.attempt.session}
+        kept = (document.start, document.base) if commit is None else (commit, document.attempt.base)
+        changes = pause_task(document, *kept)
+    attempts = document.with_attempt(**{"ended": ledger.writer.clock.now(), **(usage or {}), **facts})
     event = TaskInterrupted(reason=_ORCHESTRATOR_ENDED, branch=branch)
     kept_branch = branch or (document.branch if document.phases else None)  # built by earlier phases
     await ledger.change(
-        task, Trigger.INTERRUPT, event, attempts=attempts, branch=kept_branch, reason=_ORCHESTRATOR_ENDED
+        task, Trigger.INTERRUPT, event, attempts=attempts, branch=kept_branch, reason=_ORCHESTRATOR_ENDED, **changes
     )
     failpoint("recovery.attempt_returned")

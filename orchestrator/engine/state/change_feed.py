@@ -12,7 +12,7 @@ from orchestrator.engine.state.records import read_requests, read_tasks, run_key
 from orchestrator.errors import HistoryCompacted
 from orchestrator.protocols import CommitRecord, JsonObject, Key
 
-_FOLLOWED_KINDS: Final = frozenset({"adapter", "request", "run", "task"})
+_FOLLOWED_KINDS: Final = frozenset({"adapter", "attachment", "request", "run", "task"})
 
 
 class ExternalChange(NamedTuple):
@@ -29,6 +29,8 @@ class ExternalChange(NamedTuple):
     request: RunRequest | None = None
     halted: tuple[HaltCause, str] | None = None
     """The cause and the reason of an early stop of the run."""
+    attachment: str | None = None
+    """The task to which a user attaches, or was attached."""
     has_new_tasks: bool = False
     """Whether plans were expanded to tasks, which are in the ledger."""
 
@@ -49,6 +51,8 @@ async def follow_changes(ledger: Ledger) -> AsyncGenerator[ExternalChange]:
                 yield ExternalChange(task, before)
         for request in await read_requests(store, ledger.run.id):
             yield ExternalChange(request=request)
+        for document in await store.list("attachment", f"{ledger.run.id}/"):
+            yield ExternalChange(attachment=document.key.id.partition("/")[2])
         with suppress(HistoryCompacted):  # after a long suspension, reload
             async for record in store.watch(position):
                 async for change in _changes_in(ledger, record):
@@ -62,6 +66,9 @@ async def _changes_in(ledger: Ledger, record: CommitRecord) -> AsyncGenerator[Ex
     for key in record.documents:
         if key.kind in _FOLLOWED_KINDS and f"{key.id}/".startswith(f"{run}/"):
             version, value = record.documents[key]
+            if key.kind == "attachment":
+                yield ExternalChange(attachment=key.id.partition("/")[2])
+                continue
             if value is None:
                 continue
             if key.kind == "task":

@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from orchestrator.domain.events.runs import RunCreated
 from orchestrator.domain.runs.check_results import CheckRecord
-from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
+from orchestrator.domain.runs.model import AdapterDocument, Attachment, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import QueueWindow
 from orchestrator.domain.sessions.messages import UserMessage
@@ -110,6 +110,17 @@ async def list_checks(store: Store) -> dict[str, tuple[int, CheckRecord]]:
         for document in await store.list("check")
         if not document.damaged and find_document_error(document) is None
     }
+
+
+def attachment_key(run: str, task: str) -> Key:
+    """Return the key of the record that a user is attached to a task."""
+    return Key("attachment", f"{run}/{task}")
+
+
+async def read_attachment(store: Store, run: str, task: str) -> tuple[int, Attachment | None]:
+    """Return the attachment to a task and the version of its document; 0 and None if there is none."""
+    document = await store.get(attachment_key(run, task))
+    return (0, None) if document is None else (document.version, _parsed(Attachment, document))
 
 
 async def read_messages(store: Store, run: str, task: str) -> list[UserMessage]:

@@ -107,21 +107,53 @@ class HeldSlots:
 
         Without a snapshot of its files, the slot can be used only once.
         """
-        checkouts = self.checkouts
         for number in count(1):
-            slot = WorktreeSlot(checkouts.hub, number)
-            if number in self.by_number or await anyio.Path(slot.root).exists():
-                continue
-            async with AsyncExitStack() as stack:
-                with suppress(LockHeld):
-                    lock = await stack.enter_async_context(slot.lock.hold(0))
-                    if not await anyio.Path(slot.root).exists():
-                        await anyio.Path(slot.root).mkdir(mode=0o700)
-                        record = SlotRecord(
-                            commit, sparse=checkouts.options.sparse, is_check=checkouts.options.is_check
-                        )
-                        return self._hold(slot, record, lock.fd, stack.pop_all(), SlotState.NEW)
+            if number not in self.by_number and (held := await self._reserve(number, commit)) is not None:
+                return held
         raise AssertionError("the loop over numbers returns")
+
+    async def _reserve(self, number: int, commit: str) -> HeldSlot | None:
+        """Reserve an unused slot number; return None if it is used."""
+        options = self.checkouts.options
+        slot = WorktreeSlot(self.checkouts.hub, number)
+        if await anyio.Path(slot.root).exists():
+            return None
+        async with AsyncExitStack() as stack:
+            with suppress(LockHeld):
+                lock = await stack.enter_async_context(slot.lock.hold(0))
+                if not await anyio.Path(slot.root).exists():
+                    await anyio.Path(slot.root).mkdir(mode=0o700)
+                    record = SlotRecord(commit, sparse=options.sparse, is_check=options.is_check)
+                    return self._hold(slot, record, lock.fd, stack.pop_all(), SlotState.NEW)
+        return None
+
+    async def adopt(self, tree: Path) -> HeldSlot | None:
+        """Return the slot with this tree; None if it is missing, or another process or session uses it."""
+        slots = await anyio.to_thread.run_sync(list_slots, self.checkouts.hub)
+        slot = next((slot for slot in slots if slot.tree == tree), None)
+        if slot is not None and slot.number not in self.by_number:
+            await self._try_adopt(slot, is_needed=True)
+        return None if slot is None else self.by_number.get(slot.number)
+
+    async def reserve(self, tree: Path, commit: str) -> HeldSlot | None:
+        """Reserve the slot with this tree; return None if it exists."""
+        return await self._reserve(int(tree.parent.name), commit)
+
+    async def yield_to_others(self, tree: Path) -> None:
+        """Release the lock of the slot with this tree, if it is held, as soon as no session uses it."""
+        while True:
+            changed = self.changed
+            async with self.selection_lock:
+                held = next((held for held in self.by_number.values() if held.slot.tree == tree), None)
+                if held is None:
+                    return
+                if held.state is SlotState.IDLE:
+                    held.state = SlotState.TAKEN
+                    break
+            await changed.wait()
+        if held.is_verified:
+            await anyio.to_thread.run_sync(write_record, held.slot, held.contents.record, held.contents.snapshot)
+        await self.detach(held)
 
     async def adopt_others(self) -> None:
         """Adopt clean slots of other processes that are needed; remove abandoned ones."""
@@ -130,7 +162,7 @@ class HeldSlots:
                 await self._try_adopt(slot)
         self._group.start_soon(self.checkouts.empty_trash)
 
-    async def _try_adopt(self, slot: WorktreeSlot) -> None:
+    async def _try_adopt(self, slot: WorktreeSlot, *, is_needed: bool = False) -> None:
         async with AsyncExitStack() as stack:
             try:
                 lock = await stack.enter_async_context(slot.lock.hold(0))
@@ -142,7 +174,7 @@ class HeldSlots:
             record, options = await anyio.to_thread.run_sync(read_record, slot), self.checkouts.options
             if record is None or (record.sparse, record.is_check) != (options.sparse, options.is_check):
                 return
-            if len(self.by_number) < self.wanted:
+            if is_needed or len(self.by_number) < self.wanted:
                 self._hold(slot, record, lock.fd, stack.pop_all(), SlotState.IDLE)
 
     def _hold(

@@ -17,7 +17,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.capacity import HubCapacity, PoolLimits
 from orchestrator.repo.worktrees.checkouts import Checkouts, HeldSlot, SetupError, SlotOptions, SlotState
@@ -32,6 +32,9 @@ from orchestrator.system.clock import Clock
 
 #: Seconds between checks of slots held by other processes.
 _POLL_INTERVAL = 0.5
+#: Seconds to wait for the slot of an earlier session, and between two attempts to get it.
+_ADOPTION_TIMEOUT = 60.0
+_ADOPTION_POLL_INTERVAL = 0.1
 
 
 class _Pool:
@@ -122,6 +125,30 @@ class SlotPool(_Pool):
         """Create check slots to keep ready at this commit after the next session's slot."""
         if not self.checks.slots.waiting:
             self.checks.preparation.commit = base
+
+    async def adopt(self, tree: Path, commit: str, *, is_required: bool) -> None:
+        """Hold the slot with this tree if no other process uses it.
+
+        If it `is_required`, wait for it, and create it at `commit` if it is missing; raises RefusedError if another
+        process or session still uses it after a while.
+        """
+        if not is_required:
+            await self.slots.adopt(tree)
+            return
+        if tree.parent.parent != self.slots.checkouts.hub.slots:
+            raise RefusedError(f"{tree} is not a worktree of this machine", "attach on the machine of the session")
+        held = None
+        with anyio.move_on_after(_ADOPTION_TIMEOUT):
+            while (held := await self.slots.adopt(tree) or await self.slots.reserve(tree, commit)) is None:  # noqa: ASYNC110  another process
+                await anyio.sleep(_ADOPTION_POLL_INTERVAL)
+        if held is None:
+            raise RefusedError(f"the worktree {tree} of the conversation is in use", "retry when its session has ended")
+        if held.state is SlotState.NEW:
+            await self.preparation.make(held)
+
+    async def yield_slot(self, tree: Path) -> None:
+        """Let another process have the slot with this tree as soon as no session uses it."""
+        await self.slots.yield_to_others(tree)
 
     async def acquire(self, commit: str, session: Path, adapter: str = "", tree: Path | None = None) -> HeldSlot:
         """Assign a slot at a commit to the session with that folder; wait for one.

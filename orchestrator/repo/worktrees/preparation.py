@@ -57,6 +57,11 @@ class SlotPreparation:
         finally:
             self.is_making = False
 
+    async def make(self, held: HeldSlot) -> None:
+        """Create a reserved slot."""
+        is_copy = await self._fill_slot(held)
+        await self._finish(held, is_copy)
+
     async def _claim_new_slot(self) -> HeldSlot | None:
         """Reserve a new slot if one more is needed.
 

@@ -26,7 +26,7 @@ from tenacity import retry, retry_if_result, stop_after_attempt
 
 from orchestrator.errors import RefusedError
 from orchestrator.sandbox import bubblewrap, landlock, seccomp
-from orchestrator.sessions.supervision.supervisor import WRAPPER_ERROR, WRAPPER_FILTER, WRAPPER_STATUS
+from orchestrator.sessions.supervision.cli_start import WRAPPER_ERROR, WRAPPER_FILTER, WRAPPER_STATUS
 from orchestrator.sessions.supervision.supervisor_client import SupervisedCommand
 from orchestrator.system import process
 

@@ -24,30 +24,34 @@ first and up to half of the grace period to clean up; then, or as soon as it has
 wrapper that dies before its program, or does not forward signals, costs the program at most half of the grace period.
 Output is read all the while.
 
-Its parts are `process_tree`, `capture` and `redaction` (output), `idle_timeout`, and `orchestrator.sandbox.landlock`.
+Its parts are `cli_start`, `process_tree`, `capture`, `idle_timeout`, and `orchestrator.sandbox.landlock`.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import gc
 import json
 import os
 import re
-import resource
 import select
 import signal
 import sys
 import time
 
-from orchestrator.sandbox import seccomp
-from orchestrator.sandbox.landlock import restrict_thread
 from orchestrator.sessions.supervision.capture import CHUNK_BYTES, OutputCapture
+from orchestrator.sessions.supervision.cli_start import (
+    EXHAUSTED,
+    SIGNAL_EXIT_BASE,
+    CommandSpec,
+    SpawnError,
+    WrapperReport,
+    read_wrapper_error,
+    start_cli,
+)
 from orchestrator.sessions.supervision.idle_timeout import IdleWatch
 from orchestrator.sessions.supervision.process_tree import (
     PR_SET_CHILD_SUBREAPER,
-    PR_SET_PDEATHSIG,
     ForkedSupervisors,
     ProcessTree,
     prctl,
@@ -57,17 +61,13 @@ from orchestrator.system.process_table import start_ticks
 # `typing` would add milliseconds to each session.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import NoReturn
 
 CONTROL, STATUS = 0, 1
-WRAPPER_STATUS = 3  # the wrapper writes its status to this descriptor
-WRAPPER_FILTER = 4  # the wrapper reads the system call filter from this descriptor
-WRAPPER_ERROR = 5  # the program that starts the CLI in a wrapper reports errors to this descriptor
 OWNER = "supervisor"  # the owner in the lock file of the session
 LOCK_TIMEOUT = 2.0  # seconds; a process that only checks the lock keeps it for less
 WRAPPER_POLL_SECONDS = 0.05  # seconds; between checks whether a wrapper is empty
 INTERRUPT_GRACE_SHARE = 0.5  # of the grace period, for an interrupted CLI to clean up
-SIGNAL_EXIT_BASE = 128  # plus the signal's number: a wrapper's exit code if a signal ended its program
 EMPTY_REPORT: dict[str, object] = {
     "exit": None,
     "signal": None,
@@ -79,44 +79,6 @@ EMPTY_REPORT: dict[str, object] = {
     "output_error": None,
     "exhausted": False,
 }  # the report of a CLI that did not run
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-class SpawnError(Exception):
-    """The reason why the CLI could not be started; `number` is the errno, if any."""
-
-    def __init__(self, reason: str, number: int | None = None) -> None:
-        super().__init__(reason)
-        self.exhausted = number in EXHAUSTED
-
-
-class CommandSpec:
-    """The command to run: the fields of `SupervisedCommand` as JSON, with absolute paths."""
-
-    argv: list[str]
-    env: dict[str, str]
-    cwd: str
-    stdin: str | None
-    stdout: str
-    stderr: str
-    cap: int
-    timeout: float
-    grace: float
-    interrupt: bool
-    lock: str
-    redact: str | None
-    idle_timeout: float | None
-    watched: list[str]
-    wrapped: bool
-    uses_loopback: bool
-    landlock: list[tuple[str, str]] | None
-    port: int | None
-    filter: bytes | None
-    limits: dict[str, int]
-
-    def __init__(self, fields: dict[str, Any]) -> None:
-        sent = fields["filter"]
-        self.__dict__.update(fields, filter=None if sent is None else bytes.fromhex(sent))
 
 
 class Control:
@@ -162,56 +124,6 @@ class Control:
         return request
 
 
-class WrapperReport:
-    """The report of a bubblewrap around the CLI, which shows whether the CLI ran.
-
-    Of its status documents (`--json-status-fd` in bwrap(1)), the one with `exit-code` is written only if the program
-    was executed.
-    """
-
-    def __init__(self) -> None:
-        self._read_end, self.write_end = os.pipe()
-        self._error_read_end, self.error_write_end = os.pipe()
-        for pipe in (self._read_end, self._error_read_end):
-            os.set_blocking(pipe, False)
-
-    def has_run(self) -> bool:
-        """Return whether the CLI or its starter ran. Call once, after the wrapper exited."""
-        try:
-            return b'"exit-code"' in os.read(self._read_end, CHUNK_BYTES)
-        except BlockingIOError:
-            return False
-
-    def read_error(self) -> SpawnError | None:
-        """Return the error of the CLI's starter. Call once, after the wrapper exited."""
-        try:
-            return parse_spawn_error(os.read(self._error_read_end, CHUNK_BYTES))
-        except BlockingIOError:
-            return None
-
-
-def parse_spawn_error(data: bytes) -> SpawnError | None:
-    """Parse the errno and reason that a process wrote when it could not execute."""
-    number, _, reason = data.decode(errors="replace").partition(" ")
-    return SpawnError(reason, int(number)) if number else None
-
-
-def read_wrapper_error(stderr: str, code: int) -> SpawnError | None:
-    """Return the error that kept a wrapper from starting the CLI, from its stderr.
-
-    Returns None if, according to the exit code, a signal ended the program in the wrapper.
-    """
-    with open(stderr, "rb") as file:  # noqa: PTH123  (pathlib is a slow import)
-        lines = file.read(CHUNK_BYTES).decode(errors="replace").splitlines()
-    message = next((line for line in reversed(lines) if line.startswith("bwrap: ")), "no error message")
-    if not message.startswith("bwrap: ") and code > SIGNAL_EXIT_BASE:
-        return None
-    reason = message.removeprefix("bwrap: ")
-    number = next((number for number in EXHAUSTED if reason.endswith(os.strerror(number))), None)
-    program = reason.removeprefix("execvp ")
-    return SpawnError(program if program != reason else f"the sandbox could not be created: {reason}", number)
-
-
 def acquire_lock(path: str) -> int:
     """Acquire the session's lock; return the descriptor that holds it."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -229,86 +141,6 @@ def acquire_lock(path: str) -> int:
     holder = {"pid": os.getpid(), "started": start_ticks(os.getpid()), "since": time.time(), "owner": OWNER}
     os.write(file, json.dumps(holder).encode())
     return file
-
-
-def start_cli(spec: CommandSpec, streams: list[OutputCapture], wrapper: WrapperReport | None) -> int:
-    """Start the CLI; return its pid once it runs. Raises SpawnError or OSError."""
-    stdin = os.open(spec.stdin or os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    error_read, error_write = os.pipe()
-    parent = os.getpid()
-    inherited = [stdin, *(stream.write_end for stream in streams)]
-    if wrapper is not None:
-        inherited.append(wrapper.write_end)
-        if spec.filter is not None or spec.uses_loopback:
-            inherited.append(make_readable_fd(spec.filter or b""))
-        if spec.uses_loopback:
-            inherited.append(wrapper.error_write_end)
-    pid = os.fork()
-    if pid == 0:
-        exec_cli(spec, inherited, parent, error_write)
-    for fd in (error_write, *inherited):
-        os.close(fd)
-    error = parse_spawn_error(os.read(error_read, CHUNK_BYTES))
-    os.close(error_read)
-    if error is not None:
-        os.waitpid(pid, 0)
-        raise error
-    return pid
-
-
-def make_readable_fd(data: bytes) -> int:
-    """Return a file descriptor that yields a small amount of data."""
-    read, write = os.pipe()
-    os.write(write, data)
-    os.close(write)
-    return read
-
-
-def exec_cli(spec: CommandSpec, inherited: list[int], parent: int, error_fd: int) -> NoReturn:
-    """Turn the forked child into the CLI; write the error to `error_fd` on failure."""
-    step = spec.cwd
-    try:
-        os.setsid()
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(127)
-        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        os.umask(0o022)
-        os.chdir(spec.cwd)
-        error_fd = install_descriptors(inherited, error_fd)
-        step = "a limit could not be set"
-        for name, limit in spec.limits.items():
-            set_resource_limit(name, limit)
-        if spec.landlock is not None:
-            step = "the sandbox could not be created"
-            restrict_thread(spec.landlock, spec.port)
-            if spec.filter is not None:
-                seccomp.install_filter(spec.filter)
-        step = spec.argv[0]
-        os.execvpe(step, spec.argv, spec.env)  # noqa: S606  (an argv, never a shell)
-    except (OSError, ValueError) as exc:
-        message = f"{getattr(exc, 'errno', None) or 0} {step}: {getattr(exc, 'strerror', None) or exc}"
-        os.write(error_fd, message.encode("utf-8", "replace"))
-    finally:
-        os._exit(127)
-
-
-def set_resource_limit(name: str, limit: int) -> None:
-    """Limit a resource of this process and its children, up to the hard limit."""
-    number = getattr(resource, f"RLIMIT_{name}")
-    hard = resource.getrlimit(number)[1]
-    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(number, (limit, limit))
-
-
-def install_descriptors(inherited: list[int], error_fd: int) -> int:
-    """Renumber `inherited` from 0; return the new number of `error_fd`."""
-    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, WRAPPER_ERROR + 1) for fd in (*inherited, error_fd)]
-    for target, fd in enumerate(above[:-1]):
-        os.dup2(fd, target)
-    return above[-1]
 
 
 def open_signal_wakeup() -> int:

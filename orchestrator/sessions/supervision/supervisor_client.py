@@ -47,7 +47,8 @@ class SupervisedCommand:
     After `idle_timeout` seconds without output and without a change in the `watched` folders, the CLI is stopped, as
     after `timeout`. `redact` is the ASCII source of a bytes expression: its matches and private keys are not written to
     `stdout` and `stderr` (see `orchestrator.sessions.supervision.capture`). `limits` maps resource names of
-    setrlimit(2) (`CORE`, `NOFILE`) to limits per process.
+    setrlimit(2) (`CORE`, `NOFILE`) to limits per process. `terminal` is the path of a pseudo-terminal that replaces
+    `stdin` and the captured output.
 
     The other fields belong to the sandbox (`orchestrator.sessions.sandbox.policy`). `wrapped`: `argv` starts a
     bubblewrap that reports to file descriptor 3 and reads a filter from 4. `uses_loopback`: in it
@@ -75,6 +76,7 @@ class SupervisedCommand:
     landlock: tuple[tuple[str, str], ...] | None = None
     port: int | None = None
     filter: str | None = None
+    terminal: str | None = None
     limits: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -24,7 +24,7 @@ from orchestrator.domain.documents.stored import (
 )
 from orchestrator.domain.events.state import StateRepaired
 from orchestrator.domain.runs.check_results import CheckRecord
-from orchestrator.domain.runs.model import AdapterDocument, RunDocument, RunRequest, TaskDocument
+from orchestrator.domain.runs.model import AdapterDocument, Attachment, RunDocument, RunRequest, TaskDocument
 from orchestrator.domain.runs.statuses import UNSUCCESSFUL_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
 from orchestrator.domain.scheduling.landing_order import QueueWindow
@@ -118,6 +118,7 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     "message": _model(UserMessage),
     "queue": _model(QueueWindow),
     "check": _model(CheckRecord),
+    "attachment": _model(Attachment),
     "ports": _model(PortsRecord),
 }
 DOCUMENT_KINDS: Final = frozenset(_KINDS)

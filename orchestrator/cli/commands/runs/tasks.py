@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
+import anyio
 import click
 
 from orchestrator.cli.core.command import CouncilContext, council_command, run_option, verbose_option
@@ -13,7 +16,7 @@ from orchestrator.cli.core.completion import (
     complete_tasks,
     complete_unfinished_tasks,
 )
-from orchestrator.cli.core.confirm import confirm_action, require_trust, trust_option, yes_option
+from orchestrator.cli.core.confirm import ask_yes_no, confirm_action, require_trust, trust_option, yes_option
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.render.text import pluralize, printable
 from orchestrator.domain.events.runs import describe_file_changes
@@ -21,6 +24,8 @@ from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.engine.state.reload import FileChanges
+from orchestrator.errors import RefusedError
+from orchestrator.sessions.terminal import UserTerminal
 
 _color = click.option("--color/--no-color", default=None, help="Use colours; default: on a terminal only.")
 #: The maximum number of tasks listed in the question before all are cancelled.
@@ -189,6 +194,49 @@ async def tell(context: CouncilContext, task: str, text: str, run: str | None) -
         [printable(f"{task}: {sent.delivery}")],
     )
     return 0
+
+
+@click.command()
+@click.argument("task", metavar="TASK", shell_complete=complete_unfinished_tasks)
+@click.option(
+    "--then",
+    type=click.Choice(["ask", "land", "continue"]),
+    default="ask",
+    show_default=True,
+    help="What to do with the work after the conversation.",
+)
+@run_option
+@verbose_option
+@council_command(prints_json=False)
+async def attach(context: CouncilContext, task: str, then: str, run: str | None) -> int:
+    """Open the conversation of a task in this terminal.
+
+    Stops the running session of the task, and opens its conversation in the CLI itself, in the same worktree and
+    sandbox. Meanwhile, no other session of the task starts. When you leave the CLI, its work is checked and lands, or
+    the next session continues the work and the conversation. This also happens if the terminal is closed or the CLI
+    is killed.
+
+    \b
+    Examples:
+      council attach models
+      council attach models --then continue
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise RefusedError("`council attach` needs a terminal", f"send a message: `council tell {task} MESSAGE`")
+
+    async def is_complete() -> bool:
+        if then != "ask":
+            return then == "land"
+        with anyio.CancelScope() as asking:
+            stops.callback(asking.cancel)
+            return await ask_yes_no(context.output, f"Is task {task} complete? If so, its work is checked and lands.")
+        return False
+
+    stops = ExitStack()
+    stops.callback(context.council.stop)
+    context.interrupt.stop = stops.close
+    report = await context.council.runs.attach(task, UserTerminal(is_complete), run=run)
+    return await context.show_result(report, code=0)
 
 
 @click.command()
