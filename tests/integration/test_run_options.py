@@ -481,7 +481,7 @@ def test_run_warns_of_files_that_sessions_cannot_see(repository: Repository) -> 
     config = str(repository.configure([{"id": "a", "prompt": "x", "adapter": "own", "attempts": 1}], adapters=adapters))
     lacking = repository.council("run", config)
     assert lacking.code == 1, lacking
-    assert "agent.sh: in your checkout, but not in main, where sessions start" in lacking.stderr
+    assert "agent.sh: in your checkout, but not in main, where sessions start" in " ".join(lacking.stderr.split())
     repository.commit({"agent.sh": script.read_text()})
     ended = repository.council("run", config)
     assert (ended.code, ended.stderr) == (0, ""), ended

@@ -160,9 +160,15 @@ class CheckRuns:
         recorded = await self._read_recorded(request.key)
         return all(check.run in recorded for check in request.key.checks)
 
-    def prefetch(self, group: TaskGroup, requests: Sequence[CheckRequest]) -> None:
-        """Start checks whose results will be needed if all earlier merges land; stop all others that nobody awaits."""
+    def prefetch(
+        self, group: TaskGroup, requests: Sequence[CheckRequest], *, current: CheckRequest | None = None
+    ) -> None:
+        """Start checks whose results will be needed if all earlier merges land; stop all others that nobody awaits.
+
+        Checks of the `current` merge continue, but are not started: a failure that was believed is not repeated.
+        """
         keys = [request.key for request in requests]
+        keys += [] if current is None else [current.key]
         for key, running in self._running.items():
             if key not in keys and not running.waiters:
                 running.scope.cancel()

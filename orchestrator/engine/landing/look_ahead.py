@@ -103,16 +103,16 @@ class LookAhead:
             while True:
                 changed = self._changed
                 last = list(merges.values())[-1]
-                requests, checked = [whole], list[_CheckedMerge]([(list(merges), last.new, whole)])
+                requests, checked = list[CheckRequest](), list[_CheckedMerge]([(list(merges), last.new, whole)])
                 async with aclosing(self._batches.divide(waiting())) as batches:
                     async for batch in batches:
-                        if len(requests) >= self._window:
+                        if len(requests) >= self._window - 1:
                             break
                         last, merged = await self._merge(lease, last, batch)
                         request = await self._request(merged[-1], last) if merged else None
                         requests += [] if request is None else [request]
                         checked += [(merged, last.new, request)]
-                self._checks.runs.prefetch(group, requests)
+                self._checks.runs.prefetch(group, requests, current=whole)
                 await self._record(next(iter(merges.values())).old or whole.base, checked)
                 await changed.wait()
 

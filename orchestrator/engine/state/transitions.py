@@ -28,6 +28,7 @@ _FOREIGN_TEXT_FIELDS = frozenset(
         "worktree",
         "last_message",
         "note",
+        "command",
         "failed_tests",
     }
 )
