@@ -649,7 +649,7 @@ async def test_ignored_task_is_not_started_until_retried(repository: Repository)
     ("arguments", "fragment"),
     [
         (("done", "--reason", "x"), "task 'done' has already ended (state: landed): there is nothing to ignore"),
-        (("a", "--reason", " "), "the reason is empty: enter the reason to ignore the task"),
+        (("a", "--reason", " "), "the reason is empty: enter the reason"),
         (("a", "--reason", f"sk-ant-api03-{'aB3' * 30}"), "seems to contain a secret key"),
         (("a",), "Missing option '--reason'"),
         (("nonsense", "--reason", "x"), "no task 'nonsense'"),
