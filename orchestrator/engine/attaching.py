@@ -45,12 +45,17 @@ def check_attachable(run: str, task: str, document: TaskDocument, adapters: Mapp
         raise RefusedError(message, remedy)
     attempt = document.attempt if status is TaskStatus.RUNNING else document.last_conversation
     if attempt is None:
-        message = f"task {task!r} has no conversation to attach to"
-        raise RefusedError(message, f"send a message to its next session: `council tell {option} MESSAGE`")
+        raise no_conversation(run, task)
     if Capability.ATTACH not in adapters[attempt.adapter].capabilities():
         message = f"adapter {attempt.adapter!r} can't open a conversation on a terminal"
         remedy = f"send a message: `council tell {option} MESSAGE`; or use an adapter with `attach` for the task"
         raise RefusedError(message, remedy)
+
+
+def no_conversation(run: str, task: str) -> RefusedError:
+    """Return the error for a task without a conversation that a user could attach to."""
+    remedy = f"send a message to its next session: `council tell {shlex.quote(task)} --run {run} MESSAGE`"
+    return RefusedError(f"task {task!r} has no conversation to attach to", remedy)
 
 
 @asynccontextmanager

@@ -166,7 +166,7 @@ async def test_message_whose_delivery_was_interrupted_arrives_in_the_next_sessio
 
 @contextmanager
 def told_while_built(claude: Repository, failpoints: str) -> Iterator[tuple[StartedCommand, StartedCommand]]:
-    """Yield a run and a `tell`, which goes on at its first failpoint once the run has stopped with built work."""
+    """Yield a run and a `tell`, which continues at its first failpoint once the run has stopped with built work."""
     go = claude.top.parent / "go"
     path = configured(
         claude, f"run until test -e {go}; do sleep 0.05; done\nwrite a.txt 1", coordination={"tools": False}

@@ -24,7 +24,7 @@ class Batches:
         self._suspects.update([] if culprit is None else [culprit])
 
     async def divide(self, tasks: Iterable[str]) -> AsyncGenerator[list[str], None]:
-        """Yield the batches of tasks in landing order; reads the tasks as far as batches are requested."""
+        """Yield the batches of tasks in landing order; reads only the tasks of requested batches, and the next one."""
         batch: list[str] = []
         common: tuple[object, ...] = ()
         for task in tasks:

@@ -130,8 +130,9 @@ class MergeQueue:
             LandingCandidate.of(task, self._entries[task].priority, self._ledger.task(task)) for task in tasks
         ]
         order = order_landings(candidates, self._ledger.run.bumped)
-        self.held = [task for task in order if self.is_held(task)]
-        self.waiting = deque(task for task in order if task not in self.held)
+        held = {task for task in order if self.is_held(task)}
+        self.held = [task for task in order if task in held]
+        self.waiting = deque(task for task in order if task not in held)
 
     def is_held(self, task: str) -> bool:
         """Return True if a user holds a task; its landing may already be in progress."""

@@ -22,6 +22,7 @@ from orchestrator.domain.sessions.notes import format_notes
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.names import entry_of_adapter
 from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.engine.attaching import no_conversation
 from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.phases.start import NextPhase
@@ -344,8 +345,7 @@ class AttemptPreparer:
         spec, conversation = await ledger.definitions.spec(task), ledger.task(task).last_conversation
         next_phase = await attempts.phase_handlers.starter.next_phase(task, spec)
         if conversation is None or isinstance(next_phase, TaskUpdate):
-            message = f"task {task!r} has no conversation to attach to"
-            raise RefusedError(message, f"send a message to its next session: `council tell {task} MESSAGE`")
+            raise no_conversation(ledger.run.id, task)
         if next_phase.start is None or next_phase.base is None:
             next_phase = await attempts.base_selector.select(task, spec, next_phase, {})
         following = replace(next_phase, earlier=conversation.number, is_newest=False)

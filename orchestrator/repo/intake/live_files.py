@@ -31,7 +31,7 @@ from orchestrator.system import untrusted_files
 _SCAN_SHARE: Final = 0.02
 #: Larger files are not read, in bytes.
 _MAX_FILE: Final = 4 << 20
-#: The maximum number of files in new folders that are followed; more are rarely written by hand.
+#: The maximum number of files in new folders that are followed; larger folders are usually generated.
 _MAX_NEW_FILES: Final = 5_000
 #: A repository in the checkout, whose files git does not commit.
 _GIT: Final = ".git"

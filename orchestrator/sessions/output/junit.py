@@ -41,7 +41,7 @@ def read_failed_tests(top: Path, path: str) -> tuple[str, ...]:
 
 
 def parse_failed_tests(report: bytes) -> tuple[str, ...]:
-    """Return the names of the first failed tests, as far as the report is valid."""
+    """Return the names of the first failed tests before any error in the report."""
     parser, cases = expat.ParserCreate("utf-8"), _FailedCases()
     parser.StartDoctypeDeclHandler = cases.reject_doctype
     parser.StartElementHandler, parser.EndElementHandler = cases.begin, cases.end

@@ -15,7 +15,6 @@ from orchestrator.cli.render.text import align_columns, printable
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.landing_order import QueuedTask
 from orchestrator.domain.settings.quantities import format_duration
-from orchestrator.engine.reports.report import RunReport
 from orchestrator.protocols import JsonObject
 
 
@@ -92,7 +91,7 @@ async def release(context: CouncilContext, tasks: tuple[str, ...], run: str | No
     Examples:
       council queue release models
     """
-    return await _show(context, await context.council.tasks.release(*tasks, run=run))
+    return await context.show_result(await context.council.tasks.release(*tasks, run=run), code=0)
 
 
 @queue.command()
@@ -109,11 +108,7 @@ async def bump(context: CouncilContext, tasks: tuple[str, ...], run: str | None)
     Examples:
       council queue bump models
     """
-    return await _show(context, await context.council.tasks.bump(*tasks, run=run))
-
-
-async def _show(context: CouncilContext, report: RunReport) -> int:
-    return await context.show_result(report, code=0)
+    return await context.show_result(await context.council.tasks.bump(*tasks, run=run), code=0)
 
 
 def _to_json(one: QueuedTask) -> JsonObject:
