@@ -48,6 +48,13 @@ def wait():  # Python sees a signal that comes just before a sleep only after it
 def ready():
     open("ready", "w").close()
 
+def fork():  # returns when both processes run: Python drops a signal that reaches a child before that
+    started, starts = os.pipe()
+    child = os.fork()
+    if child: os.read(started, 1)
+    else: os.write(starts, b"x")
+    return child
+
 def save():
     time.sleep(0.2)
     open("last-word", "w").close()
@@ -124,7 +131,7 @@ def tidy():
     sys.exit(3)
 
 hear("tool", {INT: sys.exit, TERM: sys.exit})
-tool = os.fork()
+tool = fork()
 if tool:
     hear("cli", {INT: tidy, TERM: sys.exit})
     ready()
@@ -197,7 +204,7 @@ async def test_continuing_program_is_terminated_after_half_of_the_grace_period(f
     """It and its tool get SIGTERM, and the rest of the grace period."""
     source = """
 hear("cli", {TERM: sys.exit})
-if os.fork() == 0:
+if fork() == 0:
     hear("tool", {TERM: save})
     ready()
 wait()
@@ -223,7 +230,7 @@ async def test_program_that_ignores_signals_is_killed_after_the_grace_period(fol
 
 #: A program in its own session that needs a moment to save on SIGTERM.
 BEHIND = """
-if os.fork() == 0:
+if fork() == 0:
     os.setsid()
     hear("program", {TERM: save})
     ready()
@@ -275,12 +282,11 @@ async def test_program_that_ignores_signals_does_not_outlive_its_wrapper(
 async def test_program_gets_one_interrupt_through_its_wrapper(folders: Folders, program: Run) -> None:
     """A second interrupt in addition to the forwarded one would make many programs exit at once."""
     source = """
+hear("program", {INT: save})
+behind = fork()
+if behind == 0: wait()
 hear("wrapper", {INT: lambda: os.kill(behind, INT)})
-behind = os.fork()
-if behind == 0:
-    hear("program", {INT: save})
-    ready()
-    wait()
+ready()
 os.waitpid(behind, 0)
 """
     ended, took = await stopped(folders, program(source, interrupt=True))
