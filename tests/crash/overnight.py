@@ -108,7 +108,7 @@ def many_tasks(suite: ProjectTests, ledger: Path, outside: Path) -> tuple[dict[s
         "stubborn": NightTask("stubborn\nwrite s.txt x\nhang", ("failed", "timeout"), {"timeout": "1s", **never}),
         "flood": NightTask("flood 67108864\nwrite flood.txt x"),
         "daemon-fails": NightTask("write d.txt x\ndaemon d.txt\nexit 1", ("failed", "crashed"), never),
-        "conflict-again": NightTask(f"append {CONFLICT_FILE} again", entry={"retry_on": ["conflict"]}),
+        "conflict-again": NightTask(f"append {CONFLICT_FILE} again", entry={"on_conflict": "rebase"}),
         "breaks": NightTask(suite.write("bad", "False"), ("failed", "checks_failed"), FAIL_ON_CHECKS),
         "breaks-always": NightTask(suite.write("worse", "False"), ("failed", "checks_failed"), {"attempts": 2}),
         "commits": NightTask("write c1.txt x\ncommit one\nwrite c2.txt x\ncommit two\nwrite c3.txt x"),

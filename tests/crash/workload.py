@@ -126,7 +126,8 @@ def _owner(task: str, dice: random.Random, holds: str) -> WorkloadTask:
 def _rival(task: str, dice: random.Random, _holds: str) -> WorkloadTask:
     """Return a task that may conflict with others and the user."""
     lines = {f"tasks/{task}.txt": f"{task} works", f"shared/{dice.randrange(3)}.txt": f"{task} shares"}
-    entry = {"id": task, "prompt": _steps(dice, *_adding(lines)), "attempts": 3, "retry_on": ["conflict", "crashed"]}
+    again = {"attempts": 3, "on_conflict": "rebase", "retry_on": ["crashed"]}
+    entry = {"id": task, "prompt": _steps(dice, *_adding(lines)), **again}
     return WorkloadTask(entry, lines, must_land=False)
 
 

@@ -61,11 +61,11 @@ async def test_retried_classes_can_be_chosen(repository: Repository) -> None:
 
 
 @pytest.mark.extended
-async def test_retried_conflict_starts_from_the_target(repository: Repository) -> None:
-    """With `retry_on: [conflict]` the work is repeated on top of the conflicting commit."""
+async def test_conflict_with_rebase_repeats_the_work_from_the_target(repository: Repository) -> None:
+    """With `on_conflict: rebase` the work is repeated on top of the conflicting commit."""
     repository.commit({"a.txt": "1\n"}, "a")
     repository.remember()
-    tasks = [{"id": name, "prompt": f"append a.txt {name}", "retry_on": ["conflict"]} for name in ("left", "right")]
+    tasks = [{"id": name, "prompt": f"append a.txt {name}", "on_conflict": "rebase"} for name in ("left", "right")]
     ended = repository.council("run", str(repository.configure(tasks)), "--json")
     assert ended.states == {"left": "landed", "right": "landed"}, ended
     assert sorted((repository.top / "a.txt").read_text().split()) == ["1", "left", "right"]

@@ -153,7 +153,7 @@ async def test_conflicting_work_of_several_phases_is_repeated_by_all(repository:
     path = repository.configure(
         [
             {"id": "first", "prompt": "write src/app.py first"},
-            {"id": "t", "prompt": "\n".join(steps), "workflow": "pair", "attempts": 3, "retry_on": ["conflict"]},
+            {"id": "t", "prompt": "\n".join(steps), "workflow": "pair", "attempts": 3, "on_conflict": "rebase"},
         ],
         workflows={"pair": [{"one": {}}, {"two": {}}]},
     )

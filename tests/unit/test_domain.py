@@ -226,7 +226,7 @@ def test_every_failure_class_has_a_policy(failure: FailureClass) -> None:
     for retried in (frozenset(FailureClass), frozenset[FailureClass](), RETRIED_BY_DEFAULT):
         expected = fixed.get(failure, FailurePolicy.RETRY if failure in retried else FailurePolicy.FAIL)
         assert get_failure_policy(failure, retried) is expected
-    others = {FailureClass.CHECKS_FAILED, FailureClass.OUT_OF_SCOPE, FailureClass.REJECTED}
+    others = {FailureClass.CHECKS_FAILED, FailureClass.CONFLICT, FailureClass.OUT_OF_SCOPE, FailureClass.REJECTED}
     assert (failure in RETRYABLE) == (failure not in {*fixed, *others})
 
 

@@ -61,6 +61,7 @@ RETRYABLE = (
     frozenset(FailureClass)
     - _FIXED.keys()
     - {
+        FailureClass.CONFLICT,
         FailureClass.CHECKS_FAILED,
         FailureClass.OUT_OF_SCOPE,
         FailureClass.REJECTED,

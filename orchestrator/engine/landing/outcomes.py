@@ -23,7 +23,7 @@ from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.security.quoting import DATA_NOTICE, quote_block
 from orchestrator.domain.sessions.messages import UserMessage
-from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
+from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.routing import restart_task, restart_work
 from orchestrator.engine.landing.ownership_check import OwnershipCheck, OwnershipViolation
@@ -247,17 +247,13 @@ class LandingOutcomes:
             await self._reject(task, Trigger.REJECT, rejection)
 
     async def conflict(self, task: str, conflict: MergeConflict) -> None:
-        """Preserve both sides of a merge conflict.
-
-        End the task unless another attempt starts from scratch.
-        """
+        """Preserve both sides of a merge conflict on a branch; repeat the work from the target, or end the task."""
         branch = work_branch_name(self._ledger.run.id, task, "conflict")
         await self._git("update-ref", f"refs/heads/{branch}", conflict.commit)
         reason = f"merge conflict in {', '.join(conflict.paths)}"
         rejection = Rejection(FailureClass.CONFLICT, reason, branch, {"paths": list(conflict.paths)})
         document, spec = self._ledger.task(task), await self._ledger.definitions.spec(task)
-        is_wanted = get_failure_policy(FailureClass.CONFLICT, spec.retry_on) is FailurePolicy.RETRY
-        if is_wanted and self._is_retried(task, spec, FailureClass.CONFLICT):
+        if spec.on_conflict == "rebase" and self._is_retried(task, spec, FailureClass.CONFLICT):
             restart = restart_work(self._ledger.definitions.workflow(spec.workflow), document)
             await self._reject(task, Trigger.RETRY_WORK, rejection, commit=None, built_by=None, **restart)
         else:
