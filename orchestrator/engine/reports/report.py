@@ -18,6 +18,7 @@ from orchestrator.domain.runs.statuses import (
 from orchestrator.domain.scheduling.claims import ClaimCounters, OrchestratorLease, sum_counters
 from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
+from orchestrator.domain.scheduling.landing_order import describe_hold
 from orchestrator.engine.reports.task_report import FAILURE_CLASSES, TaskReport, describe_failed_need, report_task
 from orchestrator.protocols import JsonObject
 from orchestrator.system.instants import format_local_time
@@ -343,8 +344,6 @@ def _held_tasks(record: RunRecord) -> dict[str, str]:
     """Return the unfinished tasks that a user holds, with the reasons."""
     if not record.run.held:
         return {}
-    from orchestrator.domain.scheduling.landing_order import describe_hold  # noqa: PLC0415  seldom needed
-
     statuses = {task: one.status for task, one in record.tasks.items()}
     return {
         task: describe_hold(reason, task)

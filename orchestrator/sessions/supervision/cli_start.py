@@ -10,6 +10,7 @@ import fcntl
 import os
 import resource
 import signal
+import termios
 
 from orchestrator.sandbox import seccomp
 from orchestrator.sandbox.landlock import restrict_thread
@@ -189,8 +190,6 @@ def exec_cli(spec: CommandSpec, inherited: list[int], parent: int, error_fd: int
 
 def make_controlling_terminal(fd: int) -> None:
     """Make a terminal that of this process's new session, so that keys and resizes are delivered as signals."""
-    import termios  # noqa: PLC0415  (only needed here)
-
     fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
 
 
