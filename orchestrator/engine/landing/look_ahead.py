@@ -103,17 +103,17 @@ class LookAhead:
             while True:
                 changed = self._changed
                 last = list(merges.values())[-1]
-                requests, checked = list[CheckRequest](), list[_CheckedMerge]([(list(merges), last.new, whole)])
+                ahead = list[_CheckedMerge]()
                 async with aclosing(self._batches.divide(waiting())) as batches:
                     async for batch in batches:
-                        if len(requests) >= self._window - 1:
+                        if len(_requests(ahead)) >= self._window - 1:
                             break
                         last, merged = await self._merge(lease, last, batch)
                         request = await self._request(merged[-1], last) if merged else None
-                        requests += [] if request is None else [request]
-                        checked += [(merged, last.new, request)]
-                self._checks.runs.prefetch(group, requests, current=whole)
-                await self._record(next(iter(merges.values())).old or whole.base, checked)
+                        ahead.append((merged, last.new, request))
+                self._checks.runs.prefetch(group, _requests(ahead), current=whole)
+                current = list(merges), list(merges.values())[-1].new, whole
+                await self._record(next(iter(merges.values())).old or whole.base, [current, *ahead])
                 await changed.wait()
 
     async def _record(self, onto: str, merges: Sequence[_CheckedMerge]) -> None:
@@ -166,3 +166,7 @@ class LookAhead:
             except (GitError, RefusedError):  # reported when it is this task's turn
                 self._requests[merge.new] = None
         return self._requests[merge.new]
+
+
+def _requests(merges: Sequence[_CheckedMerge]) -> list[CheckRequest]:
+    return [request for _, _, request in merges if request is not None]

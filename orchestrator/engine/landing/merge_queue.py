@@ -11,7 +11,6 @@ only results in a cache: each landing merges again, and needs the results for ex
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
@@ -22,22 +21,23 @@ from anyio.abc import TaskGroup
 
 from orchestrator.domain.events.tasks import TaskLanding
 from orchestrator.domain.runs.check_results import CheckRecord, attribute_checks
-from orchestrator.domain.runs.model import Attempt, PreparedMerge
+from orchestrator.domain.runs.model import PreparedMerge, TaskDocument
 from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
-from orchestrator.domain.scheduling.landing_order import LandingCandidate, order_landings
 from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.batches import Batches
 from orchestrator.engine.landing.look_ahead import LookAhead
+from orchestrator.engine.landing.merge_chains import LANDING_ERRORS, MergeChains
 from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks
 from orchestrator.engine.landing.outcomes import LandingOutcomes, add_intended_merge
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
+from orchestrator.engine.landing.waiting_tasks import WaitingTasks
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import ClaimLost, GitError, LeaseLost, RefusedError
+from orchestrator.errors import ClaimLost, LeaseLost
 from orchestrator.locking.merge_lease import HeldMergeLease, MergeLeaseQueue
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import (
@@ -61,9 +61,6 @@ _CLAIM_LOST = "another process took over a task of the same batch"
 _WITHDRAWN = "a task of the same landing was cancelled or held"
 _LEASE_LOST = "this process was suspended until its merge lease expired: it requests a new one"
 
-#: Errors of the target or of one task's work; the task keeps its position.
-_LANDING_ERRORS = (GitError, RefusedError)
-
 
 class MergeQueue:
     """Lands the queued tasks of one run, in the order of `domain.scheduling.landing_order`."""
@@ -80,7 +77,6 @@ class MergeQueue:
 
         `entries` have the priorities of the tasks.
         """
-        self._entries = entries
         self._ledger, self._clock = ledger, context.tools.clock
         writer, source = ledger.writer, context.source
         self._leases = MergeLeaseQueue(
@@ -89,19 +85,13 @@ class MergeQueue:
         self._target, self._git = context.target, context.git
         ownership = OwnershipCheck(ledger, context.git, context.registry)
         self.outcomes = LandingOutcomes(ledger, context.target, context.git, ownership)
+        self._chains = MergeChains(ledger, context.target, self.outcomes)
         self._checks = MergeChecks(ledger, context, ownership, self.outcomes, base_commands, give_up)
         self._batches = Batches(ledger)
         self._look_ahead = LookAhead(ledger, context.target, self._checks, self._batches)
         self.is_moving = False
         """Whether the target is being moved; during the move its refs and checkouts may be inconsistent."""
-        self.waiting: deque[str] = deque()
-        """Built tasks in landing order."""
-        self.deferred: list[str] = []
-        """Built tasks that can't land at present."""
-        self.held: list[str] = []
-        """Built tasks that do not land until a user releases them."""
-        self.cancelled: set[str] = set()
-        """Tasks that a user has cancelled; they don't land unless they are already landing."""
+        self.tasks = WaitingTasks(ledger, entries)
         self.landing: tuple[str, ...] = ()
         """Tasks that `land` is processing."""
         self._lease_wait = anyio.CancelScope()
@@ -120,23 +110,8 @@ class MergeQueue:
 
     def add(self, task: str) -> None:
         """Add a built task to the end of the queue."""
-        self.waiting.append(task)
+        self.tasks.add(task)
         self._look_ahead.update()
-
-    def update_order(self) -> None:
-        """Sort the waiting tasks, and separate those that a user holds."""
-        tasks = dict.fromkeys([*self.waiting, *self.held])
-        candidates = [
-            LandingCandidate.of(task, self._entries[task].priority, self._ledger.task(task)) for task in tasks
-        ]
-        order = order_landings(candidates, self._ledger.run.bumped)
-        held = {task for task in order if self.is_held(task)}
-        self.held = [task for task in order if task in held]
-        self.waiting = deque(task for task in order if task not in held)
-
-    def is_held(self, task: str) -> bool:
-        """Return True if a user holds a task; its landing may already be in progress."""
-        return task in self._ledger.run.held and self._status(task) is not TaskStatus.LANDING
 
     def cancel(self, task: str) -> None:
         """Stop landing a cancelled task.
@@ -145,17 +120,14 @@ class MergeQueue:
         """
         if task in self.landing:
             self._checks.runs.stop(self.landing)
-        elif task in self.waiting and self._status(task) is not TaskStatus.LANDING:
-            self.waiting.remove(task)
-            if not self.waiting:
-                self._lease_wait.cancel()
+        elif self.tasks.discard(task) and not self.tasks.ready:
+            self._lease_wait.cancel()
 
     def remove(self, task: str) -> None:
         """Stop landing a task that has ended, or that this orchestrator no longer owns."""
         self.cancel(task)
-        for others in (self.deferred, self.held):
-            if task in others:
-                others.remove(task)
+        if task in self.tasks.deferred:
+            self.tasks.deferred.remove(task)
 
     async def land(self, group: TaskGroup) -> list[str]:
         """Land the head of the queue; return the tasks that left the queue.
@@ -173,7 +145,7 @@ class MergeQueue:
             # The holder may be running checks, which can take any time.
             with self._lease_wait:
                 lease = await stack.enter_async_context(self._leases.hold())
-            if lease is None or not self.waiting:
+            if lease is None or not self.tasks.ready:
                 return []
             try:
                 return await self._land_head(lease, group)
@@ -198,13 +170,13 @@ class MergeQueue:
             if lost.subject != str(lease.guard.key):
                 raise
             remaining = await self._requeue_claimed(tasks, _LEASE_LOST)
-        except _LANDING_ERRORS as error:
+        except LANDING_ERRORS as error:
             remaining = []
             for task in tasks:
                 await self.outcomes.postpone(task, str(error))
-        later = [task for task in remaining if task not in self.cancelled]
-        self.waiting.extendleft(reversed(later))
-        if not self.waiting:
+        later = [task for task in remaining if task not in self.tasks.cancelled]
+        self.tasks.add_first(later)
+        if not self.tasks.ready:
             self._checks.runs.prefetch(group, [])
         await self.outcomes.drop_branches(tasks)
         return [task for task in tasks if task not in later]
@@ -224,17 +196,12 @@ class MergeQueue:
 
         These are all tasks whose move was interrupted, or else the head of the queue that may land together.
         """
-        if interrupted := [task for task in self.waiting if self._status(task) is TaskStatus.LANDING]:
-            for task in interrupted:
-                self.waiting.remove(task)
-            self.landing = tuple(interrupted)
-            return interrupted
-        self.update_order()
-        async with aclosing(self._batches.divide(list(self.waiting))) as batches:
-            batch = await anext(batches, list[str]())
-        self.landing = tuple(task for task in batch if task in self.waiting)  # not cancelled in the meantime
-        for task in self.landing:
-            self.waiting.remove(task)
+        batch = self.tasks.interrupted
+        if not batch:
+            self.tasks.sort()
+            async with aclosing(self._batches.divide(self.tasks.ready)) as batches:
+                batch = await anext(batches, list[str]())
+        self.landing = tuple(self.tasks.take(batch))  # without those that were cancelled in the meantime
         return list(self.landing)
 
     def _status(self, task: str) -> TaskStatus:
@@ -250,7 +217,7 @@ class MergeQueue:
             if not tasks:
                 break
             start = merges[tasks[0]].old if number == 1 else start
-            match await self._move(lease, await self._joined(lease, merges), checked.records):
+            match await self._move(lease, await self._chains.join(lease, merges), checked.records):
                 case Landed():
                     break
                 case DeferredLanding() if len(merges) > 1:  # one of them may be the cause
@@ -273,7 +240,7 @@ class MergeQueue:
         """Return the merges that may land now, and the result of their checks with the tasks to queue again."""
         later: list[str] = []
         while True:
-            merges, postponed = await self._prepare(lease, tasks)
+            merges, postponed = await self._chains.prepare(lease, tasks)
             later = postponed + later
             tasks = [task for task, merge in merges.items() if await self._is_allowed(task, merge)]
             if len(tasks) == len(merges):  # otherwise later merges include one that will not land
@@ -290,42 +257,6 @@ class MergeQueue:
             if number < MAX_MERGE_ROUNDS and not self._stopping:
                 await anyio.sleep(retry_delay(_ROUND_BACKOFF, number))
 
-    async def _prepare(self, lease: HeldMergeLease, tasks: Sequence[str]) -> tuple[dict[str, PreparedMerge], list[str]]:
-        """Merge tasks, each onto the previous one.
-
-        Return the merges, and the tasks left for another round.
-        """
-        merges: dict[str, PreparedMerge] = {}
-        last: PreparedMerge | None = None
-        for index, task in enumerate(tasks):
-            document = self._ledger.task(task)
-            commit, base = document.commit or "", document.building_attempt.base
-            try:
-                result = await self._target.prepare(
-                    lease, f"{self._ledger.run.id}/{task}", commit, base, last, document.intended_merges
-                )
-            except _LANDING_ERRORS as error:
-                if merges:
-                    return merges, list(tasks[index:])
-                if not await self._is_reachable():
-                    raise
-                await self.outcomes.postpone(task, str(error))
-                continue
-            if isinstance(result, PreparedMerge):
-                merges[task] = last = result
-            elif merges:
-                return merges, list(tasks[index:])
-            else:
-                await self.outcomes.record_without_merge(task, result)
-        return merges, []
-
-    async def _is_reachable(self) -> bool:
-        try:
-            await self._target.refresh()
-        except GitError:
-            return False
-        return True
-
     async def _move(
         self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge], checks: Sequence[CheckRecord]
     ) -> Landed | StaleTarget | DeferredLanding:
@@ -333,21 +264,13 @@ class MergeQueue:
         whole = combine_merges(merges.values())
         intent = whole.model_copy(update={"recorded": self._clock.now()})
         updates = {
-            task: TaskUpdate(
-                Trigger.INTEND,
-                TaskLanding(old=merge.old, new=merge.new),
-                {
-                    "landing_intent": intent,
-                    "intended_merges": add_intended_merge(self._ledger.task(task).intended_merges, merge.new),
-                    "attempts": self._with_checks(task, checks),
-                },
-            )
+            task: _describe_intent(task, self._ledger.task(task), merge, intent, checks)
             for task, merge in merges.items()
         }
         await self._ledger.change_all(updates, [lease.guard])
         failpoint("landing.intended")
         # Read after the intent is recorded: a user who holds a task later finds it landing.
-        if not (await self._read_held()).isdisjoint(merges):
+        if await self.tasks.is_any_held(merges):
             await self.outcomes.abort(merges)
             return StaleTarget()
         self.is_moving = True
@@ -366,14 +289,9 @@ class MergeQueue:
                 assert_never(moved)
         return moved
 
-    def _with_checks(self, task: str, checks: Sequence[CheckRecord]) -> tuple[Attempt, ...]:
-        """Return the attempts of a task, with the results of the checks of its work."""
-        document = self._ledger.task(task)
-        return document.with_attempt(document.building_attempt.number, checks=attribute_checks(checks, task))
-
     async def _is_allowed(self, task: str, merge: PreparedMerge) -> bool:
         """Return True if a merge may land if its checks pass; otherwise the reason is recorded."""
-        if self._stopping or task in self.cancelled or self.is_held(task):
+        if self._stopping or self.tasks.is_withdrawn(task):
             return False
         return await self._checks.is_allowed(task, merge)
 
@@ -386,33 +304,31 @@ class MergeQueue:
         self._batches.record_checked(tasks, checked.culprit)
         if self._stopping:
             return CheckedMerges(0)
-        withdrawn = self.cancelled.union(self._ledger.run.held)
-        if (leading := tasks[: checked.passed]) and withdrawn.intersection(leading):
+        if any(map(self.tasks.is_withdrawn, leading := tasks[: checked.passed])):
             # The merges before a withdrawn one need not pass by themselves.
             await self._checks.requeue(leading, _WITHDRAWN)
             return CheckedMerges(0, [*leading, *checked.again] if len(tasks) > 1 else ())
         return checked
 
-    async def _read_held(self) -> frozenset[str]:
-        """Return the tasks that a user holds; only the leader of the run records them."""
-        is_leader = self._ledger.writer.became_leader.is_set()
-        run = self._ledger.run if is_leader else (await self._ledger.run_state.read())[1]
-        return frozenset(run.held)
-
     def _list_uncancelled(self) -> list[str]:
-        self.update_order()
-        return [task for task in self.waiting if task not in self.cancelled]
+        self.tasks.sort()
+        return [task for task in self.tasks.ready if task not in self.tasks.cancelled]
 
-    async def _joined(self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge]) -> Mapping[str, PreparedMerge]:
-        """Return the merges to move the target over; checked batches land as one merge."""
-        run = self._ledger.run
-        if len(merges) == 1 or not run.merge.check_every_commit:
-            return merges
-        if not (await self._ledger.definitions.spec(next(iter(merges)))).checks:
-            return merges
-        labels = [f"{run.id}/{task}" for task in merges]
-        joined = await self._target.join(lease, labels, list(merges.values()))
-        return dict.fromkeys(merges, joined)
+
+def _describe_intent(
+    task: str, document: TaskDocument, merge: PreparedMerge, intent: PreparedMerge, checks: Sequence[CheckRecord]
+) -> TaskUpdate:
+    """Return the update that records the intent to land a task, with the results of its checks."""
+    number = document.building_attempt.number
+    return TaskUpdate(
+        Trigger.INTEND,
+        TaskLanding(old=merge.old, new=merge.new),
+        {
+            "landing_intent": intent,
+            "intended_merges": add_intended_merge(document.intended_merges, merge.new),
+            "attempts": document.with_attempt(number, checks=attribute_checks(checks, task)),
+        },
+    )
 
 
 async def _describe_moves(git: Git, target: Target, start: str) -> str:

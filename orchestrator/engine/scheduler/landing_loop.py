@@ -39,36 +39,35 @@ class LandingLoop:
     @property
     def is_full(self) -> bool:
         """Whether the queue is full, so that more built work would become outdated."""
-        return len(self._queue.waiting) >= self._capacity.sessions + 2 * (self._merge.batch - 1)
+        return len(self._queue.tasks.ready) >= self._capacity.sessions + 2 * (self._merge.batch - 1)
 
     @property
     def is_pending(self) -> bool:
         """Whether tasks will land or be retried."""
-        return bool(self._queue.waiting) or any(
-            self._final_tries[task] < MAX_FINAL_LANDINGS for task in self._queue.deferred
+        return bool(self._queue.tasks.ready) or any(
+            self._final_tries[task] < MAX_FINAL_LANDINGS for task in self._queue.tasks.deferred
         )
 
     def next_times(self) -> list[float | None]:
         """Return the times when the queue may land (monotonic seconds)."""
-        waits = bool(self._queue.waiting) and not self.is_landing
-        return [self._deferred_until if self._queue.deferred else None, self._batch_until if waits else None]
+        waits = bool(self._queue.tasks.ready) and not self.is_landing
+        return [self._deferred_until if self._queue.tasks.deferred else None, self._batch_until if waits else None]
 
     def tick(self, group: TaskGroup, now: float) -> None:
         """Queue deferred tasks again after their delay, and start a landing that is due.
 
         The queue waits briefly for sessions that are about to finish.
         """
-        if self._queue.deferred and now >= self._deferred_until:
+        if self._queue.tasks.deferred and now >= self._deferred_until:
             if not self._local.active_attempts:
-                self._final_tries.update(self._queue.deferred)
-            self._queue.waiting.extendleft(reversed(self._queue.deferred))
-            self._queue.deferred.clear()
-        self._queue.update_order()
-        if not self._queue.waiting:
+                self._final_tries.update(self._queue.tasks.deferred)
+            self._queue.tasks.add_deferred()
+        self._queue.tasks.sort()
+        if not self._queue.tasks.ready:
             self._batch_until = max(self._batch_until, now + (self._merge.wait or 0.0))
-        is_batch = len(self._queue.waiting) >= self._merge.batch > 1
+        is_batch = len(self._queue.tasks.ready) >= self._merge.batch > 1
         is_due = self.is_full or is_batch or not self._local.active_attempts or now >= self._batch_until
-        if self._queue.waiting and is_due and not self.is_landing:
+        if self._queue.tasks.ready and is_due and not self.is_landing:
             self.is_landing = True
             group.start_soon(self._land, group)
 
@@ -88,19 +87,19 @@ class LandingLoop:
 
     async def _apply(self, task: str) -> None:
         status = self._ledger.task(task).status
-        if task in self._queue.cancelled and status in {TaskStatus.QUEUED, TaskStatus.CHECKING}:
+        if task in self._queue.tasks.cancelled and status in {TaskStatus.QUEUED, TaskStatus.CHECKING}:
             await cancel_task(self._ledger, task)
             status = TaskStatus.CANCELLED
         if status not in CLAIMED_STATUSES:
             self._local.show(task)
             return
-        if self._queue.is_held(task):
-            self._queue.held.append(task)
+        if self._queue.tasks.is_held(task):
+            self._queue.tasks.add(task)
             return
         pause = DEFERRED_RETRY_DELAY if self._local.active_attempts else FINAL_LANDING_DELAY
-        if not self._queue.deferred or not self._local.active_attempts:
+        if not self._queue.tasks.deferred or not self._local.active_attempts:
             self._deferred_until = self._clock.monotonic() + pause
-        self._queue.deferred.append(task)
+        self._queue.tasks.deferred.append(task)
 
     async def remove_homes(self, tasks: Sequence[str]) -> None:
         """Delete adapter homes of landed or done tasks, which are never resumed."""

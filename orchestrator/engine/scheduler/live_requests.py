@@ -63,7 +63,7 @@ class LiveRequestHandler(RequestHandler):
 
     async def _apply(self, request: RunRequest, task: str) -> None:
         if request.action is RequestAction.RETRY and self._ledger.task(task).status in RETRYABLE_STATUSES:
-            self._local.merge_queue.cancelled.discard(task)
+            self._local.merge_queue.tasks.cancelled.discard(task)
         await super()._apply(request, task)
 
     async def _record_ignored(self, request: RunRequest) -> None:
@@ -107,7 +107,7 @@ class LiveRequestHandler(RequestHandler):
             return True
         if is_elsewhere and is_landing:
             return False
-        local.merge_queue.cancelled.add(task)
+        local.merge_queue.tasks.cancelled.add(task)
         if task in local.active_attempts and not is_elsewhere:
             local.active_attempts[task].cancel()
         elif (task in local.merge_queue.landing or is_landing) and not is_elsewhere:
@@ -128,6 +128,6 @@ class LiveRequestHandler(RequestHandler):
         if not self._ledger.is_claimed_elsewhere(task) and self._ledger.task(task).status is TaskStatus.LANDING:
             local.take_over(task)  # the previous owner started it just before it lost the claim
             return True
-        local.merge_queue.cancelled.discard(task)
+        local.merge_queue.tasks.cancelled.discard(task)
         local.sync_task(task)
         return self._ledger.task(task).status in FINAL_STATUSES

@@ -158,7 +158,7 @@ class LocalWork:
         statuses = self._ledger.statuses()
         elsewhere = self.tasks_elsewhere()
         are_built = all(statuses[task] in LANDING_STATUSES for task in elsewhere)
-        return bool(elsewhere) and not (self.merge_queue.deferred and are_built)
+        return bool(elsewhere) and not (self.merge_queue.tasks.deferred and are_built)
 
     def show(self, task: str, retry_in: float = 0.0) -> None:
         """Update a task on the board; a retry starts after `retry_in` seconds."""

@@ -129,7 +129,7 @@ class Scheduler:
                 for task, status in statuses.items()
                 if status is queued_status and not self._ledger.is_claimed_elsewhere(task)
             )
-            self._merge_queue.waiting.extend(own_tasks)
+            self._merge_queue.tasks.add(*own_tasks)
         async with anyio.create_task_group() as services:
             services.start_soon(self._peers.follow)
             services.start_soon(self._peers.requests.run)
@@ -210,7 +210,7 @@ class Scheduler:
         if self._is_active() or self._landings.is_pending or self._is_start_blocked or self._local.tasks_elsewhere():
             return
         awaited, approvals = self._board.forecast.awaited(), self._local.awaiting_user()
-        waits = awaited, approvals, tuple(self._merge_queue.held)
+        waits = awaited, approvals, tuple(self._merge_queue.tasks.held)
         if (not awaited and self._board.forecast.has_work()) or not any(waits) or waits == self._last_noted_wait:
             return
         self._last_noted_wait = waits
@@ -242,7 +242,7 @@ class Scheduler:
         if self._landings.is_pending:
             return False
         # Checked last, because it searches all tasks.
-        awaits_user = self._local.awaiting_user() or self._merge_queue.held or self._local.attached
+        awaits_user = self._local.awaiting_user() or self._merge_queue.tasks.held or self._local.attached
         is_open = self._board.forecast.has_work() or self._local.is_waiting_for_peers() or awaits_user
         return self._is_start_blocked or not is_open
 
@@ -260,7 +260,7 @@ class Scheduler:
         await self._repository_guard.begin(attempt.task)
         end = await self._attempts.perform(attempt)
         await self._repository_guard.end(attempt.task)
-        if attempt.task in self._merge_queue.cancelled:  # perhaps after the end of the attempt was recorded
+        if attempt.task in self._merge_queue.tasks.cancelled:  # perhaps after the end of the attempt was recorded
             await cancel_task(self._ledger, attempt.task)
         # The board is updated last, because then the task may start its next session.
         del self._local.active_attempts[attempt.task]
