@@ -498,3 +498,47 @@ async def test_commit_with_a_reserved_name_is_left_out(session: SessionWorktree,
     assert "good.txt" in tree
     assert "its own commits were not kept as history" in left.notes[0]
     assert not await session.has(b"forged")
+
+
+async def test_links_to_a_name_that_is_too_long_are_collected(session: SessionWorktree) -> None:
+    """Git accepts such links; in the session's git directory, they lead nowhere."""
+    session.commit("mine.txt")
+    for name in ("long", "src/.gitignore", "folder/link"):
+        (session.worktree.tree / name).parent.mkdir(exist_ok=True)
+        (session.worktree.tree / name).symlink_to("n" * 300)
+    for name in ("objects/zz", "objects/pack/pack-1.pack", "refs/heads/other"):
+        (session.worktree.git_dir / name).symlink_to("n" * 300)
+    left = await session.collect()
+    assert left.refused is None
+    assert {"mine.txt", "long", "src/.gitignore", "folder/link"} <= set(await session.tree(left.commit))
+
+
+@pytest.mark.extended_variants
+@pytest.mark.parametrize("name", ["n" * 256, "/".join(["d" * 100] * 40)], ids=["name", "path"])
+async def test_commit_with_a_name_that_is_too_long_is_left_out(session: SessionWorktree, name: str) -> None:
+    """No later session could start from it, and the landing would fail in your checkout."""
+    blob = session.agent("hash-object", "-w", str(session.worktree.tree / "README.md"))
+    session.agent("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}")
+    session.agent("commit", "--quiet", "--message", "long")
+    session.agent("checkout", "--quiet", "--force", session.base)
+    left = await session.collect()
+    assert left.commit is None
+    assert "too long to be checked out" in left.notes[0]
+
+
+@pytest.mark.extended_variants
+@pytest.mark.parametrize("committed", [False, True])
+async def test_attributes_with_git_lfs_are_left_out(session: SessionWorktree, committed: bool) -> None:
+    """Otherwise its files would land as plain files, and no task and no run could start from the target."""
+    session.write("good.txt"), session.write(".gitattributes", "*.txt text\n")
+    session.write("deep/.gitattributes", "*.bin filter=lfs diff=lfs merge=lfs -text\n")
+    if committed:
+        session.agent("add", "--all"), session.agent("commit", "--quiet", "--message", "mine")
+    left = await session.collect()
+    assert left.left_out == ("deep/.gitattributes",)
+    assert left.refused is not None
+    assert "git LFS is not supported" in left.refused
+    tree = await session.tree(left.commit)
+    assert {"good.txt", ".gitattributes"} <= set(tree)
+    assert "deep/.gitattributes" not in tree
+    assert not await session.has(b"filter=lfs")

@@ -5,6 +5,7 @@ It is the newest commit of the base or the target, with earlier work merged onto
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +21,7 @@ from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError
 from orchestrator.repo.git.command import GITLINK_MODE
+from orchestrator.repo.git.unsupported_files import can_be_checked_out
 from orchestrator.repo.landing.merge_commits import renew_retry_base
 from orchestrator.repo.source.compatibility import check_supported
 
@@ -65,15 +67,21 @@ class BaseSelector:
         return replace(next_phase, base=tip, start=None, conflicting=conflicting)
 
     async def _check_supported(self, tip: str) -> None:
-        """Raise RefusedError if a submodule or git LFS was committed since the start of the run.
+        """Raise RefusedError if unsupported files were committed since the start of the run.
 
-        A session's files in a submodule could not be collected, and git LFS files would land as plain files.
+        A session's files in a submodule could not be collected, git LFS files would land as plain files, and no session
+        could start from a file whose name is too long.
         """
         if tip == self._supported:
             return
         # Listing all files for each landing would take too long in large repositories.
         changes = await self._context.git.changes(self._supported, tip)
-        if any(each.new_mode == GITLINK_MODE or each.path.endswith(".gitattributes") for each in changes):
+        if any(
+            each.new_mode == GITLINK_MODE
+            or each.path.endswith(".gitattributes")
+            or not can_be_checked_out(os.fsencode(each.path))
+            for each in changes
+        ):
             await check_supported(self._context.git, tip)
         self._supported = tip
 

@@ -20,6 +20,7 @@ from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.intake.session_commits import link_session_objects
 from orchestrator.repo.intake.session_refs import read_session_refs
 from orchestrator.repo.intake.staging import StagingArea, StagingResult, find_blocking_files, stage_files
+from orchestrator.repo.worktrees.files.file_trees import is_folder
 from orchestrator.repo.worktrees.worktrees import Worktree
 
 #: In a prompt, a larger diff is reduced to counts.
@@ -109,7 +110,7 @@ def _prepare(worktree: Worktree) -> Path:
     """Copy our index of the checkout, so that git rereads only changed files."""
     name = f"{worktree.task}.{worktree.attempt}"
     remedy = "try again while the session is running, or after it has ended"
-    if not worktree.index.exists() or not worktree.tree.is_dir() or worktree.tree.is_symlink():
+    if not worktree.index.exists() or not is_folder(worktree.tree):
         raise RefusedError(f"attempt {name} has no checkout", remedy)
     if pipe := next(find_blocking_files(worktree.tree), None):
         raise RefusedError(f"git can't read {printable_name(str(pipe))!r}: not a regular file", remedy)

@@ -16,12 +16,13 @@ from orchestrator.errors import GitError
 from orchestrator.repo.git.blobs import batch_by_size, cat_blobs, parse_blobs
 from orchestrator.repo.git.command import GITLINK_MODE, LINK_MODE, FileChange, Git, printable_name, split_nul
 from orchestrator.repo.git.loose_objects import LooseObject, read_loose_object
+from orchestrator.repo.git.unsupported_files import can_be_checked_out, find_lfs_blobs
 
 MAX_FILE_BYTES = 50 << 20  # the large git hosts accept this size without a warning
 #: Maximum total bytes and files of a session's changes, chosen so that git can stage them within its time limit.
 MAX_TOTAL_BYTES, MAX_FILES = 1 << 30, 200_000
 _WITHOUT_CONTENT = frozenset({GITLINK_MODE, "040000"})  # repositories and folders are inspected by name only
-_SUBMODULES, _SEPARATORS = ".gitmodules", re.compile(r"[\\/]")
+_SUBMODULES, _ATTRIBUTES, _SEPARATORS = ".gitmodules", ".gitattributes", re.compile(r"[\\/]")
 # Characters with a special meaning in a .gitignore; see gitignore(5).
 _SPECIAL, _ESCAPED = re.compile(r"[\\*?\[ ]"), r"\\\g<0>"
 _BATCH_BYTES = 32 << 20  # bytes of content per read
@@ -77,6 +78,8 @@ class IntakeRules:
             return "council provides it from your checkout (`worktrees.copy` or `worktrees.link`)"
         if (name := find_reserved_name(path)) is not None:
             return f"{name} is reserved: programs would act on its contents"
+        if not can_be_checked_out(os.fsencode(path)):
+            return "its name is too long to be checked out"
         return "its name contains a secret" if self.redactor.find_secrets(os.fsencode(path)) else None
 
     def find_withheld(self, path: str) -> str | None:
@@ -109,6 +112,9 @@ async def find_rejected_paths(
     described = [file for file in files if file.path.rpartition("/")[2].lower() == _SUBMODULES]
     checked = {file.path: await _check_submodules(git, file, env) for file in described if file.path not in refused}
     refused |= {path: reason for path, reason in checked.items() if reason is not None}
+    attributes = {file.path: file.new_id for file in files if file.path.rpartition("/")[2] == _ATTRIBUTES}
+    lfs = await find_lfs_blobs(git, {attributes[path] for path in attributes.keys() - refused.keys()}, env)
+    refused |= {path: "git LFS is not supported" for path, blob in attributes.items() if blob in lfs}
     remaining = [file for file in files if file.path not in refused]
     secrets: dict[str, set[bytes]] = {}
     sized = ((blob, sizes[blob]) for blob in sorted({file.new_id for file in remaining}))

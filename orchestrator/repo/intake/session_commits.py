@@ -13,6 +13,7 @@ from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.command import FileChange, Git, is_object_id, parse_raw_diff, printable_name, split_nul
 from orchestrator.repo.intake.inspection import IntakeRules, find_rejected_paths
 from orchestrator.repo.intake.quarantine import Quarantine
+from orchestrator.repo.worktrees.files.file_trees import is_folder
 from orchestrator.repo.worktrees.worktrees import Worktree
 
 _MAX_COMMITS = 10_000
@@ -160,10 +161,10 @@ def link_session_objects(git_dir: Path, view: Path) -> None:
     shutil.rmtree(view, ignore_errors=True)
     view.mkdir(mode=0o700, parents=True)
     objects = git_dir / "objects"
-    if git_dir.is_symlink() or objects.is_symlink() or not objects.is_dir():
+    if git_dir.is_symlink() or not is_folder(objects):
         return
     for folder in objects.iterdir():
-        if folder.name != "info" and folder.is_dir() and not folder.is_symlink():
+        if folder.name != "info" and is_folder(folder):
             with os.scandir(folder) as entries:
                 files = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
             if all(files.values()):

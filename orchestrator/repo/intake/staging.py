@@ -22,7 +22,7 @@ from orchestrator.repo.git.command import FileChange, Git, join_nul, parse_raw_d
 from orchestrator.repo.intake.inspection import IntakeRules, find_rejected_paths
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.worktrees.files.change_detection import TreeDiff
-from orchestrator.repo.worktrees.files.file_trees import grant_access, walk_folders
+from orchestrator.repo.worktrees.files.file_trees import grant_access, is_folder, walk_folders
 
 #: Time limit in seconds for git to read an agent's tree: it would block forever on a pipe.
 STAGING_TIMEOUT = 120.0
@@ -190,7 +190,7 @@ def _literal(path: str) -> str:
 
 def _may_all_be_read(tree: Path, added: Iterable[str], paths: Iterable[str], rules: IntakeRules) -> bool:
     """Return whether no path is rejected, and no added path is a folder."""
-    folders = (path for path in added if (tree / path).is_dir() and not (tree / path).is_symlink())
+    folders = (path for path in added if is_folder(tree / path))
     return not any(folders) and not _check_unread(tree, paths, rules)[0]
 
 

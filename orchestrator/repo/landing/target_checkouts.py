@@ -25,6 +25,7 @@ from orchestrator.repo.source.user_checkouts import (
     update_switched_checkout,
 )
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
+from orchestrator.repo.worktrees.files.file_trees import is_folder
 
 
 @dataclass(slots=True)
@@ -130,12 +131,12 @@ def _find_existing(top: Path, added: Iterable[str], removed: Collection[str]) ->
     parents = {str(parent) for name in added for parent in PurePosixPath(name).parents} - {".", *removed}
     for name in added:
         path = top / name
-        if path.is_dir() and not path.is_symlink():
+        if is_folder(path):
             folders.append(name)
         elif os.path.lexists(path):
             files[printable_name(name)] = None
     for name in sorted(parents):
         path = top / name
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+        if os.path.lexists(path) and not is_folder(path):
             files[printable_name(name)] = None
     return list(files), folders

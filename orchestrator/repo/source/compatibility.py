@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
 from collections.abc import Sequence
 from functools import partial
@@ -14,14 +13,9 @@ import anyio.to_thread
 from orchestrator.domain.wording import join_names
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.command import Git, printable_name
+from orchestrator.repo.git.unsupported_files import can_be_checked_out, find_lfs_files
 from orchestrator.repo.source.user_checkouts import LocalRepository
 
-#: Maximum bytes in a file name, and in a path below a session's folder (NAME_MAX, PATH_MAX on Linux and macOS).
-_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 3500
-
-#: Spellings of `.git` that git does not check out; see core.protectNTFS in git-config(1).
-_RESERVED = re.compile(rb"(?:\.|\.\.|(?:\.git|git~1)[ .]*(?::.*)?)", re.IGNORECASE | re.DOTALL)
-_LFS = r"^[[:space:]]*[^#[:space:]].*[[:space:]]filter=lfs([[:space:]]|$)"
 _PARTIAL = r"^(extensions\.partialclone|remote\..*\.promisor)$"
 
 
@@ -45,7 +39,7 @@ def check_file_names(paths: Sequence[bytes], *, folds_case: bool) -> None:
 
     `folds_case` adds the rules of case-insensitive file systems.
     """
-    invalid = [path for path in paths if len(path) > _MAX_PATH_BYTES or any(map(_is_impossible, path.split(b"/")))]
+    invalid = [path for path in paths if not can_be_checked_out(path)]
     if invalid:
         raise RefusedError(
             f"{_listed(invalid)} can't be checked out: a name is reserved or too long",
@@ -91,18 +85,11 @@ def _check_submodules(listed: bytes) -> None:
 
 
 async def _check_lfs(git: Git, commit: str) -> None:
-    attributes = ":(top,glob)**/.gitattributes"
-    matching = await git("grep", "-z", "-l", "-E", "-e", _LFS, commit, "--", attributes, ok=(0, 1))
-    files = [name.partition(b":")[2] for name in matching.stdout.split(b"\0")[:-1]]
-    if files:
+    if files := await find_lfs_files(git, commit):
         raise RefusedError(
             f"git LFS is not supported: {_listed(files)} has `filter=lfs`",
             "set `base` and `target` to a branch without `filter=lfs`",
         )
-
-
-def _is_impossible(name: bytes) -> bool:
-    return len(name) > _MAX_NAME_BYTES or _RESERVED.fullmatch(name) is not None
 
 
 def _check_folded(paths: Sequence[bytes]) -> None:

@@ -22,7 +22,7 @@ from orchestrator.domain.security.secrets import is_secret_file, secret_values
 from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import GitError, is_resource_exhaustion
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.worktrees.files.file_trees import copy_tree, remove_all
+from orchestrator.repo.worktrees.files.file_trees import copy_tree, is_folder, remove_all
 
 _MAX_ENV_FILE_BYTES: Final = 1 << 20  # bytes
 _ENV_FILES: Final = (".env", ".envrc")
@@ -181,7 +181,7 @@ def _make_parents(tree: Path, path: str) -> bool:
 
 def _is_folder(target: Path) -> bool:
     """Return whether a path is a folder; remove anything else, including a link."""
-    if target.is_dir() and not target.is_symlink():
+    if is_folder(target):
         return True
     target.unlink(missing_ok=True)
     return False

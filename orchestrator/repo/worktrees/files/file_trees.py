@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,12 +13,22 @@ from typing import Final
 from orchestrator.errors import GitError
 from orchestrator.system.process import CompletedCommand, run
 
+#: The errors of paths that name no file. A link to a name that is too long has the error of that name.
+_MISSING: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a path is a folder and not a link to one. Blocks."""
-    return path.is_dir() and not path.is_symlink()
+    """Return whether a path is a folder and not a link to one. Blocks.
+
+    Unlike `Path.is_dir`, it accepts a link of an agent to a name that is too long.
+    """
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except OSError as error:
+        if error.errno in _MISSING:
+            return False
+        raise
 
 
 async def copy_tree(
