@@ -192,6 +192,62 @@ async def test_two_processes_probe_an_account_once(repository: Repository, accou
     await repository.assert_invariants()
 
 
+async def test_limit_in_one_run_delays_the_sessions_of_other_runs(repository: Repository, accounts: Accounts) -> None:
+    """A later run starts no session before the end of the limit, and its report has the reason."""
+    adapter = accounts.adapter(accounts={"work": {"ACCOUNT_KEY": "$LOGIN_OF_WORK"}})
+    accounts.set(WORK, "limit 18000")
+    path = repository.configure(tasks(1), adapters={"cli": adapter})
+    clock = ManualClock()
+    async with Council.open(path, clock=clock, environ=repository.environ) as council:
+        first, second = await council.runs.create(), await council.runs.create()
+        async with anyio.create_task_group() as group:
+            group.start_soon(council.runs.resume, first)
+            await until_event(council, "adapter.cooling_down", 1)
+            group.start_soon(council.runs.resume, second)
+            await until_event(council, "run.waiting", 2)
+            assert accounts.starts(WORK) == 1
+            [waiting] = (await council.runs.status(second)).adapters
+            assert waiting.cooldown_until == clock.now() + 18_000
+            accounts.set(WORK, "ready")
+            (accounts.folder / "gate").touch()
+            clock.advance(18_000)
+            with anyio.fail_after(60):
+                while accounts.starts(WORK) < 2:
+                    await anyio.sleep(0.02)
+            await anyio.wait_all_tasks_blocked()
+            assert accounts.starts(WORK) == 2  # the probe of one run, for which the other one waits
+            (accounts.folder / "gate").unlink()
+            await until_event(council, "task.landed", 1)
+            clock.advance(60)
+            await until_event(council, "run.finished", 2)
+        events = [one.event async for one in council.runs.events(second, after=0)]
+    [cooled] = [one.data for one in events if one.type == "adapter.cooling_down"]
+    assert cooled["reason"] == f"limit reached, again in 18000 s (in run {first})"
+    await repository.assert_invariants()
+
+
+@pytest.mark.extended
+async def test_killed_run_does_not_block_the_probe_of_another(repository: Repository, accounts: Accounts) -> None:
+    """Its task still counts as running, but its process has ended."""
+    adapter = accounts.adapter(accounts={"work": {"ACCOUNT_KEY": "$LOGIN_OF_WORK"}})
+    accounts.set(WORK, "limit 5")
+    (accounts.folder / "gate").touch()
+    path = repository.configure(tasks(1), adapters={"cli": adapter})
+    probing = repository.start("run", str(path))
+    wait_for(lambda: repository.council("status", "--json").result.get("adapters"), 30)  # the limit is recorded
+    accounts.set(WORK, "ready")
+    wait_for(lambda: accounts.starts(WORK) == 2, 30)
+    probing.kill()
+    probing.communicate()
+    (accounts.folder / "gate").unlink()
+    [killed] = [one["run"] for one in repository.council("runs", "--json").result["runs"]]
+    ended = repository.council("run", str(path), "--json")
+    assert ended.states == {"t0": "landed"}, ended
+    resumed = repository.council("resume", killed, "--json")
+    assert resumed.states == {"t0": "no_change"}, resumed  # the same work has landed
+    await repository.assert_invariants()
+
+
 @pytest.mark.extended
 async def test_task_stays_with_the_account_of_its_conversation(repository: Repository, tmp_path: Path) -> None:
     """Or begins a new conversation on another one, and says so."""
@@ -218,7 +274,9 @@ async def test_task_stays_with_the_account_of_its_conversation(repository: Repos
 
     stays = run({"id": "t", "prompt": limited.format("a"), "workflow": "two"})
     assert stays == [("claude@first", False), ("claude@second", False), ("claude@second", True)]
-    # Between its phases, another task meets the limit.
+    # Another model, because runs with the same definition share the pause. Between its phases, another task meets
+    # the limit.
+    settings["adapters"] = {"claude": {"use": "claude-code", "accounts": accounts, "model": "other"}}
     moves = run({"id": "t", "prompt": works, "workflow": "two"}, {"id": "other", "prompt": limited.format("c")})
     assert moves == [("claude@first", False), ("claude@second", False)]
     reasons = [one.data.get("reason") for one in await happened(repository) if one.type == "task.started"]

@@ -247,6 +247,7 @@ BROKEN: Mapping[str, tuple[Key, Callable[[JsonObject], JsonObject]]] = {
     "a claim of nobody": (Key("claim", f"{RUN}/api"), lambda _: {"epoch": 1}),
     "an orchestrator that is none": (Key("orchestrator", f"{RUN}/box-4711-9b3e50"), lambda _: {"ended": None}),
     "an adapter that is none": (Key("adapter", f"{RUN}/fixer"), lambda _: {"cooldowns": "x"}),
+    "a cooldown that is none": (Key("cooldown", "fixer/aa"), lambda _: {"until": "x"}),
     "a request that is none": (Key("request", f"{RUN}/x"), lambda _: {"action": "sing"}),
     "a checkpoint that is none": (Key("checkpoint", f"{RUN}/9"), lambda _: {"position": "x"}),
     "a checkpoint without a number": (Key("checkpoint", f"{RUN}/models"), lambda _: {}),

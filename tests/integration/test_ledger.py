@@ -20,10 +20,10 @@ from orchestrator.domain.scheduling.claims import Role
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.scheduler.requests import cancel_task, retry_task
+from orchestrator.engine.state.adapter_states import AdapterUpdate
 from orchestrator.engine.state.change_feed import follow_changes
 from orchestrator.engine.state.ledger import Ledger, StartPlan
 from orchestrator.engine.state.records import record_new_run, run_key, spec_key, task_key
-from orchestrator.engine.state.run_state import AdapterUpdate
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import RefusedError, RunActive
 from orchestrator.locking.claims import ClaimHolder

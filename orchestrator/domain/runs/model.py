@@ -351,6 +351,23 @@ class AdapterDocument(StoredDocument):
         return self.cooldown_since is None or now > self.cooldown_since - _MAX_CLOCK_SKEW
 
 
+class SharedCooldown(StoredDocument):
+    """The cooldown of an adapter for all runs of the store that define it equally. Times are wall-clock seconds."""
+
+    until: Instant
+    """Its end: no session starts before."""
+    since: Instant | None
+    """When it was recorded."""
+    cooldowns: int
+    """The consecutive cooldowns."""
+    reason: str
+    """What the program reported."""
+    run: str
+    """The run that recorded it, or that probes the account."""
+    probe: str | None = None
+    """The task of that run whose session probes the account after the end; sessions of other runs wait for it."""
+
+
 class RequestAction(StrEnum):
     """The kinds of requests to a run from another process."""
 

@@ -134,8 +134,8 @@ class AttemptRunner:
     async def perform(self, active: ActiveAttempt) -> AttemptEnd | None:
         """Record the attempt, run it, record its end, and clean up.
 
-        Return None if another orchestrator owns the task or its paths; the ledger then has the current state of the
-        task.
+        Return None if another orchestrator owns the task or its paths, or if its adapter is in cooldown for another
+        run; the ledger then has the current state of the task.
         """
         if not await self._begin(active):
             return None
@@ -166,8 +166,10 @@ class AttemptRunner:
     async def _begin(self, active: ActiveAttempt) -> bool:
         """Record an attempt with its claims.
 
-        Return False if another orchestrator has the task or its paths.
+        Return False if another orchestrator has the task or its paths, or if the state of its adapter has changed.
         """
+        if await self.ledger.adapters.adopt_cooldown(active.adapter):
+            return False
         assignment, conflicting = active.session.assignment, active.next_phase.conflicting
         attempt = Attempt(
             number=assignment.worktree.attempt,

@@ -23,8 +23,8 @@ from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.domain.workflow.routing import current_adapters, has_built_work, prefer_account
 from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt
+from orchestrator.engine.state.adapter_states import AdapterUpdate
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.engine.state.run_state import AdapterUpdate
 from orchestrator.sessions.session import Session
 from orchestrator.system.clock import Clock
 
@@ -124,9 +124,9 @@ class LocalWork:
             self.board.adapters.enable(adapter)
 
     async def restore_adapters(self, documents: Mapping[str, AdapterDocument]) -> None:
-        """Restore the adapter cooldowns of an earlier leader.
+        """Restore the adapter cooldowns of an earlier leader and of other runs.
 
-        Adapters that it disabled are enabled.
+        Adapters that the leader disabled are enabled.
         """
         enabled = AdapterUpdate(AdapterDocument(), AdapterEnabled())
         for adapter, document in documents.items():
@@ -135,6 +135,9 @@ class LocalWork:
                     adapter, lambda current: None if current.disabled_reason is None else enabled
                 )
             else:
+                self.update_adapter(adapter, await self._ledger.adapters.read(adapter))
+        for adapter in self._ledger.run.adapters:
+            if await self._ledger.adapters.adopt_cooldown(adapter):
                 self.update_adapter(adapter, await self._ledger.adapters.read(adapter))
 
     def _cool_down(self, adapter: str, document: AdapterDocument) -> bool:

@@ -265,7 +265,7 @@ class Scheduler:
         # The board is updated last, because then the task may start its next session.
         del self._local.active_attempts[attempt.task]
         self._landings.session_ended()
-        if end is None:  # perhaps because another process probes its adapter
+        if end is None:  # perhaps because another process or run probes its adapter
             self._local.update_adapter(attempt.adapter, await self._ledger.adapters.read(attempt.adapter))
         elif end.adapter is not None:
             self._local.update_adapter(attempt.adapter, end.adapter)

@@ -16,8 +16,9 @@ from orchestrator.domain.events.base import RunEvent, TaskEvent
 from orchestrator.domain.events.runs import RunJoined
 from orchestrator.domain.runs.model import RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TRANSITIONS, TaskStatus, Trigger
+from orchestrator.engine.state.adapter_states import AdapterStates
 from orchestrator.engine.state.records import new_task_writes, parse_entry, run_key, task_key
-from orchestrator.engine.state.run_state import AdapterStates, RunState
+from orchestrator.engine.state.run_state import RunState
 from orchestrator.engine.state.tasks import LoadedRun, TaskDefinitions, TaskTable, load_run
 from orchestrator.engine.state.transitions import TaskUpdate, build_transition
 from orchestrator.engine.state.writer import RunWriter
@@ -55,7 +56,7 @@ class Ledger:
         self.claims = Claims(*parts) if is_shared else None
         self.takeovers = None if self.claims is None else ClaimTakeovers(*parts, self.claims)
         self.run_state = RunState(writer, loaded.run)
-        self.adapters = AdapterStates(writer)
+        self.adapters = AdapterStates(writer, self.run_state)
         self.tasks = TaskTable(writer.store, self.run_state, loaded, self.claims)
         max_attempts = writer.orchestrators.timing.max_retries + 1
         self.definitions = TaskDefinitions(writer.store, self.run_state, max_attempts)

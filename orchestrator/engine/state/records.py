@@ -67,6 +67,11 @@ def adapter_key(run: str, adapter: str) -> Key:
     return Key("adapter", f"{run}/{adapter}")
 
 
+def cooldown_key(adapter: str, definition: str) -> Key:
+    """Return the key of the cooldown that runs share for an adapter, given a digest of its definition."""
+    return Key("cooldown", f"{adapter}/{definition}")
+
+
 def handoff_key(handoff: str) -> Key:
     """Return the key of a handoff."""
     return Key("handoff", handoff)

@@ -13,7 +13,7 @@ note        Deleted notes of the run are restored; newer notes stay, because the
 lease       Never: epochs only increase, so that a process that lost the run remains fenced.
 request     Never: open user requests remain open.
 cursor      Never: events that were sent to sinks and trackers can't be recalled.
-adapter     Never: usage limits and expired logins exist outside of the state.
+adapter, cooldown  Never: usage limits and expired logins exist outside of the state.
 checkpoint  Never: later checkpoints make it possible to undo the restore.
 ports       Never: they belong to worktree slots of this machine, not to a run.
 named_lock  Never: the holders at that time no longer hold the locks.

@@ -24,7 +24,14 @@ from orchestrator.domain.documents.stored import (
 )
 from orchestrator.domain.events.state import StateRepaired
 from orchestrator.domain.runs.check_results import CheckRecord
-from orchestrator.domain.runs.model import AdapterDocument, Attachment, RunDocument, RunRequest, TaskDocument
+from orchestrator.domain.runs.model import (
+    AdapterDocument,
+    Attachment,
+    RunDocument,
+    RunRequest,
+    SharedCooldown,
+    TaskDocument,
+)
 from orchestrator.domain.runs.statuses import UNSUCCESSFUL_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
 from orchestrator.domain.scheduling.landing_order import QueueWindow
@@ -103,6 +110,7 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     "orchestrator": _model(OrchestratorLease),
     "claim": _model(Claim),
     "adapter": _model(AdapterDocument),
+    "cooldown": _model(SharedCooldown),
     "cursor": _model(Cursor),
     "request": _model(RunRequest),
     "conflict": _model(ConflictRecord),

@@ -1,0 +1,173 @@
+"""The states of a run's adapters: cooldowns, and whether they are disabled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final, NamedTuple
+
+from orchestrator.domain.events.runs import AdapterCooldown, AdapterDisabled, AdapterEnabled, AdapterEvent
+from orchestrator.domain.runs.model import AdapterDocument, SharedCooldown, TaskDocument
+from orchestrator.domain.runs.retry import compute_cooldown_end
+from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.engine.state.records import adapter_key, task_key
+from orchestrator.engine.state.run_state import RunState
+from orchestrator.engine.state.shared_cooldowns import SharedCooldowns
+from orchestrator.engine.state.writer import RunWriter
+from orchestrator.errors import VersionConflict
+from orchestrator.protocols import Commit, Write
+from orchestrator.system.failpoints import failpoint
+
+#: The minimum change of a cooldown's end to record it again, in seconds: programs report whole seconds.
+_MIN_EXTENSION: Final = 1.0
+#: Seconds between two checks whether the probe of another run has ended.
+PROBE_CHECK_INTERVAL: Final = 5.0
+
+
+class AdapterUpdate(NamedTuple):
+    """A new adapter document and its event, to which `AdapterStates` adds the adapter's name."""
+
+    document: AdapterDocument
+    event: AdapterEvent
+
+
+class AdapterStates:
+    """The states of a run's adapters, as seen by one orchestrator.
+
+    A cooldown is also recorded for the other runs of the store. They adopt it before they start a session.
+    """
+
+    def __init__(self, writer: RunWriter, run_state: RunState) -> None:
+        self._writer, self._shared = writer, SharedCooldowns(writer, run_state)
+
+    async def read(self, adapter: str) -> AdapterDocument:
+        """Return the state of an adapter in this run, with its probe only while that session runs.
+
+        While another run probes its account, it is in cooldown until the next check.
+        """
+        known, now = (await self._read_probed(adapter))[1], self._writer.clock.now()
+        if known.cooldowns and not known.is_cooling_down(now) and await self._shared.is_probed_elsewhere(adapter):
+            return known.model_copy(update={"cooldown_until": now + PROBE_CHECK_INTERVAL, "cooldown_since": now})
+        return known
+
+    async def update(
+        self, adapter: str, decide: Callable[[AdapterDocument], AdapterUpdate | None]
+    ) -> tuple[AdapterDocument, bool]:
+        """Record the update that `decide` derives from an adapter's state, and share a cooldown in it.
+
+        Return the state and whether it changed. `decide` is called again if another orchestrator updates the adapter
+        concurrently.
+        """
+        while True:
+            version, known = await self._read(adapter)
+            if (update := decide(known)) is None:
+                return known, False
+            reason = update.event.reason if isinstance(update.event, AdapterCooldown) else ""
+            shared = await self._shared.plan(adapter, known, update.document, reason)
+            with suppress(VersionConflict):
+                await self._commit(adapter, version, update, shared)
+                return update.document, True
+
+    async def adopt_cooldown(self, adapter: str) -> bool:
+        """Adopt the cooldown that another run has started or cleared; return whether this changed the state."""
+        while True:
+            _, shared = await self._shared.read(adapter)
+            version, known = await self._read(adapter)
+            if (update := _adopt(known, shared, self._writer.clock.now())) is None:
+                return False
+            with suppress(VersionConflict):
+                await self._commit(adapter, version, update)
+                return True
+
+    async def enable(self, adapter: str) -> AdapterDocument:
+        """Enable an adapter that is cooling down or disabled; return its state."""
+        enabled = AdapterUpdate(AdapterDocument(enabled_at=self._writer.clock.now()), AdapterEnabled())
+        known, _ = await self.update(
+            adapter, lambda known: enabled if known.disabled_reason or known.cooldown_until else None
+        )
+        return known
+
+    async def start_cooldown(self, adapter: str, until: float | None, reason: str) -> AdapterDocument:
+        """Record an adapter's cooldown until the reported time, if known; return its state."""
+        await self.adopt_cooldown(adapter)
+        now = self._writer.clock.now()
+
+        def decide(known: AdapterDocument) -> AdapterUpdate | None:
+            # Concurrent sessions that reach the same limit count as one cooldown.
+            known_end = known.cooldown_until if known.is_cooling_down(now) else None
+            cooldowns = known.cooldowns + (known_end is None)
+            end = compute_cooldown_end(now, until, cooldowns)
+            if known_end is not None and (until is None or end - known_end < _MIN_EXTENSION):
+                return None
+            cooling = AdapterDocument(cooldown_until=end, cooldown_since=now, cooldowns=cooldowns)
+            return AdapterUpdate(cooling, AdapterCooldown(until=end, reason=reason))
+
+        known, is_new = await self.update(adapter, decide)
+        if is_new:
+            failpoint("adapter.cooling_down")
+        return known
+
+    async def disable(self, adapter: str, reason: str, started: float) -> AdapterDocument:
+        """Disable an adapter unless it was enabled after `started`; return its state."""
+        disabled = AdapterUpdate(AdapterDocument(disabled_reason=reason), AdapterDisabled(reason=reason))
+
+        def decide(known: AdapterDocument) -> AdapterUpdate | None:
+            return disabled if known.disabled_reason is None and started >= (known.enabled_at or 0.0) else None
+
+        return (await self.update(adapter, decide))[0]
+
+    async def plan_probe(self, adapter: str, task: str) -> Sequence[Write] | None:
+        """Return the writes that let a task's session probe an adapter after a cooldown.
+
+        None if another session does, perhaps of another run, or if it is unavailable. Empty if it needs no probe.
+        """
+        version, known = await self._read_probed(adapter)
+        if known.probe or known.disabled_reason is not None or known.is_cooling_down(self._writer.clock.now()):
+            return None
+        if not known.cooldowns:
+            return []
+        shared = await self._shared.plan_probe(adapter, task)
+        probed = known.model_copy(update={"probe": task}).model_dump(mode="json")
+        return None if shared is None else [Write(adapter_key(self._writer.run, adapter), version, probed), *shared]
+
+    async def clear_cooldown(self, adapter: str) -> None:
+        """Forget the cooldowns of an adapter, because a later session had a response."""
+        enabled, now = AdapterUpdate(AdapterDocument(), AdapterEnabled()), self._writer.clock.now()
+        await self.update(
+            adapter, lambda known: enabled if known.cooldowns and not known.is_cooling_down(now) else None
+        )
+
+    async def _commit(self, adapter: str, version: int, update: AdapterUpdate, also: Sequence[Write] = ()) -> None:
+        writer, value = self._writer, self._writer.sanitize(update.document.model_dump(mode="json"))
+        write = Write(adapter_key(writer.run, adapter), version, value)
+        await writer.commit(Commit([write, *also], [writer.event(update.event.within(adapter=adapter))]))
+
+    async def _read_probed(self, adapter: str) -> tuple[int, AdapterDocument]:
+        version, known = await self._read(adapter)
+        if known.probe is not None:
+            # Read from the store, because its start may not have reached this process.
+            stored = await self._writer.store.get(task_key(self._writer.run, known.probe))
+            task = TaskDocument() if stored is None else TaskDocument.model_validate_json(stored.encoded)
+            if task.status is not TaskStatus.RUNNING or task.attempt.adapter != adapter:
+                known = known.model_copy(update={"probe": None})
+        return version, known
+
+    async def _read(self, adapter: str) -> tuple[int, AdapterDocument]:
+        stored = await self._writer.store.get(adapter_key(self._writer.run, adapter))
+        if stored is None:
+            return 0, AdapterDocument()
+        return stored.version, AdapterDocument.model_validate(stored.value)
+
+
+def _adopt(known: AdapterDocument, shared: SharedCooldown | None, now: float) -> AdapterUpdate | None:
+    """Return the update of a run's adapter to the shared cooldown; None if the run knows it, or has its own reason."""
+    if known.disabled_reason is not None:
+        return None
+    if shared is None:
+        is_cleared = known.cooldowns > 0 and not known.is_cooling_down(now)
+        return AdapterUpdate(AdapterDocument(), AdapterEnabled()) if is_cleared else None
+    if shared.until <= (known.cooldown_until or 0.0):
+        return None
+    cooling = AdapterDocument(cooldown_until=shared.until, cooldown_since=shared.since, cooldowns=shared.cooldowns)
+    reason = f"{shared.reason} (in run {shared.run})"
+    return AdapterUpdate(cooling, AdapterCooldown(until=shared.until, reason=reason))
