@@ -171,7 +171,7 @@ class ClaudeCodeAdapter:
         """Return Claude Code with its login status command."""
         return (
             self._options.program(
-                *("`npm install -g @anthropic-ai/claude-code`", ">=2.1,<3", _KEYS, _LOG_IN),
+                *("npm install -g @anthropic-ai/claude-code", ">=2.1,<3", _KEYS, _LOG_IN),
                 ready=("auth", "status"),
                 verified=("2.1.197", "2.1.300", "2.1.330", "2.1.331"),
             ),
@@ -208,7 +208,7 @@ class ClaudeCodeAdapter:
         """See `AgentCli`."""
         options = self._options
         return Agent(
-            options.agent_program(self.programs()[0], f"`npm install -g {_AGENT_PACKAGE}`", _AGENT),
+            options.agent_program(self.programs()[0], f"npm install -g {_AGENT_PACKAGE}", _AGENT),
             permissions="all" if options.permission_mode == "bypassPermissions" else "edits",
             remedy=_MODE,
             model=options.model,

@@ -188,7 +188,7 @@ class CodexAdapter:
         is_own = self._options.provider in {None, "openai"}
         return (
             self._options.program(
-                *("`npm install -g @openai/codex`", ">=0.169,<0.180", _KEYS if is_own else (), _LOG_IN),
+                *("npm install -g @openai/codex", ">=0.169,<0.180", _KEYS if is_own else (), _LOG_IN),
                 ready=("login", "status") if is_own else (),
                 verified=("0.169.0",),
             ),
@@ -220,7 +220,7 @@ class CodexAdapter:
 
     def agent(self) -> Agent:
         """See `AgentCli`."""
-        own, install = self.programs()[0], f"`npm install -g {_AGENT_PACKAGE}`"
+        own, install = self.programs()[0], f"npm install -g {_AGENT_PACKAGE}"
         return Agent(
             self._options.agent_program(own, install, _AGENT),
             resumes=self._options.has_own_home,

@@ -199,7 +199,7 @@ class GeminiAdapter:
 
     def programs(self) -> Sequence[Program]:
         """Return Gemini CLI, which has no login status command."""
-        install, verified = "`npm install -g @google/gemini-cli`", ("0.61.0",)
+        install, verified = "npm install -g @google/gemini-cli", ("0.61.0",)
         return (self._options.program(install, ">=0.61,<1", _KEYS, _LOG_IN, verified=verified),)
 
     def command(self, request: SessionRequest) -> SessionCommand:

@@ -254,7 +254,7 @@ class OpencodeAdapter:
 
     def programs(self) -> Sequence[Program]:
         """Return opencode, which has no command to check a provider's key."""
-        install, verified = "`npm install -g opencode-ai`", ("1.18.33",)
+        install, verified = "npm install -g opencode-ai", ("1.18.33",)
         return (self._options.program(install, ">=1.18,<2", _KEYS, _LOG_IN, verified=verified),)
 
     def command(self, request: SessionRequest) -> SessionCommand:

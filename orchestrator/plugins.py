@@ -32,6 +32,7 @@ from orchestrator.config.profiles import (
 )
 from orchestrator.config.store import scheme_of
 from orchestrator.domain.settings.run_settings import AdapterConfig, SinkConfig, TrackerConfig
+from orchestrator.domain.wording import suggest_similar
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind, HandoffValidator, kind_from_model, with_validators
 from orchestrator.domain.workflow.mediation import Transformation
 from orchestrator.errors import ConfigError, PluginError, PluginFailed, RefusedError, plugin_code
@@ -169,7 +170,8 @@ class Plugins:
         scheme = scheme_of(url)
         if scheme not in self.stores:
             known = ", ".join(f"{name}:" for name in sorted(self.stores))
-            raise RefusedError(f"there is no store for {url!r}", f"use a URL that begins with one of {known}")
+            remedy = suggest_similar(scheme, self.stores) or f"use a URL that begins with one of {known}"
+            raise RefusedError(f"there is no store for {url!r}", remedy)
         return self.stores[scheme](url, clock)
 
     def explain(self, name: str) -> str | None:

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import anyio.to_thread
 
 from orchestrator.api.context import LazyPlugins, ProjectContext, StopSignal
+from orchestrator.client.session import SessionRequestError, find_session
 from orchestrator.config.store import folder_url, scheme_of, to_store_url
 from orchestrator.errors import CouncilError, RefusedError, StoreUnreachable
 from orchestrator.project import (
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 OnOutage = Literal["fail", "pause", "wait"]
 """What to do while the server of the store does not answer; see `Council.open`."""
+_IN_SESSION: Final = (
+    "sessions have no access to the state of runs",
+    "use the commands for sessions, such as `council ask TASK`, `council peers` and `council notes`",
+)
 
 
 @asynccontextmanager
@@ -57,7 +62,7 @@ async def open_project(
     config, is_known = None, True
     chosen = to_store_url(state or environ.get("COUNCIL_STATE", "")) or None
     if isinstance(source, str | Path) and await anyio.to_thread.run_sync(os.path.isdir, source):
-        project, is_known = await anyio.to_thread.run_sync(_find_source_project, Path(source), chosen)
+        project, is_known = await anyio.to_thread.run_sync(_find_source_project, Path(source), chosen, environ)
     else:
         from orchestrator.api.loading import load_run  # noqa: PLC0415  slow; commands that show a run read no file
 
@@ -75,7 +80,7 @@ async def open_project(
         yield context, config, notices
 
 
-def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, bool]:
+def _find_source_project(folder: Path, chosen: str | None, environ: Mapping[str, str]) -> tuple[Project, bool]:
     """Return the project that contains a folder, and True. Blocks.
 
     Outside a project, returns the folder itself as a project, and False; this requires a `chosen` store. Raises
@@ -85,6 +90,9 @@ def _find_source_project(folder: Path, chosen: str | None) -> tuple[Project, boo
         return find_project(folder), True
     except RefusedError:
         if chosen is None:
+            with suppress(SessionRequestError):
+                find_session(environ, str(folder.absolute()))
+                raise RefusedError(*_IN_SESSION) from None
             raise
         return Project(folder.absolute()), False
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.config.adapters import has_only_optional_options, list_adapter_names
-from orchestrator.config.entries import Extensions
+from orchestrator.config.entries import ExplainMissing, Extensions
 from orchestrator.config.load import NO_EXTENSIONS, build_run_config, default_slot_count, read_file
 from orchestrator.config.model import RunConfig
 from orchestrator.config.source.document import Node
@@ -57,7 +57,7 @@ def load_inline(
         below = read_value({"version": 1}, problems) if file is None else read_file(file, problems)
         if below is None:
             return None
-        check_adapter_choice(tasks.adapter, below, folder, adapter_types)
+        check_adapter_choice(tasks.adapter, below, folder, adapter_types, extensions.explain)
         above = read_value(_settings(tasks), problems)
         return None if above is None else _overlay(_without(below, "trackers"), above)
 
@@ -80,7 +80,11 @@ def _settings(tasks: InlineTasks) -> JsonObject:
 
 
 def check_adapter_choice(
-    wanted: str | None, file: Node, folder: Path, adapter_types: Mapping[str, AdapterType]
+    wanted: str | None,
+    file: Node,
+    folder: Path,
+    adapter_types: Mapping[str, AdapterType],
+    explain: ExplainMissing,
 ) -> None:
     """Raise RefusedError if the adapter is unknown or the choice is ambiguous.
 
@@ -106,7 +110,8 @@ def check_adapter_choice(
     message = f"there is no adapter {wanted!r}"
     if wanted in adapter_types:
         message = f"{wanted!r} needs options, which only a file can provide"
-    raise RefusedError(message, suggest(wanted, possible, "possible ones") if possible else _choices([]))
+    remedy = suggest(wanted, possible, "possible ones") if possible else _choices([])
+    raise RefusedError(message, "; ".join(filter(None, (explain(wanted), remedy))))
 
 
 def no_program_error(adapters: Iterable[str]) -> RefusedError:

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import anyio
 
 from orchestrator.domain.events.tasks import TaskAttached, TaskDetached
-from orchestrator.domain.runs.model import Attachment, TaskDocument
+from orchestrator.domain.runs.model import Attachment, Attempt, TaskDocument
 from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.claims import OwnerStatus
 from orchestrator.engine.state.ledger import Ledger
@@ -31,8 +31,8 @@ class AttachedTask(NamedTuple):
     terminal: UserTerminal
 
 
-def check_attachable(run: str, task: str, document: TaskDocument, adapters: Mapping[str, Adapter]) -> None:
-    """Raise RefusedError if a user can't attach to the conversation of a task."""
+def find_conversation(run: str, task: str, document: TaskDocument) -> Attempt:
+    """Return the attempt with the conversation of a task; raise RefusedError if it has none or no session follows."""
     status, option = document.status, f"{shlex.quote(task)} --run {run}"
     if status not in {TaskStatus.PENDING, TaskStatus.RUNNING}:
         message, remedy = f"task {task!r} is {status.record.label}", "add a task to the file, and start a new run"
@@ -46,8 +46,15 @@ def check_attachable(run: str, task: str, document: TaskDocument, adapters: Mapp
     attempt = document.attempt if status is TaskStatus.RUNNING else document.last_conversation
     if attempt is None:
         raise no_conversation(run, task)
+    return attempt
+
+
+def check_attachable(run: str, task: str, document: TaskDocument, adapters: Mapping[str, Adapter]) -> None:
+    """Raise RefusedError if a user can't attach to the conversation of a task."""
+    attempt = find_conversation(run, task, document)
     if Capability.ATTACH not in adapters[attempt.adapter].capabilities():
         message = f"adapter {attempt.adapter!r} can't open a conversation on a terminal"
+        option = f"{shlex.quote(task)} --run {run}"
         remedy = f"send a message: `council tell {option} MESSAGE`; or use an adapter with `attach` for the task"
         raise RefusedError(message, remedy)
 

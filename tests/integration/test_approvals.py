@@ -87,6 +87,10 @@ async def test_rejected_result_is_repeated_with_the_note(repository: Repository)
     assert repository.council("reject", "t", "--note", "keep the old names").code == 0
     wait_for_approval(repository, 2)
     assert "keep the old names" in repository.council("logs", "t", "--session", "2").stdout
+    assert re.findall(r"received +(.+)", repository.council("show", "t").stdout) == [
+        "never: a user rejected it",
+        "not yet",
+    ]
     assert repository.council("approve", "t").code == 0
     ended = finished(child)
     assert ended.states["t"] == "landed", ended

@@ -298,6 +298,8 @@ def test_conversation_that_cannot_be_opened_is_refused(repository: Repository) -
     assert terminal.wait() == 2
     assert "is landed" in terminal.text
     terminal.close()
+    (finished,) = repository.council("runs", "--json").result["runs"]
+    assert finished["status"] == "landed"
 
 
 @pytest.mark.extended_rest

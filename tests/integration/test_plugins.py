@@ -420,6 +420,7 @@ def test_shipped_stores_are_selected_by_url(repository: Repository, tmp_path: Pa
     ("url", "expected"),
     [
         ("etcd://host/1", "there is no store for 'etcd://host/1'"),
+        ("postgres://host/1", "there is no store for 'postgres://host/1'"),
         ("file://host/folder", "is not a folder on this machine"),
         ("memory:x", "is not the URL of a store"),
         ("", None),
@@ -434,4 +435,6 @@ def test_unknown_store_lists_the_known_ones(repository: Repository, url: str, ex
         return
     assert ended.code == 2
     assert expected in ended.result["error"]
-    assert "file:" in ended.result["remedy"] or "memory:" in ended.result["remedy"]
+    remedy = ended.result["remedy"]
+    assert (remedy == "did you mean 'postgresql'?") == url.startswith("postgres")
+    assert url.startswith("postgres") or "file:" in remedy or "memory:" in remedy

@@ -132,8 +132,8 @@ def test_options_of_the_client_library_are_passed_on() -> None:
     [
         ({"host": "unknown.invalid"}, "unknown host 'unknown.invalid': correct its name"),
         ({"port": "1"}, "start the server"),
-        ({"database": "nothing"}, "CREATE DATABASE"),
-        ({"user": "nobody"}, "CREATE ROLE"),
+        ({"database": "nothing"}, 'CREATE DATABASE "nothing"'),
+        ({"user": "nobody"}, 'CREATE ROLE "nobody"'),
         ({"user": GUARDED}, PASSWORD),
         ({"user": "powerless"}, 'GRANT CREATE ON DATABASE "postgres" TO "powerless"'),
         ({"options": "&sslmode=require"}, "sslmode"),

@@ -216,6 +216,15 @@ async def test_session_is_found_without_a_variable(site: Site, kind: SandboxKind
     assert (code, said) == (0, "locked: src/a.py\n")
 
 
+@pytest.mark.extended
+async def test_user_command_in_a_session_is_refused_with_those_of_sessions(site: Site) -> None:
+    """The error for users would send an agent to another folder."""
+    async with site.session() as (worktree, session_socket):
+        code, said = await site.run(SandboxKind.OFF, worktree, session_socket, ["council", "status", "--json"])
+    assert code == 2
+    assert json.loads(said.splitlines()[-1])["error"] == "sessions have no access to the state of runs"
+
+
 async def test_file_owned_by_another_is_rejected_with_its_owner(site: Site) -> None:
     """The exit code distinguishes a rejection from a mistake."""
     async with site.session() as (first, _), site.session("api", 2) as (second, session_socket):

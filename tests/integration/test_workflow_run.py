@@ -132,6 +132,8 @@ async def test_git_state_and_events_agree(repository: Repository, count: int) ->
         assert reported[task, "task.started"] == len(document.attempts)
     assert [one.phase for one in found["rejected"].phases].count("build") == 2
     assert "not yet" in (found["never"].reason or "")
+    repeated = {event.data["task"]: event.data.get("phase") for event in events if event.type == "task.phase_repeated"}
+    assert repeated["rejected"] == "build"
     assert reported["editor", "task.changes_discarded"] == 1
     assert repository.git("show", "main:src/app.py").startswith("def main")
     assert found["careful"].phases[1].note == "go on"

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from adapters.command.adapter import CommandAdapter
 from adapters.command.options import CommandOptions
+from orchestrator.config.entries import Extensions
 from orchestrator.config.inline import InlineTasks, load_inline
 from orchestrator.config.model import RunConfig
 from orchestrator.errors import ConfigError, RefusedError
@@ -90,6 +91,14 @@ def test_unknown_adapter_lists_the_possible_ones(
         load(tmp_path, text, adapter=adapter)
     assert what in refused.value.message
     assert remedy in refused.value.remedy
+
+
+def test_unknown_adapter_explains_skipped_profiles(tmp_path: Path) -> None:
+    """The error of a profile precedes the possible adapters."""
+    explained = Extensions(explain=lambda name: f"skipped: the profile {name}: unknown key 'x'")
+    with pytest.raises(RefusedError) as refused:
+        load_inline(InlineTasks(("Do it.",), adapter="odd"), None, tmp_path, TYPES, explained)
+    assert refused.value.remedy.startswith("skipped: the profile odd: unknown key 'x'; possible ones are free")
 
 
 def test_missing_clis_suggest_the_command_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,13 @@ from orchestrator.domain.runs.model import HaltCause, RunDocument
 from orchestrator.domain.runs.statuses import FINAL_STATUSES
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
 from orchestrator.domain.settings.run_settings import Budget, CoordinationSettings
-from orchestrator.engine.attaching import AttachedTask, check_attachable, record_attachment, wait_until_free
+from orchestrator.engine.attaching import (
+    AttachedTask,
+    check_attachable,
+    find_conversation,
+    record_attachment,
+    wait_until_free,
+)
 from orchestrator.engine.cleanup.imported_tasks import write_unfinished_tasks
 from orchestrator.engine.diagnostics.programs import find_unusable_adapters
 from orchestrator.engine.landing.reconciliation import Reconciler, has_unlanded_work
@@ -38,7 +44,7 @@ from orchestrator.engine.scheduler.capacity import Capacity
 from orchestrator.engine.scheduler.loop import Scheduler
 from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.engine.state.records import check_task, read_entries, read_requests, read_run
+from orchestrator.engine.state.records import check_task, read_entries, read_requests, read_run, read_task
 from orchestrator.engine.state.reload import is_adoptable_while_active
 from orchestrator.errors import LockHeld
 from orchestrator.repo.worktrees.hub import Hub
@@ -135,6 +141,8 @@ class RunExecutor:
         document = await read_run(context.store, run)
         document.check_not_imported()
         await check_task(context.store, document, task)
+        # Before this process leads the run, which would mark a finished one as interrupted.
+        find_conversation(run, task, await read_task(context.store, run, task))
         settings = resolve_coordination(document.coordination, context.environ)
         if not settings.enabled:
             raise sharing_disabled_error(run, context.environ, None)

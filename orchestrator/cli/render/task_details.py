@@ -60,8 +60,9 @@ def task_detail_lines(details: TaskDetails, now: float, state: str) -> Iterator[
         yield from _wrapped(f"{format_local_time(message.time)}, {receivers}: {one_line(message.text, _LONGEST)}")
     if details.handoffs:
         yield "handoffs"
+        rejected = {visit.handoff for visit in details.phases if visit.status == PhaseStatus.REJECTED}
         for handoff in details.handoffs:
-            yield from _handoff(handoff)
+            yield from _handoff(handoff, is_rejected=handoff.id in rejected)
     yield "landing"
     yield from _wrapped(_landing(details))
     if details.sessions:
@@ -202,7 +203,7 @@ def _check(session: AttemptDetails, check: CheckRecord, details: TaskDetails) ->
     yield from described([[name, value] for name, value in fields.items() if value], "    ")
 
 
-def _handoff(one: HandoffDetails) -> Iterator[str]:
+def _handoff(one: HandoffDetails, *, is_rejected: bool) -> Iterator[str]:
     where = f"from {one.phase}" if one.to is None else f"{one.phase} to {one.to}"
     state = "intact" if one.is_intact else "DAMAGED: the data does not match the digest"
     parts = [where, one.protocol, f"via {one.via}", f"{one.digest[: _SHORT_DIGEST + len('sha256:')]}, {state}"]
@@ -210,7 +211,8 @@ def _handoff(one: HandoffDetails) -> Iterator[str]:
         parts.append(f"shared as {one.key}, version {one.version}")
     yield from _wrapped(f"{one.id}, {one.kind}: {'; '.join(parts)}")
     received = ", ".join(f"{receipt.phase} (session {receipt.attempt})" for receipt in one.receipts)
-    taken = [["received", received or "not yet"]] if received or one.to is not None else []
+    missing = "never: a user rejected it" if is_rejected else "not yet"
+    taken = [["received", received or missing]] if received or one.to is not None else []
     yield from described([*taken, ["data", _short(one.data)]], "    ")
     if one.mediation is not None:
         how = one.mediation.transformation or "default"

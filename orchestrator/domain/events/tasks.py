@@ -110,10 +110,11 @@ class TaskPhaseRepeated(AttemptEvent):
     """
 
     type = "task.phase_repeated"
-    sentence = "phase is repeated: {reason}"
+    sentence = "phase {phase} is repeated: {reason}"
+    sentence_without = ("phase", "phase is repeated: {reason}")
 
-    next: str = ""
-    """After a review, the phase that fixes the work."""
+    phase: str = ""
+    """The phase that is repeated: after a review, the one that fixes the work."""
     verdict: str = ""
     """The verdict of the review."""
 

@@ -270,7 +270,7 @@ class PhaseCompleter:
             "feedback": render_findings(phase.name, findings, secrets.token_hex(8)),
             "failures": document.bounces,
         }
-        repeated = TaskPhaseRepeated(outcome="completed", reason=reason, next=target.name, verdict=REJECT_VERDICT)
+        repeated = TaskPhaseRepeated(outcome="completed", reason=reason, phase=target.name, verdict=REJECT_VERDICT)
         return TaskUpdate(Trigger.REPEAT, repeated, changes, writes, events)
 
     async def _build_handoff(
@@ -402,4 +402,5 @@ def _repeat_phase(
     changes: dict[str, Any] = {"phases": change_last_visit(document, None, **visit), "feedback": feedback}
     if session.commit is not None:
         changes |= {"start": session.commit, "base": base}
-    return TaskUpdate(Trigger.REPEAT, TaskPhaseRepeated(outcome=outcome, reason=reason), changes)
+    repeated = TaskPhaseRepeated(outcome=outcome, reason=reason, phase=document.phases[-1].phase)
+    return TaskUpdate(Trigger.REPEAT, repeated, changes)

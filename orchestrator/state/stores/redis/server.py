@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -286,5 +287,8 @@ def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
     if isinstance(error, (exceptions.LockError, exceptions.WatchError)):
         return StoreUnavailable(name, "another process changed the log in the meantime", "try again")
     if isinstance(error, exceptions.ConnectionError):
-        return StoreUnreachable(name, f"unreachable: {text}", "start the server, or correct the URL")
+        # The text of the client repeats the address, which `name` has.
+        causes = [one.errno for one in (error.__cause__, error.__context__) if isinstance(one, OSError) and one.errno]
+        reason = os.strerror(causes[0]) if causes else text
+        return StoreUnreachable(name, f"unreachable: {reason}", "start the server, or correct the URL")
     return StoreUnavailable(name, f"the server failed: {text}", "see its log")
