@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ def log(tmp_path: Path) -> CheckLog:
     return CheckLog(tmp_path / "checks")
 
 
-def queue(repository: Repository, log: CheckLog, names: Sequence[str], check: str, **settings: Any) -> None:
+def queue(
+    repository: Repository, log: CheckLog, names: Sequence[str], check: str | Mapping[str, Any], **settings: Any
+) -> None:
     """Build a task for each file name, and end with all of them in the queue.
 
     They land in this order, whichever was built first. At first they can't, because of a user's change, which is

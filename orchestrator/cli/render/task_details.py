@@ -194,6 +194,9 @@ def _check(session: AttemptDetails, check: CheckRecord, details: TaskDetails) ->
     """Yield the result of a check, and where it is from."""
     outcome = check.outcome.upper() if check.outcome is CheckOutcome.FLAKY else str(check.outcome)
     yield printable(f"  session {session.number}: {outcome}: {one_line(check.command)}")
+    if check.outcome is CheckOutcome.SKIPPED:
+        yield from described([["reason", f"it changes none of {', '.join(map(one_line, check.paths))}"]], "    ")
+        return
     source = {CheckSource.CACHE: "cached: ", CheckSource.JOINED: "joined: "}.get(check.source, "")
     owner = f" for {check.task}" if check.task != details.id else ""
     run = f" of run {check.run}" if check.run != details.run else ""

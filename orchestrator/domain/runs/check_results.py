@@ -21,6 +21,7 @@ class CheckOutcome(StrEnum):
     PASSED = "passed"
     FAILED = "failed"
     FLAKY = "flaky"  #: it failed, and passed when it was repeated on the same tree
+    SKIPPED = "skipped"  #: the work changes none of its `paths`
 
 
 class CheckSource(StrEnum):
@@ -32,12 +33,13 @@ class CheckSource(StrEnum):
 
 
 class CheckRecord(StoredDocument):
-    """A check that ended. Times are wall-clock seconds."""
+    """A check that ended, or was skipped. Times are wall-clock seconds."""
 
     command: str
     """The shell command."""
     outcome: CheckOutcome
-    """`passed`, `failed`, or `flaky`: it failed, and passed when it was repeated."""
+    """`passed`, `failed`, `flaky` (it failed, and passed when it was repeated), or `skipped`: no changed path matches
+    `paths`."""
     source: CheckSource = CheckSource.RUN
     """`run`, `joined` (it ran for another task of the run) or `cache`."""
     tree: str
@@ -55,11 +57,13 @@ class CheckRecord(StoredDocument):
     host: str
     """The machine that ran it."""
     log: str
-    """The path of its output, on that machine."""
+    """The path of its output, on that machine; empty for a skipped check."""
     failed_tests: tuple[str, ...] = ()
     """The first failed tests in its report, also for a flaky check."""
     failed_log: str | None = None
     """For a flaky check, the path of the output of the failure."""
+    paths: tuple[str, ...] = ()
+    """For a skipped check, its path patterns."""
 
 
 def attribute_checks(records: Sequence[CheckRecord], task: str) -> tuple[CheckRecord, ...]:

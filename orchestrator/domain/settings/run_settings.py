@@ -5,7 +5,7 @@ A field has the same name and default in all three. The docstrings of fields als
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -53,6 +53,7 @@ from orchestrator.domain.settings.fields import (
     Strings,
     short_form,
 )
+from orchestrator.domain.settings.path_patterns import is_match
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.quantities import MAX_DOLLARS
 from orchestrator.domain.wording import describe_value
@@ -342,6 +343,13 @@ class Check(Settings):
     """Whether a recorded success on the same files counts; `false` for a command whose result depends on more."""
     report: RepositoryPath | None = None
     """The JUnit XML file that the command writes in its worktree, to name the failed tests."""
+    paths: Annotated[tuple[PathPattern, ...], Field(strict=False)] = ()
+    """Patterns of the paths that its result depends on. It runs only for work that changes one of them. Default: for
+    all work."""
+
+    def is_selected(self, changed: Iterable[str]) -> bool:
+        """Return True if work with these changed paths needs the check."""
+        return not self.paths or any(is_match(pattern, path) for path in changed for pattern in self.paths)
 
 
 def _write_check(check: Check) -> str | dict[str, Any]:

@@ -59,6 +59,8 @@ class CheckRequest:
     base: str
     checker: str = ""
     """Names the worktree and logs if other checks of the attempt may run concurrently."""
+    skipped: tuple[Check, ...] = ()
+    """The checks that the changes do not select, because of their `paths`."""
 
 
 class CheckedTree(NamedTuple):
@@ -143,6 +145,8 @@ class CheckRuns:
         With `confirm`, a failure is repeated once on the same tree before it is believed.
         """
         key = request.key
+        if not key.checks:
+            return CheckedTree(ChecksPassed())
         checked = self._known.get(key) or await self._join(request)
         if not _has_failed(checked):
             self._known.pop(key, None)
@@ -271,6 +275,26 @@ class CheckRuns:
             log=str(ended.log),
             failed_tests=failed_tests,
             failed_log=failed_log,
+        )
+
+    def describe_skipped(self, request: CheckRequest) -> tuple[CheckRecord, ...]:
+        """Return the records of the checks that a request skips."""
+        writer = self._ledger.writer
+        return tuple(
+            CheckRecord(
+                command=check.run,
+                outcome=CheckOutcome.SKIPPED,
+                tree=request.key.tree,
+                commit=request.commit,
+                run=writer.run,
+                task=request.task,
+                ended=writer.clock.now(),
+                seconds=0.0,
+                host=socket.gethostname(),
+                log="",
+                paths=check.paths,
+            )
+            for check in request.skipped
         )
 
     async def _note_flaky(self, record: CheckRecord) -> None:

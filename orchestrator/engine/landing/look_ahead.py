@@ -17,7 +17,7 @@ from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.landing_order import QueueWindow, WindowEntry
 from orchestrator.engine.landing.batches import Batches
 from orchestrator.engine.landing.check_runs import CheckRequest
-from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks
+from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks, first_parent
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import queue_key
 from orchestrator.errors import CouncilError, GitError, RefusedError
@@ -39,8 +39,11 @@ class LookAhead:
         self._changed = anyio.Event()
         self._merged: dict[tuple[str, str], PreparedMerge | None] = {}
         """Merges by the commit below and the work; None if it can't be merged."""
-        self._requests: dict[str, CheckRequest | None] = {}
-        """The checks of merges by commit; None if there are none, or if they can't be requested now."""
+        self._requests: dict[tuple[str, str], CheckRequest | None] = {}
+        """The checks of merges by the commit that their batch is made onto, and by their own.
+
+        None if there are none, or if they can't be requested now.
+        """
         self._recorded = QueueWindow()
         checks.runs.when_ended = self.update
 
@@ -61,9 +64,11 @@ class LookAhead:
         Meanwhile, `group` checks the merges of the `waiting` tasks and of those that are added.
         """
         task, merge = list(merges.items())[-1]
-        whole = await self._checks.request(task, merge)
+        whole = await self._checks.request(task, merge, first_parent(next(iter(merges.values()))))
         if whole is None:
             return CheckedMerges(len(merges))
+        if not whole.key.checks:
+            return CheckedMerges(len(merges), records=self._checks.runs.describe_skipped(whole))
         checked, failure, ahead = CheckedMerges(0), None, anyio.CancelScope()
 
         def stop() -> None:
@@ -108,8 +113,9 @@ class LookAhead:
                     async for batch in batches:
                         if len(_requests(ahead)) >= self._window - 1:
                             break
+                        since = last.new
                         last, merged = await self._merge(lease, last, batch)
-                        request = await self._request(merged[-1], last) if merged else None
+                        request = await self._request(merged[-1], last, since) if merged else None
                         ahead.append((merged, last.new, request))
                 self._checks.runs.prefetch(group, _requests(ahead), current=whole)
                 current = list(merges), list(merges.values())[-1].new, whole
@@ -159,13 +165,15 @@ class LookAhead:
                 merged.append(task)
         return last, merged
 
-    async def _request(self, task: str, merge: PreparedMerge) -> CheckRequest | None:
-        if merge.new not in self._requests:
+    async def _request(self, task: str, merge: PreparedMerge, since: str) -> CheckRequest | None:
+        key = since, merge.new
+        if key not in self._requests:
             try:
-                self._requests[merge.new] = await self._checks.request(task, merge)
+                request = await self._checks.request(task, merge, since)
             except (GitError, RefusedError):  # reported when it is this task's turn
-                self._requests[merge.new] = None
-        return self._requests[merge.new]
+                request = None
+            self._requests[key] = request if request is not None and request.key.checks else None
+        return self._requests[key]
 
 
 def _requests(merges: Sequence[_CheckedMerge]) -> list[CheckRequest]:

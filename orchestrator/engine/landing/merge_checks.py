@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from orchestrator.domain.events.tasks import TaskChecking
@@ -65,14 +65,22 @@ class MergeChecks:
             return False
         return not await self._is_locked(task, merge)
 
-    async def request(self, task: str, merge: PreparedMerge) -> CheckRequest | None:
-        """Return the request for the checks of a task on a merge; None if it has no checks."""
-        spec = await self._ledger.definitions.spec(task)
-        return await self._request(task, spec, merge) if spec.checks else None
+    async def request(self, task: str, merge: PreparedMerge, since: str) -> CheckRequest | None:
+        """Return the request for the checks of a task on a merge; None if it has no checks.
 
-    async def _request(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> CheckRequest:
-        builder = self._ledger.task(task).building_attempt
-        return await self.runs.request(task, builder.number, spec, spec.checks, merge.new, merge.old or builder.base)
+        `since` is the commit on the target that the merge, or its whole batch, lands on: the changes between the two
+        select the checks. The request has no checks if the changes select none.
+        """
+        spec = await self._ledger.definitions.spec(task)
+        return await self._request(task, spec, merge, since) if spec.checks else None
+
+    async def _request(self, task: str, spec: TaskSpec, merge: PreparedMerge, since: str) -> CheckRequest:
+        builder, checks = self._ledger.task(task).building_attempt, spec.checks
+        if any(check.paths for check in checks):
+            changed = [change.path for change in await self._context.git.changes(since, merge.new)]
+            checks = tuple(check for check in checks if check.is_selected(changed))
+        request = await self.runs.request(task, builder.number, spec, checks, merge.new, merge.old or builder.base)
+        return replace(request, skipped=tuple(check for check in spec.checks if check not in checks))
 
     async def check(
         self, merges: Mapping[str, PreparedMerge], whole: CheckRequest, search: Callable[[], None]
@@ -105,12 +113,14 @@ class MergeChecks:
         position, records = failed, tuple[CheckRecord, ...]()
         while passed < failed:
             task = tasks[position - 1]
-            request = whole if task == whole.task else await self._request(task, whole.spec, merges[task])
+            request = whole
+            if task != whole.task:
+                request = await self._request(task, whole.spec, merges[task], first_parent(merges[tasks[0]]))
             checked = await self.runs.run(request)
             match checked.result:
                 case ChecksPassed():
                     failpoint("landing.checked")
-                    passed, records = position, checked.records
+                    passed, records = position, (*checked.records, *self.runs.describe_skipped(request))
                 case CommandFailed():
                     search()  # later merges contain the failure: their checks have no use
                     failed = position - 1
@@ -126,6 +136,7 @@ class MergeChecks:
     async def _check_single(self, request: CheckRequest) -> CheckedMerges:
         task, spec = request.task, request.spec
         (result, records), unrunnable = await self._run(request)
+        records = (*records, *self.runs.describe_skipped(request))
         match result:
             case ChecksPassed():
                 failpoint("landing.checked")
@@ -148,7 +159,7 @@ class MergeChecks:
         if isinstance(result := checked.result, CommandFailed):
             correction = describe_check_fix(self._ledger.run, [spec], is_built=True)
             unrunnable = await self._base_commands.explain_unrunnable(
-                task, spec, spec.check_commands, result, request.base, correction
+                task, spec, tuple(check.run for check in request.key.checks), result, request.base, correction
             )
         return checked, unrunnable
 
@@ -176,3 +187,8 @@ class MergeChecks:
         if (reason := await self._ownership.locked(task, merge)) is not None:
             await self._outcomes.defer(task, reason)
         return reason is not None
+
+
+def first_parent(merge: PreparedMerge) -> str:
+    """Return the revision that a merge is made onto."""
+    return f"{merge.new}^1"
