@@ -286,8 +286,11 @@ def test_sandboxes_are_checked(repository: Repository, fakes: FakePrograms) -> N
 
 
 def test_installed_adapters_are_checked_without_a_file(repository: Repository, fakes: FakePrograms) -> None:
-    """All that need no options; missing ones are not reported if another one exists."""
-    (status, words, remedy) = doctor(repository)["adapters"][0]
+    """All that need no options; if none is installed, one line reports it, and the command that shows how to install."""
+    none = doctor(repository)
+    assert not [name for name in none if name.startswith("adapter ")]
+    [(status, words, remedy)] = none["adapters"]
+    assert "council adapters" in str(remedy)
     assert (status, "no supported CLI is on PATH" in words) == ("problem", True)
     assert "use: command" in str(remedy)
     fakes.add("alpha", "echo alpha 3.0")

@@ -121,12 +121,11 @@ async def _check_adapters(subject: DoctorInput, environ: Mapping[str, str]) -> l
     used = set() if run is None else {name for task in tasks for name in run.adapters_of(task)}
     statuses = await probe_adapters(made, environ)
     installed = [name for name, status in statuses.items() if status.is_installed]
-    if run is None and installed:
+    if run is None and not installed:  # one line for all of them
+        return [findings.refusal_finding("adapters", no_program_error(made))]
+    if run is None:
         made = {name: made[name] for name in installed}  # nobody needs the others
-    found = [one for name in made for one in findings.check_adapter(name, statuses[name], is_used=name in used)]
-    if subject.config is None and not installed:
-        found.insert(0, findings.refusal_finding("adapters", no_program_error(made)))
-    return found
+    return [one for name in made for one in findings.check_adapter(name, statuses[name], is_used=name in used)]
 
 
 async def check_files(
