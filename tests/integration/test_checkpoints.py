@@ -47,6 +47,15 @@ def made(repository: Repository) -> dict[str, Any]:
     return ended.result
 
 
+@pytest.mark.extended
+def test_checkpoint_of_an_unknown_run_suggests_a_reason(repository: Repository) -> None:
+    """A user may expect that a checkpoint has a name."""
+    assert repository.council("run", str(repository.configure([{"id": "t", "prompt": "write a.txt 1"}]))).code == 0
+    refused = repository.council("checkpoint", "create", "before merge", "--json")
+    assert (refused.code, refused.result["error"]) == (2, "there is no run 'before merge'")
+    assert "--reason 'before merge'" in refused.result["remedy"]
+
+
 def restored(repository: Repository, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Restore it, and return the printed result."""
     ended = repository.council("checkpoint", "restore", checkpoint["id"], "--json")

@@ -91,6 +91,17 @@ def test_age_of_runs_is_refused_outside_a_project(repository: Repository, option
     assert "cd to the repository of a run" in refused.stderr
 
 
+@pytest.mark.extended
+def test_idle_worktrees_are_counted_with_their_repositories(repository: Repository) -> None:
+    """`--pool` removes those of all repositories."""
+    clone = repository.top.parent / "clone"
+    repository.git("clone", ".", str(clone))
+    for one in (repository, Repository(clone, repository.environ, repository.spawns)):
+        run_once(one, {"id": "a", "prompt": "write a.txt a"})
+    printed = repository.council("clean", "--dry-run").stdout
+    assert re.search(r"^2 idle worktrees \(.+\) of 2 repositories ready for the next run", printed, re.MULTILINE)
+
+
 async def test_clean_removes_a_finished_run_completely(repository: Repository) -> None:
     """Except worktree slots that are ready for the next run, unless they are named; with and without a project."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -56,7 +57,12 @@ async def create(context: CouncilContext, reason: str, run: str | None, whole: b
       council checkpoint create --all --reason "before the upgrade"
     """
     _check_scope(run, whole=whole)
-    made = await context.council.checkpoints.create(run, reason=reason, whole=whole)
+    try:
+        named = run and await context.council.runs.find(run)
+    except RefusedError as error:
+        remedy = f"{error.remedy}; to describe the checkpoint use `--reason {shlex.quote(run or '')}`"
+        raise RefusedError(error.message, remedy) from None
+    made = await context.council.checkpoints.create(named, reason=reason, whole=whole)
     context.output.answer(lambda: _facts(made), [f"created checkpoint {made.id}"])
 
 

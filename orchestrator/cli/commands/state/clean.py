@@ -142,7 +142,9 @@ def _summary(found: Sequence[Leftover], going: Sequence[Leftover]) -> Iterator[s
     if stays := [one for one in found if _is_preserved(one) and one not in going]:
         yield f"{_total(stays)} with work that may exist nowhere else: --preserved removes {_pronoun(stays)}"
     if ready := [one for one in found if one.status is LeftoverStatus.READY and one not in going]:
-        yield f"{_total(ready, 'idle worktree')} ready for the next run: --pool removes {_pronoun(ready)}"
+        repositories = len({one.hub for one in ready})
+        where = f" of {repositories} repositories" if repositories > 1 else ""
+        yield f"{_total(ready, 'idle worktree')}{where} ready for the next run: --pool removes {_pronoun(ready)}"
     needed = [one for one in found if one.status is LeftoverStatus.NEEDED]
     for run in dict.fromkeys(one.run for one in needed):
         yield f"{_total([one for one in needed if one.run == run])} needed by `council resume {run}`"
