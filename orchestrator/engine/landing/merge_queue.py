@@ -291,9 +291,8 @@ class MergeQueue:
 
     async def _is_allowed(self, task: str, merge: PreparedMerge) -> bool:
         """Return True if a merge may land if its checks pass; otherwise the reason is recorded."""
-        if self._stopping or self.tasks.is_withdrawn(task):
-            return False
-        return await self._checks.is_allowed(task, merge)
+        is_wanted = not self._stopping and not self.tasks.is_withdrawn(task)
+        return is_wanted and await self._checks.is_allowed(task, merge)
 
     async def _check(
         self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge], group: TaskGroup
