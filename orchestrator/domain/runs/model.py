@@ -147,6 +147,8 @@ class TaskDocument(StoredDocument):
     """The commit that the next attempt starts from, to continue earlier work."""
     base: str | None = None
     """The commit that its work is compared with."""
+    conflict: str | None = None
+    """The commit with the merge conflict that its next, or built, work resolves."""
     feedback: str | None = None
     """Feedback about the last attempt, added to the prompt of the next one."""
     current: int | None = None

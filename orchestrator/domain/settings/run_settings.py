@@ -399,9 +399,9 @@ class TaskSettings(Settings):
     """Whether a session that is about to end first runs the checks in its worktree, and continues if one fails."""
     on_checks_failed: Literal["retry", "fail"] = "retry"
     """Whether to retry with the output of the failed check, or to fail the task."""
-    on_conflict: Literal["keep", "rebase"] = "keep"
-    """If the work has merge conflicts with the target: keep it on a branch for you to merge, or repeat it from the
-    target."""
+    on_conflict: Literal["keep", "rebase", "resolve"] = "keep"
+    """If the work has merge conflicts with the target: keep it on a branch for you to merge, repeat it from the target,
+    or have a session resolve them, whose resolution is verified."""
     on_out_of_scope: Literal["retry", "extend", "allow"] = "retry"
     """If a task with `owns` changed other paths: retry it, extend its ownership, or allow the change."""
     max_file: Size = 50_000_000

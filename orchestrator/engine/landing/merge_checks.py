@@ -17,6 +17,7 @@ from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.check_runs import CheckedTree, CheckRequest
 from orchestrator.engine.landing.outcomes import LandingOutcomes
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
+from orchestrator.engine.phases.conflict_resolution import resolves_conflict
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
@@ -60,10 +61,30 @@ class MergeChecks:
     async def is_allowed(self, task: str, merge: PreparedMerge) -> bool:
         """Return True if a task may land its paths now; otherwise the reason is recorded."""
         spec = await self._ledger.definitions.spec(task)
+        # First: other rejections let a session continue this work.
+        if resolves_conflict(self._ledger.task(task)) and not await self._is_verified(task, spec, merge):
+            return False
         if (violation := await self._ownership.find_violation(task, spec, merge)) is not None:
             await self._outcomes.reject_for_ownership(task, spec, merge, violation)
             return False
         return not await self._is_locked(task, merge)
+
+    async def _is_verified(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> bool:
+        """Return True if a conflict resolution has both sides and passes the checks of the other tasks."""
+        resolutions, attempt = self._outcomes.resolutions, self._ledger.task(task).building_attempt
+        problem = await resolutions.find_problem(task)
+        if problem is None and (checks := await resolutions.other_checks(task, spec, merge)):
+            base = merge.old or attempt.base
+            request = await self.runs.request(task, attempt.number, spec, checks, merge.new, base, "conflict")
+            match (await self.runs.run(request, confirm=True)).result:
+                case CommandFailed() as failed:
+                    problem = failed.describe("on the merged tree")
+                case ChecksNotRun(reason):
+                    await self._outcomes.defer(task, reason)
+                    return False
+        if problem is not None:
+            await self._outcomes.refuse_resolution(task, problem)
+        return problem is None
 
     async def request(self, task: str, merge: PreparedMerge, since: str) -> CheckRequest | None:
         """Return the request for the checks of a task on a merge; None if it has no checks.

@@ -27,10 +27,11 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.routing import restart_task, restart_work
 from orchestrator.engine.landing.ownership_check import OwnershipCheck, OwnershipViolation
+from orchestrator.engine.phases.conflict_resolution import ConflictResolutions, resolves_conflict
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import message_write, read_messages
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import GitError, TargetMissing, VersionConflict
+from orchestrator.errors import GitError, RefusedError, TargetMissing, VersionConflict
 from orchestrator.locking.merge_lease import HeldMergeLease
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import Git
@@ -78,6 +79,7 @@ class LandingOutcomes:
 
     def __init__(self, ledger: Ledger, target: Target, git: Git, ownership: OwnershipCheck) -> None:
         self._ledger, self._target, self._git, self._ownership = ledger, target, git, ownership
+        self.resolutions = ConflictResolutions(ledger, git)
 
     async def record_landed(self, trigger: Trigger, commits: Mapping[str, str], reason: str | None = None) -> None:
         """Record the commits that landed tasks."""
@@ -100,6 +102,12 @@ class LandingOutcomes:
             case Landed(commit):
                 await self.record_landed(Trigger.ADOPT, {task: commit})
             case NothingToLand(commit):
+                # A resolution may have dropped all changes of its task.
+                if resolves_conflict(self._ledger.task(task)) and (
+                    problem := await self.resolutions.find_problem(task)
+                ):
+                    await self.refuse_resolution(task, problem)
+                    return
                 await self.record_landed(Trigger.ADOPT, {task: commit}, "the target already has the same change")
             case MergeConflict() as conflict:
                 await self.conflict(task, conflict)
@@ -220,6 +228,9 @@ class LandingOutcomes:
     ) -> None:
         """Retry a task whose merge fails its checks, or end the task."""
         reason = failed.describe("on the merged tree")
+        if resolves_conflict(self._ledger.task(task)):
+            await self.refuse_resolution(task, reason)
+            return
         facts: JsonObject = {"log": str(failed.log)}
         rejection = Rejection(
             FailureClass.CHECKS_FAILED, reason, self._ledger.work_branch(task), facts, str(failed.log), checks
@@ -247,17 +258,43 @@ class LandingOutcomes:
             await self._reject(task, Trigger.REJECT, rejection)
 
     async def conflict(self, task: str, conflict: MergeConflict) -> None:
-        """Preserve both sides of a merge conflict on a branch; repeat the work from the target, or end the task."""
-        branch = work_branch_name(self._ledger.run.id, task, "conflict")
+        """Preserve both sides of a merge conflict on a branch, and react as the task's `on_conflict` demands."""
+        if resolves_conflict(self._ledger.task(task)):
+            await self.refuse_resolution(task, "it conflicts with later changes of the target")
+            return
+        branch = self._conflict_branch(task)
         await self._git("update-ref", f"refs/heads/{branch}", conflict.commit)
         reason = f"merge conflict in {', '.join(conflict.paths)}"
-        rejection = Rejection(FailureClass.CONFLICT, reason, branch, {"paths": list(conflict.paths)})
-        document, spec = self._ledger.task(task), await self._ledger.definitions.spec(task)
-        if spec.on_conflict == "rebase" and self._is_retried(task, spec, FailureClass.CONFLICT):
-            restart = restart_work(self._ledger.definitions.workflow(spec.workflow), document)
-            await self._reject(task, Trigger.RETRY_WORK, rejection, commit=None, built_by=None, **restart)
+        spec = await self._ledger.definitions.spec(task)
+        if spec.on_conflict == "resolve" and self._is_retried(task, spec, FailureClass.CONFLICT):
+            try:
+                start, feedback = await self.resolutions.prepare(task, conflict.commit)
+            except RefusedError as error:
+                reason += f"; {error.message}"
+            else:
+                rejection = Rejection(FailureClass.CONFLICT, reason, branch, {"paths": list(conflict.paths)})
+                await self._bounce_with_merge(task, spec, rejection, start, feedback, conflict=conflict.commit)
+                return
+        await self._end_conflict(task, spec, reason, conflict.paths)
+
+    async def refuse_resolution(self, task: str, reason: str) -> None:
+        """Reject the resolution of a conflict; repeat the work from the target if attempts are left."""
+        if self._ledger.task(task).status is TaskStatus.CHECKING:
+            await self.requeue(task, reason)
+        spec = await self._ledger.definitions.spec(task)
+        await self._end_conflict(task, spec, f"the resolution of its merge conflict was rejected: {reason}")
+
+    async def _end_conflict(self, task: str, spec: TaskSpec, reason: str, paths: Sequence[str] = ()) -> None:
+        rejection = Rejection(FailureClass.CONFLICT, reason, self._conflict_branch(task), {"paths": list(paths)})
+        if spec.on_conflict != "keep" and self._is_retried(task, spec, FailureClass.CONFLICT):
+            restart = restart_work(self._ledger.definitions.workflow(spec.workflow), self._ledger.task(task))
+            cleared = {"commit": None, "built_by": None, "conflict": None}
+            await self._reject(task, Trigger.RETRY_WORK, rejection, **cleared, **restart)
         else:
-            await self._reject(task, Trigger.CONFLICT, rejection, paths=conflict.paths)
+            await self._reject(task, Trigger.CONFLICT, rejection, paths=tuple(paths), conflict=None)
+
+    def _conflict_branch(self, task: str) -> str:
+        return work_branch_name(self._ledger.run.id, task, "conflict")
 
     def _is_retried(self, task: str, spec: TaskSpec, failure: FailureClass) -> bool:
         """Return True if another attempt may fix a rejected landing."""
@@ -265,7 +302,7 @@ class LandingOutcomes:
         return decide_retry(failure, failures, spec.attempts, {failure}, spec.backoff) is not None
 
     async def _bounce_with_merge(
-        self, task: str, spec: TaskSpec, rejection: Rejection, start: str, feedback: str
+        self, task: str, spec: TaskSpec, rejection: Rejection, start: str, feedback: str, conflict: str | None = None
     ) -> None:
         """Have another attempt fix the merge; the phases after it run again."""
         base = await self._git.line("rev-parse", f"{start}^1")
@@ -277,6 +314,7 @@ class LandingOutcomes:
             start=start,
             base=base,
             feedback=feedback,
+            conflict=conflict,
             commit=None,
             built_by=None,
             **restart,

@@ -361,7 +361,7 @@ async def retry_task(ledger: Ledger, task: str, phase: str | None = None) -> boo
     Return False if it has not ended.
     """
     workflow = ledger.definitions.workflow((await ledger.definitions.spec(task)).workflow)
-    cleared = {"commit": None, "built_by": None, "start": None, "base": None, "feedback": None}
+    cleared = dict.fromkeys(("commit", "built_by", "start", "base", "conflict", "feedback"))
     while (document := ledger.task(task)).status in RETRYABLE_STATUSES:
         restart = restart_task(workflow, document, phase)
         if superseded_subtasks(ledger, workflow, document, phase):
