@@ -90,7 +90,8 @@ async def test_task_held_during_its_check_lands_only_after_its_release(repositor
 async def test_hold_and_bump_survive_a_kill(repository: Repository, log: CheckLog) -> None:
     """Without a process, the commands record them; the killed process and the next one apply them."""
     queue(repository, log, ["a", "b", "c"], log.command(), capacity=1)
-    assert repository.council("queue", "hold", "t0").code == 0
+    held = repository.council("queue", "hold", "t0")
+    assert (held.code, "t0 is held until `council queue release t0`\n" in held.stdout + held.stderr) == (0, True), held
     assert repository.council("queue", "bump", "t2").code == 0
     assert list(shown(repository)) == ["t2", "t1", "t0"]
     assert repository.council("resume", failpoints="landing.pushed=kill").code == -signal.SIGKILL

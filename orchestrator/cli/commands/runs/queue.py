@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -74,6 +75,9 @@ async def hold(context: CouncilContext, tasks: tuple[str, ...], reason: str | No
     late = [task.id for task in report.tasks if task.id in tasks and task.status in moved]
     for task in late:
         context.output.notice(printable(f"{task} was not held: it was already landing"))
+    for task in dict.fromkeys(tasks):
+        if task not in late:  # the state of a running task does not show it
+            context.output.notice(printable(f"{task} is held until `council queue release {shlex.quote(task)}`"))
     return await context.show_result(report, int(bool(late)))
 
 
