@@ -116,7 +116,8 @@ def check_adapter_choice(
 
 def no_program_error(adapters: Iterable[str]) -> RefusedError:
     """Return the error that no adapter's program is on PATH and no file exists."""
-    remedy = "install one (`council adapters` shows how), or create a council.yaml with an adapter of `use: command`, which runs any program"
+    own = "create a council.yaml with an adapter of `use: command`, which runs any program"
+    remedy = f"install one (`council adapters` shows how), or {own}"
     return RefusedError(f"no supported CLI is on PATH (adapters: {', '.join(adapters)})", remedy)
 
 

@@ -286,7 +286,7 @@ def test_sandboxes_are_checked(repository: Repository, fakes: FakePrograms) -> N
 
 
 def test_installed_adapters_are_checked_without_a_file(repository: Repository, fakes: FakePrograms) -> None:
-    """All that need no options; if none is installed, one line reports it, and the command that shows how to install."""
+    """All that need no options; if none is installed, one line has the command that shows how to install them."""
     none = doctor(repository)
     assert not [name for name in none if name.startswith("adapter ")]
     [(status, words, remedy)] = none["adapters"]
