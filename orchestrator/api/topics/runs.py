@@ -21,6 +21,7 @@ from orchestrator.domain.events.runs import (
 )
 from orchestrator.domain.events.state import CheckpointCreated, CheckpointRestored
 from orchestrator.domain.runs.model import RequestAction
+from orchestrator.domain.scheduling.conflict_holds import find_conflict_holds
 from orchestrator.domain.scheduling.landing_order import QueuedTask, QueueFacts, describe_queue
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.engine.state.records import read_queue_windows, read_run
@@ -190,7 +191,9 @@ class Runs(RunIndex):
         windows = await read_queue_windows(store, name)
         priorities = {task: entry.priority for task, entry in record.entries.items()}
         active = [window for process, window in windows.items() if process not in ended]
-        return describe_queue(QueueFacts(record.tasks, priorities, record.run.held, record.run.bumped, active, is_live))
+        holds = find_conflict_holds(record.run, record.tasks, priorities)
+        held, bumped = record.run.held, record.run.bumped
+        return describe_queue(QueueFacts(record.tasks, priorities, held, holds, bumped, active, is_live))
 
     async def list(self, *, active: bool = False) -> Sequence[RunReport]:
         """Return the reports of all runs of the project, oldest first.

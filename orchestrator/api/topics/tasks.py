@@ -90,7 +90,10 @@ class Tasks(Topic):
         return await self._request_named(run, RequestAction.HOLD, tasks, reason)
 
     async def release(self, *tasks: str, run: str | None = None) -> RunReport:
-        """Let held tasks land. Raises RefusedError if a task is not held."""
+        """Let held tasks land, also those that wait for a predicted conflict.
+
+        Raises RefusedError if a task is not held.
+        """
         return await self._request_named(run, RequestAction.RELEASE, tasks)
 
     async def bump(self, *tasks: str, run: str | None = None) -> RunReport:

@@ -162,7 +162,7 @@ class ConflictPredicted(TaskEvent):
 
 
 class ConflictResolved(TaskEvent):
-    """The changes of two running sessions merge again without conflicts. Recorded for both tasks."""
+    """The changes of two sessions merge again without conflicts. Recorded for both tasks."""
 
     type = "conflict.resolved"
     sentence = "no more merge conflict with {other} predicted"

@@ -333,7 +333,7 @@ class TaskHeld(TaskEvent):
 
 
 class TaskReleased(TaskEvent):
-    """A user released the task, which may land."""
+    """A user released the task, which may land, also before a task with a predicted conflict."""
 
     type = "task.released"
     sentence = "released, may land"

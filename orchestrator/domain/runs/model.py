@@ -305,12 +305,20 @@ class RunDocument(ResolvedSettings):
     """Tasks that a user holds, which do not land until they are released, each with the reason, which may be empty."""
     bumped: tuple[str, ...] = ()
     """Tasks that a user moved to the front of the merge queue, the first one first."""
+    predicted_conflicts: tuple[tuple[str, str], ...] = ()
+    """Pairs of tasks with predicted merge conflicts, each sorted; recorded only if the later one of a pair is held."""
+    released: tuple[str, ...] = ()
+    """Tasks that a user released, which land regardless of predicted conflicts."""
     merges: str | None = None
     """The run whose branch it merges; `latest` never refers to such a run."""
     imported: ImportedRun | None = None
     """For an imported run: its original record. Such a run can't be resumed."""
     annotations: dict[str, Any] = Field(default_factory=dict)
     """Data of users and other programs; not used by council."""
+
+    def is_held(self, task: str) -> bool:
+        """Return whether `council queue release` has an effect on a task."""
+        return task in self.held or any(task in pair for pair in self.predicted_conflicts)
 
     def check_not_imported(self) -> None:
         """Raise RefusedError for an imported run."""

@@ -10,6 +10,7 @@ from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, TaskStatus
+from orchestrator.domain.scheduling.conflict_holds import describe_conflict_hold
 from orchestrator.domain.scheduling.dispatch import AGING_SECONDS
 from orchestrator.domain.wording import join_names
 
@@ -95,6 +96,8 @@ class QueuedTask:
     """When its work was finished (seconds since the epoch)."""
     held: bool
     """Whether a user holds it."""
+    waits_for: str | None
+    """The task that lands first, because a merge conflict with it is predicted."""
     bumped: bool
     """Whether a user moved it to the front."""
     check: WindowEntry | None
@@ -112,6 +115,8 @@ class QueueFacts:
     priorities: Mapping[str, int]
     held: Mapping[str, str]
     """The reasons to hold tasks."""
+    conflict_holds: Mapping[str, str]
+    """Tasks that wait for a predicted conflict, with the task that lands first."""
     bumped: Sequence[str]
     windows: Iterable[QueueWindow]
     """The merges that active processes check."""
@@ -137,6 +142,7 @@ def describe_queue(facts: QueueFacts) -> list[QueuedTask]:
             bounces=known[task].bounces,
             since=known[task].built,
             held=task in facts.held,
+            waits_for=facts.conflict_holds.get(task),
             bumped=task in facts.bumped,
             check=checks.get(task),
             reason=_describe_wait(task, facts, checks.get(task), order[: position - 1]),
@@ -146,7 +152,8 @@ def describe_queue(facts: QueueFacts) -> list[QueuedTask]:
 
 
 def _is_held(task: str, facts: QueueFacts) -> bool:
-    return task in facts.held and facts.tasks[task].status is TaskStatus.QUEUED
+    is_held = task in facts.held or task in facts.conflict_holds
+    return is_held and facts.tasks[task].status is TaskStatus.QUEUED
 
 
 def _current_checks(built: Mapping[str, TaskDocument], facts: QueueFacts) -> dict[str, WindowEntry]:
@@ -168,11 +175,11 @@ def _describe_wait(task: str, facts: QueueFacts, check: WindowEntry | None, befo
     document = facts.tasks[task]
     if document.status is TaskStatus.LANDING:
         return "the target is being updated with it" if facts.is_live else "its landing was interrupted"
-    if task in facts.held:
-        return describe_hold(facts.held[task], task)
+    if (hold := _describe_hold(task, facts)) is not None:
+        return hold
     if not facts.is_live:
         return "no process is active in the run: `council resume` lands it"
-    ahead = [one for one in before if one not in facts.held]
+    ahead = [one for one in before if one not in facts.held and one not in facts.conflict_holds]
     first = f"{join_names(ahead, _MAX_NAMED)} to land" if ahead else ""
     if check is not None and check.state == "failed":
         return f"a check failed ahead of its turn; it waits for {first or 'its turn'}"
@@ -183,3 +190,9 @@ def _describe_wait(task: str, facts: QueueFacts, check: WindowEntry | None, befo
     if document.reason is not None:
         return document.reason
     return f"it waits for {first}" if first else "it is next"
+
+
+def _describe_hold(task: str, facts: QueueFacts) -> str | None:
+    if task in facts.held:
+        return describe_hold(facts.held[task], task)
+    return describe_conflict_hold(task, facts.conflict_holds[task]) if task in facts.conflict_holds else None

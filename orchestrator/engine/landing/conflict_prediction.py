@@ -2,12 +2,12 @@
 
 Every two seconds, sessions with new and overlapping changes are merged in memory. Each change of a prediction is
 recorded once: as an event and a note of both tasks, in the records of both sessions, and for the next call of their
-pre-edit hooks.
+pre-edit hooks. If the later task of a conflict is held, its built work is compared as well, until the other task ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Final
@@ -16,7 +16,9 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.domain.events.coordination import ConflictPredicted, ConflictResolved
+from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.session_names import SessionName
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.path_ownership import escape_path
 from orchestrator.domain.sessions.predicted_conflicts import MAX_PATHS, describe_conflict
 from orchestrator.engine.run_context import RunContext
@@ -41,13 +43,14 @@ class ConflictPredictor:
         self._conflicts: dict[SessionPair, frozenset[str]] = {}
         self._notes: dict[SessionPair, str] = {}
         """The note of the first session of each pair about the second."""
+        self._holds = ledger.run.merge.on_predicted_conflict == "hold"
 
     async def run(self) -> None:
         """Predict conflicts until cancelled. After an error of git or of the store, start again from scratch."""
         context, pause = self._context, _INTERVAL
         while True:
             await self._wait(pause)
-            if len(self._running()) < _MIN_SESSIONS and not self._conflicts:
+            if not self._is_comparable() and not self._conflicts:
                 continue
             pause = min(2 * pause, _MAX_PAUSE)
             with suppress(GitError, OSError, RefusedError, StoreUnavailable):
@@ -67,17 +70,55 @@ class ConflictPredictor:
     def _running(self) -> dict[SessionName, Session]:
         return {one.name: one for one in self._sessions() if one.is_writing}
 
+    def _is_comparable(self) -> bool:
+        running = self._running()
+        return bool(running) and len(running) + len(self._built()) >= _MIN_SESSIONS
+
+    def _built(self) -> dict[SessionName, TaskDocument]:
+        """Return the sessions whose built work waits to land, and may be held for a predicted conflict."""
+        return {
+            name: document
+            for name, document in self._with_conflicts()
+            if document.status is TaskStatus.QUEUED and document.commit is not None
+        }
+
+    def _ending(self, names: Iterable[SessionName]) -> set[SessionName]:
+        """Return the sessions with recorded conflicts whose program has ended, and whose work is being built."""
+        found = {name for name, document in self._with_conflicts() if document.status is TaskStatus.RUNNING}
+        return found.intersection(names)
+
+    def _with_conflicts(self) -> Iterator[tuple[SessionName, TaskDocument]]:
+        run, tasks = self._ledger.run, self._ledger.tasks
+        for task in {task for pair in run.predicted_conflicts for task in pair} if self._holds else ():
+            if task in tasks and tasks[task].attempts and not self._ledger.is_claimed_elsewhere(task):
+                yield SessionName(run.id, task, tasks[task].building_attempt.number), tasks[task]
+
     async def _look(self, live: LiveConflicts) -> bool:
         """Report the changes of conflicts; return False if too few sessions are running."""
-        running = self._running()
-        for name in {*live.sessions, *chain.from_iterable(self._conflicts)} - running.keys():
+        running, built = self._running(), self._built()
+        ended = {*live.sessions, *chain.from_iterable(self._conflicts)} - running.keys() - built.keys()
+        ending = self._ending(ended.intersection(live.sessions))
+        for name in ended - ending:
             await self._forget(live, name)
-        if len(running) < _MIN_SESSIONS:
+        for name in ending:
+            live.freeze(name)
+        if not self._is_comparable():
             return False
         for name, session in running.items():
             if name not in live.sessions and (work := session.live_work()) is not None:
                 await live.follow(name, work.checkout, work.rules, work.assignment.base, work.assignment.start)
-        for (one, other), paths in (await live.look()).items():
+        for name, document in built.items():
+            await live.follow_commit(name, document.building_attempt.base, document.commit or "")
+        news = await live.look()
+        if news and self._holds:
+            await self._ledger.run_state.record_predictions(
+                {
+                    (min(tasks), max(tasks)): bool(paths)
+                    for pair, paths in news.items()
+                    if (tasks := [one.task for one in pair])
+                }
+            )
+        for (one, other), paths in news.items():
             await self._report(one, other, paths)
             await self._report(other, one, paths)
         return True

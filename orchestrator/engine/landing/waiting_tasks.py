@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.domain.scheduling.conflict_holds import find_conflict_holds
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import LandingCandidate, order_landings
 from orchestrator.engine.state.ledger import Ledger
@@ -21,16 +22,26 @@ class WaitingTasks:
         """Tasks that can't land at present."""
         self.cancelled: set[str] = set()
         """Tasks that a user has cancelled; they don't land unless they are already landing."""
+        self.is_stalled = False
+        """Whether no session will start without a landing, see `find_conflict_holds`."""
 
     @property
     def ready(self) -> list[str]:
         """The tasks that may land, in landing order."""
-        return [task for task in self._tasks if not self.is_held(task)]
+        held = set(self.held)
+        return [task for task in self._tasks if task not in held]
 
     @property
     def held(self) -> list[str]:
-        """The tasks that do not land until a user releases them, in landing order."""
-        return [task for task in self._tasks if self.is_held(task)]
+        """The tasks that a user or a predicted conflict keeps from landing, in landing order."""
+        holds = self._conflict_holds()
+        return [task for task in self._tasks if task in holds or self.is_held(task)]
+
+    def _conflict_holds(self) -> Mapping[str, str]:
+        run, documents = self._ledger.run, self._ledger.tasks.documents()
+        tasks = {task for pair in run.predicted_conflicts for task in pair if task in self._entries}
+        priorities = {task: self._entries[task].priority for task in tasks}
+        return find_conflict_holds(run, documents, priorities, is_stalled=self.is_stalled)
 
     @property
     def interrupted(self) -> list[str]:
@@ -76,7 +87,8 @@ class WaitingTasks:
 
     def take(self, tasks: Iterable[str]) -> list[str]:
         """Remove and return those of the tasks that may still land."""
-        taken = [task for task in tasks if task in self._tasks and not self.is_held(task)]
+        held = set(self.held)
+        taken = [task for task in tasks if task in self._tasks and task not in held]
         for task in taken:
             del self._tasks[task]
         return taken

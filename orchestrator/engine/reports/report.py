@@ -16,6 +16,7 @@ from orchestrator.domain.runs.statuses import (
     run_state,
 )
 from orchestrator.domain.scheduling.claims import ClaimCounters, OrchestratorLease, sum_counters
+from orchestrator.domain.scheduling.conflict_holds import describe_conflict_hold, find_conflict_holds
 from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import describe_hold
@@ -341,11 +342,13 @@ def build_report(
 
 
 def _held_tasks(record: RunRecord) -> dict[str, str]:
-    """Return the unfinished tasks that a user holds, with the reasons."""
-    if not record.run.held:
+    """Return the unfinished tasks that a user or a predicted conflict holds, with the reasons."""
+    if not (record.run.held or record.run.predicted_conflicts):
         return {}
     statuses = {task: one.status for task, one in record.tasks.items()}
-    return {
+    priorities = {task: entry.priority for task, entry in record.entries.items()}
+    waits = find_conflict_holds(record.run, record.tasks, priorities)
+    return {task: describe_conflict_hold(task, other) for task, other in waits.items()} | {
         task: describe_hold(reason, task)
         for task, reason in record.run.held.items()
         if task in statuses and statuses[task] not in {*FINAL_STATUSES, TaskStatus.LANDING}

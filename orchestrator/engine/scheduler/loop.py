@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Final
 
 import anyio
 from anyio.abc import TaskGroup
@@ -38,6 +39,9 @@ from orchestrator.errors import GitError
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.system import process
 from orchestrator.system.failpoints import failpoint
+
+#: The statuses of tasks that a session or a landing is changing.
+_WORKING: Final = frozenset({TaskStatus.RUNNING, TaskStatus.CHECKING, TaskStatus.LANDING})
 
 
 class Scheduler:
@@ -136,7 +140,8 @@ class Scheduler:
             services.start_soon(self._run_monitor_as_leader)
             if self._context.session_service is not None:
                 services.start_soon(self._context.session_service.follow_lock_breaks)
-            services.start_soon(ConflictPredictor(self._ledger, self._context, self._local.active_sessions).run)
+            if self._ledger.run.merge.on_predicted_conflict != "off":
+                services.start_soon(ConflictPredictor(self._ledger, self._context, self._local.active_sessions).run)
             services.start_soon(self._peers.renew)
             services.start_soon(self._peers.sweep)
             services.start_soon(self._peers.detect_dead_peers)
@@ -191,6 +196,8 @@ class Scheduler:
         if self._stopping:
             return
         now = self._clock.monotonic()
+        if self._ledger.run.predicted_conflicts and not self._landings.is_landing:
+            self._merge_queue.tasks.is_stalled = self._is_stalled()
         self._landings.tick(group, now)
         starts = self._board.choose_tasks(await self._free(now), now)
         tips: dict[bool, str] = {}
@@ -205,12 +212,19 @@ class Scheduler:
                 group.start_soon(self._attempt, prepared)
         await self._note_waiting()
 
+    def _is_stalled(self) -> bool:
+        """Return whether nothing runs, and no session will start without a landing."""
+        if self._is_active() or any(status in _WORKING for status in self._ledger.statuses().values()):
+            return False
+        return self._is_start_blocked or not self._board.forecast.has_work()
+
     async def _note_waiting(self) -> None:
         """Record once that the run only waits for adapter cooldowns, approvals or held tasks."""
         if self._is_active() or self._landings.is_pending or self._is_start_blocked or self._local.tasks_elsewhere():
             return
         awaited, approvals = self._board.forecast.awaited(), self._local.awaiting_user()
-        waits = awaited, approvals, tuple(self._merge_queue.tasks.held)
+        held = tuple(task for task in self._merge_queue.tasks.held if self._merge_queue.tasks.is_held(task))
+        waits = awaited, approvals, held
         if (not awaited and self._board.forecast.has_work()) or not any(waits) or waits == self._last_noted_wait:
             return
         self._last_noted_wait = waits

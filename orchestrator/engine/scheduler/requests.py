@@ -98,7 +98,7 @@ def _check_unfinished(action: RequestAction, task: str, record: RunRecord) -> No
     if status in FINAL_STATUSES and action is not RequestAction.CANCEL:  # nothing is left to cancel
         message = f"task {task!r} has already ended (state: {status.record.label})"
         raise RefusedError(message, f"there is nothing to {action}")
-    if action is RequestAction.RELEASE and task not in record.run.held:
+    if action is RequestAction.RELEASE and not record.run.is_held(task):
         raise RefusedError(f"task {task!r} is not held", f"`council queue {record.run.id}` lists held tasks")
 
 

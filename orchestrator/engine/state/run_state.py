@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from orchestrator.domain.events.base import RunEvent
@@ -46,12 +46,16 @@ class RunState:
 
     async def update(self, event: RunEvent, **changes: Any) -> None:
         """Change the document, and record the event that reports it."""
+        await self._change([event], lambda _: changes)
+
+    async def _change(self, events: Sequence[RunEvent], decide: Callable[[RunDocument], Mapping[str, Any]]) -> None:
+        """Record the changes that `decide` derives from the stored document, and the events that report them."""
         while True:
             version, before = await self.read()
-            amended = before.model_copy(update=changes)
+            amended = before.model_copy(update=decide(before))
             write = Write(run_key(amended.id), version, amended.model_dump(mode="json"))
             try:
-                await self._writer.commit(Commit([write], [self._writer.event(event)]))
+                await self._writer.commit(Commit([write], [self._writer.event(event) for event in events]))
             except VersionConflict:  # subtasks were added
                 continue
             break
@@ -72,13 +76,24 @@ class RunState:
 
     async def hold(self, task: str, reason: str | None) -> None:
         """Record that a task does not land until it is released."""
-        await self.update(TaskHeld(task=task, reason=reason), held={**self.document.held, task: reason or ""})
+        released = tuple(name for name in self.document.released if name != task)
+        held = {**self.document.held, task: reason or ""}
+        await self.update(TaskHeld(task=task, reason=reason), held=held, released=released)
 
     async def release(self, task: str) -> None:
-        """Record that a held task may land."""
-        if task in self.document.held:
-            held = {name: reason for name, reason in self.document.held.items() if name != task}
-            await self.update(TaskReleased(task=task), held=held)
+        """Record that a task may land, although a user held it or a conflict is predicted."""
+        held = {name: reason for name, reason in self.document.held.items() if name != task}
+        released = tuple(dict.fromkeys((*self.document.released, task)))
+        if (held, released) != (self.document.held, self.document.released):
+            await self.update(TaskReleased(task=task), held=held, released=released)
+
+    async def record_predictions(self, conflicts: Mapping[tuple[str, str], bool]) -> None:
+        """Record which pairs of tasks have predicted conflicts now, for the holds that follow from them."""
+        added = {pair for pair, is_predicted in conflicts.items() if is_predicted}
+        await self._change(
+            (),
+            lambda run: {"predicted_conflicts": tuple(sorted({*run.predicted_conflicts} - conflicts.keys() | added))},
+        )
 
     async def bump(self, task: str) -> None:
         """Record that a task lands before all others."""

@@ -29,9 +29,9 @@ SessionPair = tuple[SessionName, SessionName]
 
 @dataclass(slots=True)
 class _Followed:
-    """A running session: its files, its base, and the commit of its changes so far."""
+    """A session: its files while it runs, its base, and the commit of its changes so far."""
 
-    files: LiveFiles
+    files: LiveFiles | None
     base: str
     commit: str
     earlier: frozenset[str]
@@ -43,8 +43,15 @@ class _Followed:
 
     def update(self) -> None:
         """Read the changed paths again."""
-        removed = frozenset(self.files.removed)
-        self.changed = ChangedPaths((self.files.present | self.earlier) - removed, removed)
+        present = frozenset() if self.files is None else frozenset(self.files.present)
+        removed = frozenset() if self.files is None else frozenset(self.files.removed)
+        self.changed = ChangedPaths((present | self.earlier) - removed, removed)
+
+    def close(self) -> None:
+        """Stop following the files. Blocks briefly."""
+        if self.files is not None:
+            self.files.close()
+            self.files = None
 
 
 class LiveConflicts:
@@ -77,8 +84,23 @@ class LiveConflicts:
         self._sessions[name] = _Followed(files, base, start or base, paths)
         self._new.add(name)
 
+    def freeze(self, name: SessionName) -> None:
+        """Keep the known changes of a session that has ended. Blocks briefly."""
+        self._sessions[name].close()
+
+    async def follow_commit(self, name: SessionName, base: str, commit: str) -> None:
+        """Compare the built work of a session that has ended, which lands on `base`, instead of its files."""
+        known = self._sessions.get(name)
+        if known is not None and known.commit == commit:
+            return
+        if known is not None:
+            known.close()
+        paths = frozenset(change.path for change in await self._git.changes(base, commit))
+        self._sessions[name] = _Followed(None, base, commit, paths)
+        self._new.add(name)
+
     def _may_watch(self, folders: int) -> bool:
-        used = sum(one.files.watches for one in self._sessions.values())
+        used = sum(one.files.watches for one in self._sessions.values() if one.files is not None)
         try:
             return used + folders <= int(_MAX_WATCHES.read_text()) * _WATCH_SHARE
         except (OSError, ValueError):  # no inotify
@@ -87,7 +109,7 @@ class LiveConflicts:
     def forget(self, name: SessionName) -> None:
         """Stop following a session, and forget its conflicts. Blocks briefly."""
         if (one := self._sessions.pop(name, None)) is not None:
-            one.files.close()
+            one.close()
         self._new.discard(name)
         for pair in [pair for pair in self.conflicts if name in pair]:
             del self.conflicts[pair]
@@ -95,7 +117,7 @@ class LiveConflicts:
     def close(self) -> None:
         """Stop following all sessions. Blocks briefly."""
         for one in self._sessions.values():
-            one.files.close()
+            one.close()
         self._sessions.clear()
 
     async def look(self) -> Mapping[SessionPair, frozenset[str]]:
@@ -126,7 +148,7 @@ class LiveConflicts:
         """Commit the new changes of all sessions; return the sessions that have any."""
         found: dict[SessionName, Sequence[FileState]] = {}
         for name, one in self._sessions.items():
-            if files := await one.files.read_changes():
+            if one.files is not None and (files := await one.files.read_changes()):
                 found[name] = files
                 one.update()
         if found:

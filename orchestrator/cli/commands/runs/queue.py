@@ -87,7 +87,7 @@ async def hold(context: CouncilContext, tasks: tuple[str, ...], reason: str | No
 @verbose_option
 @council_command()
 async def release(context: CouncilContext, tasks: tuple[str, ...], run: str | None) -> int:
-    """Let held tasks land.
+    """Let held tasks land, also those that wait for a predicted conflict.
 
     An active run lands them in their turn; otherwise run `council resume`.
 
@@ -123,7 +123,7 @@ def _to_json(one: QueuedTask) -> JsonObject:
 def _lines(queue: Sequence[QueuedTask], now: float) -> Iterator[str]:
     rows: list[Sequence[str]] = []
     for one in queue:
-        state = "held" if one.held else one.status
+        state = "held" if one.held or one.waits_for else one.status
         rows.append((f"{one.position}", one.task, state, _describe_check(one, now), one.reason))
     yield from align_columns(rows)
 
