@@ -382,6 +382,19 @@ def test_removed_locks_folder_is_created_again(repository: Repository) -> None:
         assert (ended.code, ended.states) == (0, {"one": "landed"}), ended
 
 
+def test_locks_folder_removed_during_a_run_ends_it_with_the_fix(repository: Repository) -> None:
+    tasks = [{"id": name, "prompt": f"write {name}.txt 1"} for name in ("one", "two")]
+    child = repository.start("run", str(repository.configure(tasks, capacity=1)), failpoints="work.recorded=stop")
+    wait_for(lambda: (stat := process_stat(child.pid)) is not None and stat.state == "T")
+    (folder,) = Path(repository.environ["COUNCIL_HOME"]).glob("*/locks")
+    shutil.rmtree(folder)
+    child.send_signal(signal.SIGCONT)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 1, stderr
+    assert f"{folder}: the folder of locks was deleted" in stderr
+    assert repository.council("resume", "--json").states == {"one": "landed", "two": "landed"}
+
+
 @pytest.mark.parametrize("setting", ["transfer.hideRefs", "receive.hideRefs", "uploadpack.hideRefs"])
 def test_branches_hidden_by_the_configuration_are_used(repository: Repository, setting: str) -> None:
     """The user hides them from others; a run is their own."""
