@@ -455,10 +455,14 @@ def to_unusable_error(error: OSError | GitError, message: str, remedy: str) -> O
 
 
 def to_access_refusal(error: OSError) -> RefusedError | None:
-    """Return a refusal for a denied access, or a file in the place of a folder; None for others.
+    """Return a refusal for a denied access, a file in the place of a folder, or a deleted folder; None for others.
 
     Others are perhaps internal errors. Blocks.
     """
+    if error.errno == errno.ENOENT and isinstance(error.filename, str | Path):
+        folder = Path(error.filename).parent
+        if folder.is_absolute() and not folder.exists():
+            return RefusedError(f"{folder} was deleted while it was in use", "start the command again")
     if error.errno == errno.ENOTDIR and isinstance(error.filename, str | Path):
         path = Path(error.filename)
         if (file := next((one for one in (path, *path.parents) if one.is_file()), None)) is not None:

@@ -169,8 +169,7 @@ class FileLock:
 
         `timeout` is in seconds (0: don't wait). `awaited` describes the holder's activity, for a notice on standard
         error during a long wait. A cancelled wait leaves nothing locked. Raises LockHeld, which names the holder;
-        StoreUnavailable if the file system does not support locks, or the folder was deleted; and OSError if the file
-        can't be opened.
+        StoreUnavailable if the file system does not support locks; and OSError if the file can't be opened.
         """
         queue = _queue_of(self.path)
         notice = (
@@ -213,14 +212,7 @@ class _Queue:
         while True:
             if self._waiter is None:
                 with anyio.CancelScope(shield=True):
-                    try:
-                        fd, locked = await anyio.to_thread.run_sync(
-                            lambda: _try_open_and_lock(self._path, shared=shared)
-                        )
-                    except FileNotFoundError as exc:
-                        # Not created again here: other processes may hold the deleted files.
-                        remedy = "stop the processes that use it, then start again: it is created again"
-                        raise StoreUnavailable(self._path.parent, "the folder of locks was deleted", remedy) from exc
+                    fd, locked = await anyio.to_thread.run_sync(lambda: _try_open_and_lock(self._path, shared=shared))
                 if locked:
                     return fd
                 if nonblocking:

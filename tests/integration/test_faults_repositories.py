@@ -390,8 +390,8 @@ def test_locks_folder_removed_during_a_run_ends_it_with_the_fix(repository: Repo
     shutil.rmtree(folder)
     child.send_signal(signal.SIGCONT)
     _, stderr = child.communicate(timeout=60)
-    assert child.returncode == 1, stderr
-    assert f"{folder}: the folder of locks was deleted" in stderr
+    assert child.returncode == 2, stderr
+    assert f"{folder} was deleted while it was in use" in stderr
     assert repository.council("resume", "--json").states == {"one": "landed", "two": "landed"}
 
 
