@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -288,7 +289,8 @@ def to_store_error(address: Address, error: Exception) -> StoreUnavailable:
         return StoreUnavailable(name, "another process changed the log in the meantime", "try again")
     if isinstance(error, exceptions.ConnectionError):
         # The text of the client repeats the address, which `name` has.
-        causes = [one.errno for one in (error.__cause__, error.__context__) if isinstance(one, OSError) and one.errno]
-        reason = os.strerror(causes[0]) if causes else text
+        causes = (one for one in (error.__cause__, error.__context__) if isinstance(one, OSError))
+        cause = next((one.errno for one in causes if not isinstance(one, ssl.SSLError | socket.gaierror)), None)
+        reason = text if cause is None else os.strerror(cause)
         return StoreUnreachable(name, f"unreachable: {reason}", "start the server, or correct the URL")
     return StoreUnavailable(name, f"the server failed: {text}", "see its log")
