@@ -454,7 +454,7 @@ def to_unusable_error(error: OSError | GitError, message: str, remedy: str) -> O
     return RefusedError(f"{message}: {reason}", remedy) if describe_shortage(error) is None else error
 
 
-def to_access_refusal(error: OSError) -> RefusedError | None:
+def to_path_refusal(error: OSError) -> RefusedError | None:
     """Return a refusal for a denied access, a file in the place of a folder, or a deleted folder; None for others.
 
     Others are perhaps internal errors. Blocks.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import RefusedError, to_access_refusal
+from orchestrator.errors import RefusedError, to_path_refusal
 from tests.conftest import CommandResult, Repository
 
 pytestmark = pytest.mark.extended_rest
@@ -87,11 +87,11 @@ def test_pipe_in_place_of_the_file_does_not_hang(repository: Repository, command
 
 def test_refused_system_calls_are_no_internal_error() -> None:
     """With its position and a remedy; other exceptions may be internal errors."""
-    refused = to_access_refusal(PermissionError(errno.EACCES, "Permission denied", "/home/.council"))
+    refused = to_path_refusal(PermissionError(errno.EACCES, "Permission denied", "/home/.council"))
     assert isinstance(refused, RefusedError)
     assert str(refused) == "/home/.council: permission denied: grant yourself access to it"
-    assert to_access_refusal(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")) is None
-    assert to_access_refusal(OSError("anything")) is None
+    assert to_path_refusal(FileNotFoundError(errno.ENOENT, "No such file or directory", "/x")) is None
+    assert to_path_refusal(OSError("anything")) is None
 
 
 @pytest.mark.extended_variants

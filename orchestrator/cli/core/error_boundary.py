@@ -30,7 +30,7 @@ from orchestrator.errors import (
     RefusedError,
     StateLost,
     describe_shortage,
-    to_access_refusal,
+    to_path_refusal,
 )
 from orchestrator.protocols import JsonObject
 
@@ -114,7 +114,7 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None], resume
     """
     if isinstance(error, OSError):
         name_failed_file(error)
-        error = to_access_refusal(error) or error
+        error = to_path_refusal(error) or error
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, {"status": "interrupted", "error": "interrupted"}, "interrupted"
     if isinstance(error, ConfigError):

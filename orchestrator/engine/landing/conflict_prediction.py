@@ -111,13 +111,11 @@ class ConflictPredictor:
             await live.follow_commit(name, document.building_attempt.base, document.commit or "")
         news = await live.look()
         if news and self._holds:
-            await self._ledger.run_state.record_predictions(
-                {
-                    (min(tasks), max(tasks)): bool(paths)
-                    for pair, paths in news.items()
-                    if (tasks := [one.task for one in pair])
-                }
-            )
+            conflicts = {
+                (min(one.task, other.task), max(one.task, other.task)): bool(paths)
+                for (one, other), paths in news.items()
+            }
+            await self._ledger.run_state.record_predictions(conflicts)
         for (one, other), paths in news.items():
             await self._report(one, other, paths)
             await self._report(other, one, paths)

@@ -7,12 +7,11 @@ from contextlib import suppress
 from typing import Final, NamedTuple
 
 from orchestrator.domain.events.runs import AdapterCooldown, AdapterDisabled, AdapterEnabled, AdapterEvent
-from orchestrator.domain.runs.model import AdapterDocument, SharedCooldown, TaskDocument
+from orchestrator.domain.runs.model import AdapterDocument, SharedCooldown
 from orchestrator.domain.runs.retry import compute_cooldown_end
-from orchestrator.domain.runs.statuses import TaskStatus
-from orchestrator.engine.state.records import adapter_key, task_key
+from orchestrator.engine.state.records import adapter_key
 from orchestrator.engine.state.run_state import RunState
-from orchestrator.engine.state.shared_cooldowns import SharedCooldowns
+from orchestrator.engine.state.shared_cooldowns import SharedCooldowns, is_probing
 from orchestrator.engine.state.writer import RunWriter
 from orchestrator.errors import VersionConflict
 from orchestrator.protocols import Commit, Write
@@ -144,12 +143,8 @@ class AdapterStates:
 
     async def _read_probed(self, adapter: str) -> tuple[int, AdapterDocument]:
         version, known = await self._read(adapter)
-        if known.probe is not None:
-            # Read from the store, because its start may not have reached this process.
-            stored = await self._writer.store.get(task_key(self._writer.run, known.probe))
-            task = TaskDocument() if stored is None else TaskDocument.model_validate_json(stored.encoded)
-            if task.status is not TaskStatus.RUNNING or task.attempt.adapter != adapter:
-                known = known.model_copy(update={"probe": None})
+        if known.probe and not await is_probing(self._writer.store, self._writer.run, known.probe, adapter):
+            known = known.model_copy(update={"probe": None})
         return version, known
 
     async def _read(self, adapter: str) -> tuple[int, AdapterDocument]:

@@ -11,7 +11,7 @@ from orchestrator.engine.state.records import cooldown_key, task_key
 from orchestrator.engine.state.run_state import RunState
 from orchestrator.engine.state.writer import RunWriter
 from orchestrator.locking.orchestrators import read_orchestrators
-from orchestrator.protocols import Key, Write
+from orchestrator.protocols import Key, Store, Write
 
 
 class SharedCooldowns:
@@ -61,9 +61,7 @@ class SharedCooldowns:
     async def _is_probed_elsewhere(self, adapter: str, shared: SharedCooldown) -> bool:
         if shared.probe is None or shared.run == self._writer.run:
             return False
-        stored = await self._writer.store.get(task_key(shared.run, shared.probe))
-        task = TaskDocument() if stored is None else TaskDocument.model_validate_json(stored.encoded)
-        if task.status is not TaskStatus.RUNNING or task.attempt.adapter != adapter:
+        if not await is_probing(self._writer.store, shared.run, shared.probe, adapter):
             return False
         # The processes of that run may have been killed.
         peers, leases = self._writer.orchestrators.peers, await read_orchestrators(self._writer.store, shared.run)
@@ -79,3 +77,13 @@ class SharedCooldowns:
     def _key(self, adapter: str) -> Key:
         definition = self._run_state.document.adapters[adapter].model_copy(update={"capacity": None})
         return cooldown_key(adapter, hashlib.sha256(definition.model_dump_json().encode()).hexdigest()[:16])
+
+
+async def is_probing(store: Store, run: str, task: str, adapter: str) -> bool:
+    """Return whether a task's session on an adapter runs, according to the store.
+
+    Its start may not have reached this process.
+    """
+    stored = await store.get(task_key(run, task))
+    document = TaskDocument() if stored is None else TaskDocument.model_validate_json(stored.encoded)
+    return document.status is TaskStatus.RUNNING and document.attempt.adapter == adapter
