@@ -92,6 +92,7 @@ def test_complete_record_has_no_violation() -> None:
     facts = valid_record()
     assert rules(facts) == set()
     document = facts.document
+    assert rules(changed(facts, 1, ended=0.5)) == set()  # the clock was set back, or is another machine's
     begun = changed(facts, 2, status=PhaseStatus.IN_PROGRESS, ended=None, handoff=None, verdict=None)
     kept = {id_: one for id_, one in facts.handoffs.items() if one.attempt < 3}
     assert rules(changed(replace(begun, handoffs=kept), status=TaskStatus.RUNNING)) == set()
@@ -116,7 +117,6 @@ BROKEN: list[tuple[str, Any]] = [
     ("phases.open", lambda one: changed(one, 0, status=PhaseStatus.IN_PROGRESS)),
     ("phases.open", lambda one: changed(changed(one, 2, status=PhaseStatus.IN_PROGRESS), status=TaskStatus.FAILED)),
     ("phases.time", lambda one: changed(one, 1, ended=None)),
-    ("phases.time", lambda one: changed(one, 1, ended=0.5)),
     ("phases.approval", lambda one: changed(one, 2, status=PhaseStatus.AWAITING_APPROVAL)),
     ("phases.approval", lambda one: changed(one, status=TaskStatus.AWAITING_APPROVAL)),
     ("phases.end", lambda one: changed(one, 0, status=PhaseStatus.FAILED)),

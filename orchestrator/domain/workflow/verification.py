@@ -88,8 +88,6 @@ def _check_visits(facts: WorkflowRecord) -> Iterator[Violation]:
             yield Violation("phases.open", location, "unfinished, but a later visit was started", _RESTORE_REMEDY)
         if record.status not in OPEN_STATUSES and record.ended is None:
             yield Violation("phases.time", location, f"{record.status}, but without an end time", _RESTORE_REMEDY)
-        if record.started is not None and record.ended is not None and record.ended < record.started:
-            yield Violation("phases.time", location, "ended before it started", _RESTORE_REMEDY)
     if task.phases:
         last = task.phases[-1]
         location = f"{facts.location}, phase {last.phase!r}"
