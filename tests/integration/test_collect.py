@@ -542,3 +542,22 @@ async def test_attributes_with_git_lfs_are_left_out(session: SessionWorktree, co
     assert {"good.txt", ".gitattributes"} <= set(tree)
     assert "deep/.gitattributes" not in tree
     assert not await session.has(b"filter=lfs")
+
+
+@pytest.mark.extended_variants
+@pytest.mark.parametrize(
+    "line",
+    ["*.txt text working-tree-encoding=UTF-16", "* -working-tree-encoding", "\0\n[attr]x working-tree-encoding=x"],
+)
+@pytest.mark.parametrize("committed", [True, False])
+async def test_attributes_with_an_encoding_are_left_out(session: SessionWorktree, line: str, committed: bool) -> None:
+    """Otherwise git could not commit such files of any later session: with UTF-16, each needs a byte order mark."""
+    session.write("good.md")
+    session.write(".gitattributes", f"# no working-tree-encoding=UTF-16\n{line}\n")
+    if committed:
+        session.agent("add", ".gitattributes"), session.agent("commit", "--quiet", "--message", "mine")
+    left = await session.collect()
+    assert left.refused is not None
+    assert "'.gitattributes': it sets `working-tree-encoding`" in left.refused
+    assert left.left_out == (".gitattributes",)
+    assert not await session.has(b"working-tree-encoding")

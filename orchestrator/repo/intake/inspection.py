@@ -16,7 +16,7 @@ from orchestrator.errors import GitError
 from orchestrator.repo.git.blobs import batch_by_size, cat_blobs, parse_blobs
 from orchestrator.repo.git.command import GITLINK_MODE, LINK_MODE, FileChange, Git, printable_name, split_nul
 from orchestrator.repo.git.loose_objects import LooseObject, read_loose_object
-from orchestrator.repo.git.unsupported_files import can_be_checked_out, find_lfs_blobs
+from orchestrator.repo.git.unsupported_files import can_be_checked_out, find_unsupported_attributes
 
 MAX_FILE_BYTES = 50 << 20  # the large git hosts accept this size without a warning
 #: Maximum total bytes and files of a session's changes, chosen so that git can stage them within its time limit.
@@ -25,6 +25,7 @@ _WITHOUT_CONTENT = frozenset({GITLINK_MODE, "040000"})  # repositories and folde
 _SUBMODULES, _ATTRIBUTES, _SEPARATORS = ".gitmodules", ".gitattributes", re.compile(r"[\\/]")
 # Characters with a special meaning in a .gitignore; see gitignore(5).
 _SPECIAL, _ESCAPED = re.compile(r"[\\*?\[ ]"), r"\\\g<0>"
+_ENCODING_REASON = "it sets `working-tree-encoding`: git could not commit files in another encoding"
 _BATCH_BYTES = 32 << 20  # bytes of content per read
 #: Characters that HFS+ ignores when it compares names (git's `next_hfs_char`, CVE-2014-9390).
 _IGNORED: Final = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F), *range(0x206A, 0x2070), 0xFEFF])
@@ -112,9 +113,8 @@ async def find_rejected_paths(
     described = [file for file in files if file.path.rpartition("/")[2].lower() == _SUBMODULES]
     checked = {file.path: await _check_submodules(git, file, env) for file in described if file.path not in refused}
     refused |= {path: reason for path, reason in checked.items() if reason is not None}
-    attributes = {file.path: file.new_id for file in files if file.path.rpartition("/")[2] == _ATTRIBUTES}
-    lfs = await find_lfs_blobs(git, {attributes[path] for path in attributes.keys() - refused.keys()}, env)
-    refused |= {path: "git LFS is not supported" for path, blob in attributes.items() if blob in lfs}
+    attributes = [file for file in files if file.path.rpartition("/")[2] == _ATTRIBUTES and file.path not in refused]
+    refused |= await _check_attributes(git, attributes, env)
     remaining = [file for file in files if file.path not in refused]
     secrets: dict[str, set[bytes]] = {}
     sized = ((blob, sizes[blob]) for blob in sorted({file.new_id for file in remaining}))
@@ -124,6 +124,18 @@ async def find_rejected_paths(
         if secrets.get(file.new_id) and secrets[file.new_id] - await objects.known(file.old_id, rules.redactor):
             refused[file.path] = "it contains a secret"
     return refused
+
+
+async def _check_attributes(git: Git, files: Sequence[FileChange], env: Mapping[str, str]) -> dict[str, str]:
+    """Return the .gitattributes to reject, each with a reason. Lines of the base's version are allowed."""
+    blobs = {blob for file in files for blob in (file.old_id, file.new_id) if blob.strip("0")}
+    lines = await find_unsupported_attributes(git, blobs, env)
+    added = {file.path: lines.get(file.new_id, set()) - lines.get(file.old_id, set()) for file in files}
+    return {
+        path: _ENCODING_REASON if all("filter=lfs" not in line for line in found) else "git LFS is not supported"
+        for path, found in added.items()
+        if found
+    }
 
 
 async def _check_submodules(git: Git, file: FileChange, env: Mapping[str, str]) -> str | None:
