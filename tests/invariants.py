@@ -294,8 +294,14 @@ async def _landings(scene: RunUnderTest, run: RunDocument, tasks: Mapping[str, T
         if len(rest) == 4:  # two parents, a tree, a trailer: a landing
             first, second, tree, label = rest
             commits[label].append(commit)
-            merged = await git("merge-tree", "--write-tree", "--no-messages", first, second, cwd=scene.top, ok=(0, 1))
-            if merged.stdout.decode().split() != [tree]:
+            options = ("--write-tree", "--no-messages", "--name-only")
+            merged = await git("merge-tree", *options, first, second, cwd=scene.top, ok=(0, 1))
+            expected, *conflicts = merged.stdout.decode().splitlines()
+            changed = await git("diff-tree", "-r", "--name-only", expected, tree, cwd=scene.top)
+            # Only a structural merge driver resolves conflicts in a merge, and only in the conflicting files.
+            message = (await git("log", "-1", "--format=%B", commit, cwd=scene.top)).stdout.decode()
+            is_named = bool(conflicts) == ("Conflicts merged by" in message)
+            if not is_named or not set(changed.stdout.decode().splitlines()) <= set(conflicts):
                 yield f"2: {commit} is not the merge of its parents"
     for task, document in tasks.items():
         found = commits[f"{run.id}/{task}"]

@@ -40,6 +40,7 @@ from orchestrator.locking.ownership import OwnershipRegistry, ownership_scope
 from orchestrator.project import Project
 from orchestrator.protocols import Adapter, Commit, Event, Guard, McpServer, Store
 from orchestrator.repo.git.command import Git
+from orchestrator.repo.landing.structural_merge import find_merge_drivers
 from orchestrator.repo.landing.target_branch import Target
 from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
 from orchestrator.repo.source.upstream import UpstreamRepository
@@ -194,6 +195,7 @@ async def open_run_context(
         start=run.start,
         ref=refs("target"),
         title=None if run.merges is None else f"Land run {run.merges}",
+        drivers=await anyio.to_thread.run_sync(find_merge_drivers, environ),
     )
     target.must_exist = run.has_target
     stores = store.local_paths()

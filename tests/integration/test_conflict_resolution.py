@@ -142,3 +142,89 @@ async def test_most_right_and_no_wrong_resolutions_of_many_land(count: int, repo
     right = [has_landed for has_landed, script in zip(landed, scripts, strict=True) if script == RIGHT]
     assert sum(right) >= 0.9 * len(right), ended
     assert sum(landed) == sum(right), ended
+
+
+#: Stand-ins for the drivers, with their command lines: git's union merge has the lines of both sides.
+MERGIRAF = """#!/bin/sh
+test "$1 $2 $6 $7" = "merge --git --path-name a.py" || exit 2
+exec git merge-file --union "$4" "$3" "$5"
+"""
+WEAVE = '#!/bin/sh\ntest "$4 $5" = "7 a.py" || exit 2\nexec git merge-file --union "$2" "$1" "$3"\n'
+DRIVERS = {"mergiraf": MERGIRAF, "weave-driver": WEAVE}
+
+
+def install_driver(repository: Repository, name: str, program: str) -> None:
+    """Install a merge driver on PATH."""
+    folder = repository.top.parent / "drivers"
+    folder.mkdir()
+    (folder / name).write_text(program)
+    (folder / name).chmod(0o755)
+    repository.environ["PATH"] = f"{folder}:{repository.environ['PATH']}"
+
+
+@pytest.mark.parametrize("name", ["mergiraf", pytest.param("weave-driver", marks=pytest.mark.extended)])
+async def test_conflict_that_a_structural_driver_merges_needs_no_session(name: str, repository: Repository) -> None:
+    """The merge names the driver."""
+    install_driver(repository, name, DRIVERS[name])
+    ended = run(repository, RIGHT)
+    assert ended.states == {"left": "landed", "right": "landed"}, ended
+    assert [task["attempts"] for task in ended.result["tasks"]] == [1, 1]
+    text = (repository.top / "a.py").read_text()
+    assert all(test_lines(side) in text for side in ("left", "right"))
+    assert len(text) == len(BASE) + len(test_lines("left")) + len(test_lines("right"))
+    assert f"Conflicts merged by {name}: a.py\n" in repository.git("log", "--first-parent", "--format=%B", "-2")
+    await repository.assert_invariants()
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param("#!/bin/sh\nexit 0\n", id="one side dropped"),
+        pytest.param('#!/bin/sh\nsed -i "/^def test_old/,+1d" "$4"\nexit 0\n', id="a test deleted"),
+        pytest.param("#!/bin/sh\nexit 1\n", id="a conflict remains"),
+        pytest.param("#!/bin/sh\nkill -9 $$\n", id="killed"),
+        pytest.param('#!/bin/sh\nrm "$4"\n', id="no result"),
+        pytest.param("no program", id="not executable"),
+    ],
+)
+async def test_session_resolves_what_a_structural_driver_merges_wrongly(program: str, repository: Repository) -> None:
+    """No result of a driver is used unverified."""
+    install_driver(repository, "mergiraf", program)
+    ended = run(repository, RIGHT)
+    assert ended.states == {"left": "landed", "right": "landed"}, ended
+    assert sorted(task["attempts"] for task in ended.result["tasks"]) == [1, 2]
+    assert "Conflicts merged by" not in repository.git("log", "--first-parent", "--format=%B", "-2")
+    await repository.assert_invariants()
+
+
+@pytest.mark.extended
+async def test_merge_of_a_driver_that_fails_the_checks_of_the_other_task_goes_to_a_session(
+    repository: Repository,
+) -> None:
+    """As if no driver had merged it."""
+    install_driver(repository, "mergiraf", MERGIRAF)
+    repository.commit({"a.py": BASE}, "base")
+    check: dict[str, Any] = {"checks": ["test $(grep -c '^def' a.py) -lt 3"], "priority": 1}
+    tasks = [adding("left", RIGHT, attempts=2, **check), adding("right", RIGHT, attempts=2)]
+    repository.git("branch", "out")
+    config = repository.configure(tasks, adapters={"sh": SHELL_ADAPTER}, target="out", capacity=1)
+    ended = repository.council("run", str(config), "--json", timeout=120)
+    assert ended.states == {"left": "landed", "right": "conflict"}, ended
+    assert ended.result["tasks"][1]["attempts"] == 2
+    assert "on the merged tree" in ended.result["tasks"][1]["reason"]
+
+
+@pytest.mark.sandbox
+@pytest.mark.extended
+async def test_structural_driver_reaches_only_the_three_versions(repository: Repository) -> None:
+    """A file that takes over the driver's parser gets neither the user's files nor the network."""
+    secret = repository.top.parent / "secret"
+    secret.write_text("x")
+    attack = f"cat {secret} || echo x > {secret}2 || ls {repository.top}/.git"
+    attack = f'if {attack}; then echo evil >> "$4"; fi >/dev/null 2>&1\n'
+    install_driver(repository, "mergiraf", MERGIRAF.replace("exec", f"{attack}exec"))
+    ended = run(repository, RIGHT)
+    assert ended.states == {"left": "landed", "right": "landed"}, ended
+    assert [task["attempts"] for task in ended.result["tasks"]] == [1, 1]
+    assert not (repository.top.parent / "secret2").exists()

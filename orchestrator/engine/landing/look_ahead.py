@@ -18,6 +18,7 @@ from orchestrator.domain.scheduling.landing_order import QueueWindow, WindowEntr
 from orchestrator.engine.landing.batches import Batches
 from orchestrator.engine.landing.check_runs import CheckRequest
 from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks, first_parent
+from orchestrator.engine.phases.conflict_resolution import may_merge_structurally
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import queue_key
 from orchestrator.errors import CouncilError, GitError, RefusedError
@@ -155,8 +156,9 @@ class LookAhead:
             key = last.new, document.commit
             if key not in self._merged:
                 label, base = f"{self._ledger.run.id}/{task}", document.building_attempt.base
+                resolve = may_merge_structurally(document, await self._ledger.definitions.spec(task))
                 try:
-                    result = await self._target.prepare(lease, label, document.commit, base, last)
+                    result = await self._target.prepare(lease, label, document.commit, base, last, resolve=resolve)
                 except (GitError, RefusedError):  # reported when it is this task's turn
                     continue
                 self._merged[key] = result if isinstance(result, PreparedMerge) else None

@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from orchestrator.domain.runs.model import PreparedMerge
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.landing.outcomes import LandingOutcomes
+from orchestrator.engine.phases.conflict_resolution import may_merge_structurally
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.locking.merge_lease import HeldMergeLease
-from orchestrator.repo.landing.target_branch import Target
+from orchestrator.repo.git.command import Git
+from orchestrator.repo.landing.merge_commits import commit_merge
+from orchestrator.repo.landing.target_branch import TASK_TRAILER, Target, combine_merges
+from orchestrator.system.failpoints import failpoint
 
 #: Errors of the target or of one task's work; the task keeps its position.
 LANDING_ERRORS = (GitError, RefusedError)
+#: The largest number of tasks in the first line of a merge.
+_MAX_NAMED_TASKS = 4
 
 
 class MergeChains:
     """Prepares the chains of merges that the tasks of one run land as."""
 
-    def __init__(self, ledger: Ledger, target: Target, outcomes: LandingOutcomes) -> None:
-        self._ledger, self._target, self._outcomes = ledger, target, outcomes
+    def __init__(self, ledger: Ledger, target: Target, git: Git, outcomes: LandingOutcomes) -> None:
+        self._ledger, self._target, self._git, self._outcomes = ledger, target, git, outcomes
 
     async def prepare(self, lease: HeldMergeLease, tasks: Sequence[str]) -> tuple[dict[str, PreparedMerge], list[str]]:
         """Merge tasks, each onto the previous one.
@@ -31,10 +38,10 @@ class MergeChains:
         for index, task in enumerate(tasks):
             document = self._ledger.task(task)
             commit, base = document.commit or "", document.building_attempt.base
+            resolve = may_merge_structurally(document, await self._ledger.definitions.spec(task))
+            label, intended = f"{self._ledger.run.id}/{task}", document.intended_merges
             try:
-                result = await self._target.prepare(
-                    lease, f"{self._ledger.run.id}/{task}", commit, base, last, document.intended_merges
-                )
+                result = await self._target.prepare(lease, label, commit, base, last, intended, resolve=resolve)
             except LANDING_ERRORS as error:
                 if merges:
                     return merges, list(tasks[index:])
@@ -57,13 +64,20 @@ class MergeChains:
             return False
         return True
 
-    async def join(self, lease: HeldMergeLease, merges: Mapping[str, PreparedMerge]) -> Mapping[str, PreparedMerge]:
-        """Return the merges to move the target to; checked batches land as one merge."""
+    async def join(self, merges: Mapping[str, PreparedMerge]) -> Mapping[str, PreparedMerge]:
+        """Return the merges to move the target to: checked batches land as one merge with the tree of the last one.
+
+        The first-parent history of the target then has no commit that was not checked itself.
+        """
         run = self._ledger.run
         if len(merges) == 1 or not run.merge.check_every_commit:
             return merges
         if not (await self._ledger.definitions.spec(next(iter(merges)))).checks:
             return merges
-        labels = [f"{run.id}/{task}" for task in merges]
-        joined = await self._target.join(lease, labels, list(merges.values()))
-        return dict.fromkeys(merges, joined)
+        whole = combine_merges(merges.values())
+        trailers = "".join(f"{TASK_TRAILER}: {run.id}/{task}\n" for task in merges)
+        message = f"Land {len(merges)} tasks: {join_names(merges, _MAX_NAMED_TASKS)}\n\n{trailers}"
+        tree = await self._git.line("rev-parse", f"{whole.new}^{{tree}}")
+        new = await commit_merge(self._git, tree, whole.old or run.start, whole.new, message)
+        failpoint("landing.joined")
+        return dict.fromkeys(merges, PreparedMerge(old=whole.old, new=new))

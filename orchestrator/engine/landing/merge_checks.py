@@ -62,7 +62,8 @@ class MergeChecks:
         """Return True if a task may land its paths now; otherwise the reason is recorded."""
         spec = await self._ledger.definitions.spec(task)
         # First: other rejections let a session continue this work.
-        if resolves_conflict(self._ledger.task(task)) and not await self._is_verified(task, spec, merge):
+        is_resolution = bool(merge.resolved_by) or resolves_conflict(self._ledger.task(task))
+        if is_resolution and not await self._is_verified(task, spec, merge):
             return False
         if (violation := await self._ownership.find_violation(task, spec, merge)) is not None:
             await self._outcomes.reject_for_ownership(task, spec, merge, violation)
@@ -71,8 +72,9 @@ class MergeChecks:
 
     async def _is_verified(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> bool:
         """Return True if a conflict resolution has both sides and passes the checks of the other tasks."""
-        resolutions, attempt = self._outcomes.resolutions, self._ledger.task(task).building_attempt
-        problem = await resolutions.find_problem(task)
+        resolutions, document = self._outcomes.resolutions, self._ledger.task(task)
+        attempt = document.building_attempt
+        problem = None if merge.resolved_by else await resolutions.find_problem(task)
         if problem is None and (checks := await resolutions.other_checks(task, spec, merge)):
             base = merge.old or attempt.base
             request = await self.runs.request(task, attempt.number, spec, checks, merge.new, base, "conflict")
@@ -82,7 +84,12 @@ class MergeChecks:
                 case ChecksNotRun(reason):
                     await self._outcomes.defer(task, reason)
                     return False
-        if problem is not None:
+        if problem is not None and merge.resolved_by:  # a session may do better
+            label, base = f"{self._ledger.run.id}/{task}", attempt.base
+            onto = await self._context.git.line("rev-parse", first_parent(merge))
+            conflict = await self._context.target.preserve_conflict(label, document.commit or "", base, onto)
+            await self._outcomes.conflict(task, conflict)
+        elif problem is not None:
             await self._outcomes.refuse_resolution(task, problem)
         return problem is None
 

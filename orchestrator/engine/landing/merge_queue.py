@@ -85,7 +85,7 @@ class MergeQueue:
         self._target, self._git = context.target, context.git
         ownership = OwnershipCheck(ledger, context.git, context.registry)
         self.outcomes = LandingOutcomes(ledger, context.target, context.git, ownership)
-        self._chains = MergeChains(ledger, context.target, self.outcomes)
+        self._chains = MergeChains(ledger, context.target, context.git, self.outcomes)
         self._checks = MergeChecks(ledger, context, ownership, self.outcomes, base_commands, give_up)
         self._batches = Batches(ledger)
         self._look_ahead = LookAhead(ledger, context.target, self._checks, self._batches)
@@ -217,7 +217,7 @@ class MergeQueue:
             if not tasks:
                 break
             start = merges[tasks[0]].old if number == 1 else start
-            match await self._move(lease, await self._chains.join(lease, merges), checked.records):
+            match await self._move(lease, await self._chains.join(merges), checked.records):
                 case Landed():
                     break
                 case DeferredLanding() if len(merges) > 1:  # one of them may be the cause

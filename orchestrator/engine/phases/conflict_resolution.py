@@ -24,6 +24,14 @@ from orchestrator.repo.worktrees.hub import internal_ref_name
 _MAX_DIFF = 40_000
 
 
+def may_merge_structurally(document: TaskDocument, spec: TaskSpec) -> bool:
+    """Return True if structural merge drivers may merge the work of a task.
+
+    A resolution of a session is compared with the conflict that it resolves, so it may not have another one.
+    """
+    return spec.on_conflict == "resolve" and document.conflict is None
+
+
 def resolves_conflict(document: TaskDocument) -> bool:
     """Return True if the work of a task is the resolution of a conflict, to be verified."""
     return document.conflict is not None and not document.building_attempt.restart_reason
@@ -71,10 +79,12 @@ class ConflictResolutions:
             return error.message
 
     async def other_checks(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> list[Check]:
-        """Return the checks of the tasks whose landed changes the resolution was merged with."""
+        """Return the checks of the tasks whose landed changes were in the resolved conflict."""
         document = self._ledger.task(task)
-        ours = document.building_attempt.base
-        base = await self._git.line("merge-base", ours, f"{document.conflict}^2")
+        ours, theirs = f"{merge.new}^1", f"{merge.new}^2"
+        if resolves_conflict(document):
+            ours, theirs = document.building_attempt.base, f"{document.conflict}^2"
+        base = await self._git.line("merge-base", ours, theirs)
         paths = [change.path for change in await self._git.changes(f"{merge.new}^1", merge.new)]
         others = await self._other_tasks(base, ours, paths)
         checks = dict.fromkeys(check for other in others for check in other.checks)

@@ -36,6 +36,8 @@ class ReadConflict:
     """The tree of git's merge, with conflict markers."""
     modes: Mapping[str, str]
     files: Mapping[str, ConflictingFile]
+    texts: Mapping[str, tuple[bytes, bytes, bytes]]
+    """The base and both sides of each file."""
 
 
 async def read_conflict(git: Git, ours: str, theirs: str) -> ReadConflict:
@@ -54,15 +56,15 @@ async def read_conflict(git: Git, ours: str, theirs: str) -> ReadConflict:
     blobs = dict.fromkeys(blob for row in ids.values() for blob in row if blob is not None)
     output = await cat_blobs(git, blobs)
     contents = {blob: bytes(content) for blob, content in parse_blobs(output)}
-    files = {}
+    files, texts = dict[str, ConflictingFile](), dict[str, tuple[bytes, bytes, bytes]]()
     for name, (blob, one_id, other_id) in ids.items():
-        texts = [b"" if blob is None else contents[blob], contents[one_id], contents[other_id]]
-        if any(len(text) > _MAX_BYTES or b"\0" in text for text in texts):
+        texts[name] = b"" if blob is None else contents[blob], contents[one_id], contents[other_id]
+        if any(len(text) > _MAX_BYTES or b"\0" in text for text in texts[name]):
             raise _unsupported(f"{name} is binary or large")
-        files[name] = await _merge(git, texts)
+        files[name] = await _merge(git, texts[name])
     if not files or not all(file.hunks for file in files.values()):
         raise _unsupported("it is not in the content of files")
-    return ReadConflict(bases[0], tree, modes, files)
+    return ReadConflict(bases[0], tree, modes, files, texts)
 
 
 async def find_problem(git: Git, conflict: ReadConflict, commit: str) -> str | None:
@@ -84,7 +86,7 @@ async def find_problem(git: Git, conflict: ReadConflict, commit: str) -> str | N
     return None
 
 
-async def _merge(git: Git, texts: list[bytes]) -> ConflictingFile:
+async def _merge(git: Git, texts: tuple[bytes, bytes, bytes]) -> ConflictingFile:
     size = 64 + secrets.randbelow(1024)  # no author knows the length of the markers
     with TemporaryDirectory(prefix="council-conflict-") as folder:
         base, ours, theirs = [anyio.Path(folder, name) for name in ("base", "ours", "theirs")]

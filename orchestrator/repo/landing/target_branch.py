@@ -21,6 +21,7 @@ from orchestrator.locking.ownership import ownership_scope
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.git.embedded_repositories import find_embedded_repository
 from orchestrator.repo.landing.merge_commits import commit_conflict, commit_merge, with_merge_base
+from orchestrator.repo.landing.structural_merge import MergeDriver, merge_structurally
 from orchestrator.repo.landing.target_checkouts import TargetCheckouts
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import read_head_stats, remove_incoming_objects
@@ -47,9 +48,6 @@ _REWRITTEN = (
     "the history of {branch!r} was rewritten and has no commit in common with this work: restore it (the run started "
     "at {start:.12}), or cancel the task and apply its work, which `council salvage list` names"
 )
-
-#: The largest number of tasks in the first line of a merge.
-_MAX_NAMED_TASKS = 4
 
 #: Up to this many landings, git finds a merge base faster than we can construct one.
 _MAX_WALKED_LANDINGS = 200
@@ -108,17 +106,19 @@ class Target:
         start: str,
         ref: str,
         title: str | None = None,
+        drivers: Sequence[MergeDriver] = (),
     ) -> None:
         """Create the target `branch` of `source`.
 
         Landings are looked up after the commit `start`, which is also the first commit of a new target. `ref` stores
         the fetched target in the trusted repository. `title` is the first line of merges (default: `Land <task>`).
+        `drivers` are tried if git can't merge a file.
         """
         self.branch = branch
         self._hub, self._git, self._source = hub, git, source
         self._checkouts = None if source.repository is None else TargetCheckouts(source.repository, branch, git)
         self._scope = ownership_scope(source.location, branch)
-        self._start, self._ref, self._title = start, ref, title
+        self._start, self._ref, self._title, self._drivers = start, ref, title, drivers
         self.known: str | None = None
         """The target's commit when last read or moved; None if there is no target."""
         self.must_exist = False
@@ -182,11 +182,14 @@ class Target:
         base: str,
         after: PreparedMerge | None = None,
         intended: Sequence[str] = (),
+        *,
+        resolve: bool = False,
     ) -> PreparedMerge | Landed | NothingToLand | MergeConflict | DeferredLanding:
         """Merge `commit`, built on `base`, onto the target without updating the target.
 
         `intended` are earlier merges of the same work: returns Landed if the target has one of them. With `after`,
-        merges onto `after` instead; the result is valid only if `after` also lands.
+        merges onto `after` instead; the result is valid only if `after` also lands. `resolve` allows structural merge
+        drivers.
         """
         self._check(lease)
         onto, old = (await self.refresh(), self.known) if after is None else (after.new, after.new)
@@ -199,8 +202,13 @@ class Target:
             if _UNRELATED not in error.stderr:
                 raise
             return DeferredLanding(_REWRITTEN.format(branch=self.branch, start=self._start))
+        resolved_by, how = tuple[str, ...](), ""
         if paths:
-            return MergeConflict(paths, await commit_conflict(self._git, (self.branch, ours), (label, commit), onto))
+            drivers = self._drivers if resolve else ()
+            if (merged := await merge_structurally(self._git, drivers, ours, commit)) is None:
+                return await self.preserve_conflict(label, commit, base, onto)
+            tree, resolved_by = merged.tree, merged.drivers
+            how = f"Conflicts merged by {join_names(resolved_by)}: {join_names(paths)}\n\n"
         if tree == (self._trees.get(onto) or await self._git.line("rev-parse", f"{onto}^{{tree}}")):
             return NothingToLand(onto)
         if (folder := await find_embedded_repository(self._git, onto, tree)) is not None:
@@ -208,31 +216,20 @@ class Target:
                 f"git would treat {printable_name(folder)} as a separate repository: review and merge it manually"
             )
         title = self._title or f"Land {label.rpartition('/')[2]}"
-        new = await commit_merge(self._git, tree, onto, commit, f"{title}\n\n{TASK_TRAILER}: {label}\n")
+        new = await commit_merge(self._git, tree, onto, commit, f"{title}\n\n{how}{TASK_TRAILER}: {label}\n")
         self._trees = {merge: known for merge, known in self._trees.items() if merge == onto} | {new: tree}
         failpoint("landing.merged")
-        merge = PreparedMerge(old=old, new=new)
+        merge = PreparedMerge(old=old, new=new, resolved_by=resolved_by)
         # Check before recording the intent, so that no push starts that is bound to fail: then any changed files that
         # recovery finds after an interrupted landing did not change before it.
         obstacle = await self.find_obstacle(merge)
         return merge if obstacle is None else DeferredLanding(obstacle)
 
-    async def join(
-        self, lease: HeldMergeLease, labels: Sequence[str], merges: Sequence[PreparedMerge]
-    ) -> PreparedMerge:
-        """Return one merge of consecutive merges, with the tree of the last one, which passed the checks.
-
-        The first-parent history of the target then has no commit that was not checked itself.
-        """
-        self._check(lease)
-        whole = combine_merges(merges)
-        tree = self._trees.get(whole.new) or await self._git.line("rev-parse", f"{whole.new}^{{tree}}")
-        names = join_names([label.rpartition("/")[2] for label in labels], _MAX_NAMED_TASKS)
-        trailers = "".join(f"{TASK_TRAILER}: {label}\n" for label in labels)
-        message = f"Land {len(merges)} tasks: {names}\n\n{trailers}"
-        new = await commit_merge(self._git, tree, whole.old or self._start, whole.new, message)
-        failpoint("landing.joined")
-        return PreparedMerge(old=whole.old, new=new)
+    async def preserve_conflict(self, label: str, commit: str, base: str, onto: str) -> MergeConflict:
+        """Return the conflict of `commit`, built on `base`, with `onto`, as git alone merges them."""
+        ours = await self._merge_base_hint(base, onto, commit)
+        _, paths = await self._git.merge_tree(ours, commit)
+        return MergeConflict(paths, await commit_conflict(self._git, (self.branch, ours), (label, commit), onto))
 
     async def _merge_base_hint(self, base: str, onto: str, commit: str) -> str:
         """Return a commit to merge onto that gives git the merge base at once; see `with_merge_base`."""
