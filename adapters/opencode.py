@@ -90,6 +90,12 @@ _LINKS: Final = {
         )
     },
 }
+#: Files without which opencode downloads a package of 63 MB into its configuration folder at each start. Our plugins do
+# not use it, and linked plugins and tools of the user use the one next to the files that the links lead to.
+_PACKAGE_FILES: Final[Mapping[str, str]] = {
+    "config/opencode/node_modules/.keep": "",
+    "config/opencode/package-lock.json": json.dumps({"packages": {"": {"dependencies": {"@opencode-ai/plugin": "*"}}}}),
+}
 _LOG_IN: Final = "run `opencode auth login`, set its provider's key (such as ANTHROPIC_API_KEY), or add credit"
 _HEADLESS: Final = ("run", "--format", "json", "--auto", "--print-logs", "--log-level", "ERROR")
 _PRESET: Final = {
@@ -270,7 +276,9 @@ class OpencodeAdapter:
             files[INSTRUCTIONS_FILE] = request.instructions
         if request.pre_edit:
             files[_HOOK_FILE] = _HOOK.replace("ARGV", json.dumps([*request.pre_edit]))
-        home = SessionHome(files, _LINKS, (_LOGIN,), folders=_MOVED) if options.has_own_home else SessionHome(files)
+        home = SessionHome(files)
+        if options.has_own_home:
+            home = SessionHome({**files, **_PACKAGE_FILES}, _LINKS, (_LOGIN,), folders=_MOVED)
         return SessionCommand(
             argv=(
                 *(options.bin, *(() if request.interactive else _HEADLESS)),

@@ -127,8 +127,9 @@ class Stage:
         return found
 
     async def assert_clean(self) -> None:
-        """Check the invariants of every run, and that the home is unchanged."""
+        """Check the invariants of every run, that the home is unchanged, and that no npm package was requested."""
         await self.repository.assert_invariants(canaries=["a-key-for-nothing"])
+        assert [one.path for one in self.server.requests if one.path.startswith("/@")] == []
         renewed = {path for program in self.programs.values() for path in program.renews}
         after, (before,) = Fingerprint.of(self.home), self._before
         assert {path: of for path, of in after.files.items() if path not in renewed} == {

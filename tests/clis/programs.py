@@ -112,7 +112,8 @@ PROGRAMS: Final[Mapping[str, Program]] = {
         **_GEMINI,
     ),
     "opencode": Program(
-        {"use": "opencode", "model": "anthropic/claude-sonnet-4-5"},
+        {"use": "opencode", "model": "anthropic/claude-sonnet-4-5", "env": ["npm_config_registry"]},
+        environ={"npm_config_registry": MODEL},  # where `Stage.assert_clean` finds downloads of packages
         calls=6,
         remedy="opencode auth login",
         **_OPENCODE,
