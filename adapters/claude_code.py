@@ -277,6 +277,10 @@ def _hooks(request: SessionRequest) -> JsonObject:
     if request.pre_edit:
         run = {"type": "command", "command": shlex.join(request.pre_edit), "timeout": _HOOK_TIMEOUT}
         hooks["PreToolUse"] = [{"matcher": _EDITORS, "hooks": [run]}]
+    if request.post_tool:
+        # A long timeout, because a message whose delivery is recorded must arrive.
+        run = {"type": "command", "command": shlex.join(request.post_tool), "timeout": STOP_GATE_TIMEOUT}
+        hooks["PostToolUse"] = [{"hooks": [run]}]
     if request.stop_gate:
         run = {"type": "command", "command": shlex.join(request.stop_gate), "timeout": STOP_GATE_TIMEOUT}
         hooks["Stop"] = [{"hooks": [run]}]

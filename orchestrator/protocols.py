@@ -554,6 +554,8 @@ class Capability(StrEnum):
     MCP = "mcp"  #: uses servers of the Model Context Protocol (`SessionRequest.mcp_servers`)
     COST_LIMIT = "cost_limit"  #: stops at a cost limit (`SessionRequest.max_cost`)
     PRE_EDIT = "pre_edit"  #: runs a command before each edit that may deny the edit (`SessionRequest.pre_edit`)
+    #: Runs a command after each tool call, whose output the agent reads (`SessionRequest.post_tool`).
+    POST_TOOL = "post_tool"
     #: Runs a command when the agent is about to end, which may make it continue (`SessionRequest.stop_gate`).
     STOP_GATE = "stop_gate"
     ATTACH = "attach"  #: opens an earlier conversation on a terminal (`SessionRequest.interactive`); needs RESUME
@@ -605,6 +607,13 @@ class SessionRequest:
     path (`file_path`, `path` or similar, or an `apply_patch`). It prints nothing if the edit is allowed; otherwise a
     JSON object with the decision and the reason, in the format of Claude Code's `PreToolUse` hook or, if the event is
     `BeforeTool`, of Gemini CLI. It always exits with 0.
+    """
+    post_tool: Sequence[str] = ()
+    """A command to run after each tool call.
+
+    It reads a JSON object from standard input with `hook_event_name`, `cwd` and, for calls of a subagent, `agent_id`.
+    It usually prints nothing; otherwise a JSON object with text for the agent, in the format of Claude Code's
+    `PostToolUse` hook. It always exits with 0.
     """
     stop_gate: Sequence[str] = ()
     """A command to run whenever the agent is about to end; it may take an hour.

@@ -26,6 +26,7 @@ class FakeSessionService:
 
     foreign_owners: dict[str, str] = field(default_factory=dict)
     warning: str | None = None
+    message: str | None = None
     owners: dict[str, SessionName] = field(default_factory=dict)
     asked: list[tuple[SessionName, str, JsonObject]] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +85,7 @@ class FakeSessionService:
                     "warning": self.warning,
                 }
             case _:
-                return {}
+                return {"message": self.message} if command == "take_messages" else {}
 
     async def _lock(self, session: SessionName, paths: list[str]) -> JsonObject:
         if "fault" in paths:

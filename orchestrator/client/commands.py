@@ -226,7 +226,9 @@ CHECK_EDIT = SessionCommand(
 )
 #: The request of the stop hook; not a command.
 BEGIN_STOP = SessionCommand("begin_stop", "Return the checks to run before this session ends.", "")
+#: The request of the hook after a tool call; not a command.
+TAKE_MESSAGES = SessionCommand("take_messages", "Return new messages of the user.", "")
 #: The request of `council slot`: it is answered once the session holds a slot, and releases it by disconnecting.
 HOLD_SLOT = SessionCommand("hold_slot", "Hold a slot for a heavy command.", "")
 #: The requests that are not commands, by name.
-HOOK_REQUESTS = {request.name: request for request in (CHECK_EDIT, BEGIN_STOP, HOLD_SLOT)}
+HOOK_REQUESTS = {request.name: request for request in (CHECK_EDIT, BEGIN_STOP, TAKE_MESSAGES, HOLD_SLOT)}

@@ -1,7 +1,10 @@
-"""The hooks that CLIs run: before an edit, to deny edits of files of other sessions; before they end, to run checks.
+"""The hooks that CLIs run.
+
+Before an edit, to deny edits of files of other sessions; after a tool call, to show messages of the user to the agent;
+before they end, for such messages and to run checks.
 
 They read a JSON object with `hook_event_name` and, before an edit, `tool_input` from standard input. They print a
-denial, a warning about a predicted merge conflict, or nothing, in the format of Claude Code
+denial, a warning about a predicted merge conflict, messages, or nothing, in the format of Claude Code
 (https://code.claude.com/docs/en/hooks), which other CLIs adopted, or that of Gemini CLI
 (https://geminicli.com/docs/hooks/reference), which has no warnings before an edit. On any error of the hook or the
 orchestrator the edit or the end is allowed: changes are checked again when they land.
@@ -13,7 +16,7 @@ import json
 import os
 import signal
 
-from orchestrator.client.commands import BEGIN_STOP, CHECK_EDIT, MAX_REQUEST_BYTES
+from orchestrator.client.commands import BEGIN_STOP, CHECK_EDIT, MAX_REQUEST_BYTES, TAKE_MESSAGES
 from orchestrator.client.session import SessionRequestError, find_session
 
 TYPE_CHECKING = False
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from typing import Any, BinaryIO, TextIO
 
 _TIMEOUT = 5.0  # seconds; the agent waits for the answer at each edit
-_STOP_TIMEOUT = 60.0  # a message whose delivery is recorded must arrive
+_MESSAGE_TIMEOUT = 60.0  # a message whose delivery is recorded must arrive
 _MAX_INPUT_BYTES = 1 << 26  # the input contains the whole new text of the file
 _MAX_PATHS = 200
 _MAX_OUTPUT_BYTES = 8192  # of a failed check: the end of its output
@@ -33,12 +36,14 @@ _PATCH = ("*** Add File: ", "*** Update File: ", "*** Delete File: ", "*** Move 
 
 
 def run(name: str, stdin: BinaryIO, stdout: TextIO) -> int:
-    """Answer one call of the hook `pre-edit` or `stop`; return the exit code, which is always 0."""
+    """Answer one call of the hook `pre-edit`, `post-tool` or `stop`; return the exit code, which is always 0."""
     try:
         call = json.loads(stdin.read(_MAX_INPUT_BYTES))
         if name == "stop":
             reason = _continuation_reason(call)
             answer = None if reason is None else {"decision": "block", "reason": reason}
+        elif name == "post-tool":
+            answer = _tool_answer(call)
         else:
             answer = _edit_answer(call)
         if answer is not None:
@@ -85,13 +90,25 @@ def _paths(tool_input: dict[str, Any]) -> Iterator[str]:
                 yield from (line.removeprefix(mark).strip() for mark in _PATCH if line.startswith(mark))
 
 
+def _tool_answer(call: dict[str, Any]) -> dict[str, Any] | None:
+    """Return new messages of the user for the agent, if any; raises like `_edit_answer`."""
+    if call.get("agent_id") is not None:  # a subagent, whose conversation ends before that of the session
+        return None
+    event = str(call["hook_event_name"])  # an error after the request would lose a message
+    session = find_session(os.environ, call.get("cwd") or os.getcwd())  # noqa: PTH109  pathlib takes 10 ms
+    message = session.ask(TAKE_MESSAGES.name, {}, _MESSAGE_TIMEOUT)["message"]
+    if message is None:
+        return None
+    return {"hookSpecificOutput": {"hookEventName": event, "additionalContext": message}}
+
+
 def _continuation_reason(call: dict[str, Any]) -> str | None:
     """Return why the agent must continue: a message or a failed check. None if it may end.
 
-    Raises like `_denial_reason`.
+    Raises like `_edit_answer`.
     """
     session = find_session(os.environ, call.get("cwd") or os.getcwd())  # noqa: PTH109  pathlib takes 10 ms
-    answer = session.ask(BEGIN_STOP.name, {}, _STOP_TIMEOUT)
+    answer = session.ask(BEGIN_STOP.name, {}, _MESSAGE_TIMEOUT)
     if answer["message"] is not None:
         return str(answer["message"])
     for command in answer["checks"]:

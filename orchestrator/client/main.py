@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 #: The names of the hooks: `council hook NAME`.
-HOOKS = ("pre-edit", "stop")
+HOOKS = ("pre-edit", "post-tool", "stop")
 EXIT_REFUSED = 1
 EXIT_BAD_INPUT = 2
 

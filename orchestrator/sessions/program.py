@@ -133,6 +133,7 @@ class SessionProgram:
             max_cost=assignment.max_cost if Capability.COST_LIMIT in capabilities else None,
             read_only=not assignment.writes and Capability.READ_ONLY in capabilities,
             pre_edit=socket.hook("pre-edit") if socket is not None and Capability.PRE_EDIT in capabilities else (),
+            post_tool=socket.hook("post-tool") if socket is not None and Capability.POST_TOOL in capabilities else (),
             stop_gate=socket.hook("stop") if socket is not None and Capability.STOP_GATE in capabilities else (),
         )
         command = assignment.adapter.command(request)

@@ -60,6 +60,7 @@ _ASKED: Final[Mapping[Capability, Mapping[str, Any]]] = {
     },
     Capability.COST_LIMIT: {"max_cost": 1.5},
     Capability.PRE_EDIT: {"pre_edit": ("/opt/a b/council", "hook", "pre-edit")},
+    Capability.POST_TOOL: {"post_tool": ("/opt/a b/council/post-tool",)},
     Capability.STOP_GATE: {"stop_gate": ("/opt/a b/council", "hook", "stop")},
 }
 

@@ -79,6 +79,41 @@ async def test_failed_check_keeps_a_session_from_ending(stage: Stage, program: P
     await stage.assert_clean()
 
 
+async def test_message_of_the_user_reaches_the_model_after_a_tool_call(
+    stage: Stage, program: Program, tmp_path: Path
+) -> None:
+    """If the CLI has such a hook: once in each later request of its turn, and in the resumed conversation."""
+    if not program.can(Capability.POST_TOOL):
+        pytest.skip("it has no hook after a tool call")
+    folder = tmp_path / "signals"
+    folder.mkdir()
+    wait = f"touch {folder}/waits; until [ -e {folder}/go ]; do sleep 0.1; done"
+    check = "test -e second.txt || { echo write second.txt 2; exit 1; }"
+    started = stage.start(
+        f"run {wait}\nwrite first.txt 1\nsay The first is written.",
+        {"writable": [str(folder)]},
+        checks=[check],
+        allow_failing_base=True,
+    )
+    try:
+        wait_for((folder / "waits").exists, 150)
+        before = len(stage.server.requests)
+        assert stage.repository.council("tell", "task", "Speak as plainly as a QUAKER would.").code == 0
+        wait_for(lambda: list(Path(stage.repository.environ["COUNCIL_HOME"]).rglob("socket/messages")))
+        (folder / "go").touch()
+    finally:
+        ended = stage.end(started)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
+    first, second = (await stage.task()).attempts
+    assert (first.session, second.resumed) == (second.session, True)
+    counts = [json.dumps(one.body).count("QUAKER") for one in stage.server.requests[before:] if one.dialect]
+    assert len(counts) > 2
+    assert set(counts) == {1}, counts
+    shown = stage.repository.council("show", "task", "--json").result
+    assert [message["attempts"] for message in shown["messages"]] == [[1]]
+    await stage.assert_clean()
+
+
 async def test_instructions_and_mcp_servers_reach_the_model(stage: Stage, program: Program, tmp_path: Path) -> None:
     """Instructions appear in its input; a server is started with its variable and listed for tools."""
     log = tmp_path / "servers" / "log"

@@ -3,8 +3,9 @@
 Steps: `write PATH TEXT`, `fail auth|overloaded|turns|drop|plain|silently`, `fail limit SECONDS`, `hang` until
 interrupted, `spend TOKENS` (a model call, reported twice), `tell PATH` (write its arguments and the prompt), `run
 COMMAND`, `deny COMMAND` (refuse to run it), `stopped PATH TEXT` (a write when a hook keeps it from ending: one each
-time), `linger PATH` (end its turn again and again until the file exists). It appends its input to the file
-INPUT_LOG. Before a write and at its end it calls the hooks in its settings. It stores its conversation in its folder,
+time), `work PATH` (call a tool again and again until the file exists), `linger PATH` (the same, and end its turn each
+time). It appends its input to the file INPUT_LOG. Before and after a write and at its end it calls the hooks in its
+settings. It stores its conversation in its folder,
 and resumes it by id in the same worktree only.
 
 Without `-p` it talks to a user on its terminal: each line is a step and a turn; `size` prints the size of the terminal,
@@ -109,6 +110,7 @@ def stop(prompt: str) -> None:
     writes = [(first, rest) for word, first, rest in steps(prompt) if word == "stopped"]
     for file in [first for word, first, _ in steps(prompt) if word == "linger"]:
         while not Path(file).exists():
+            read_context("Bash")
             must_continue()
             time.sleep(0.2)
     while must_continue():
@@ -125,6 +127,14 @@ def must_continue() -> bool:
             log_input(answer["reason"])
             return True
     return False
+
+
+def read_context(tool: str) -> None:
+    """Read the text that hooks in its settings add after a tool call."""
+    for answer in call_hooks("PostToolUse", tool_name=tool):
+        if text := answer.get("hookSpecificOutput", {}).get("additionalContext"):
+            say(text)
+            log_input(text)
 
 
 def log_input(text: str) -> None:
@@ -191,6 +201,22 @@ def converse() -> None:
         print("ready", flush=True)
 
 
+def call_tool(word: str, first: str, rest: str) -> None:
+    """Perform a step with tools."""
+    if word == "write":
+        call = {"type": "tool_use", "id": "t", "name": "Write", "input": {"file_path": first, "content": rest}}
+        emit("assistant", message={"role": "assistant", "content": [call]})
+        if not is_denied(first):
+            write(first, rest)
+        read_context("Write")
+    elif word == "run":
+        subprocess.run(f"{first} {rest}", shell=True, check=True)
+    else:
+        while not Path(first).exists():
+            read_context("Bash")
+            time.sleep(0.05)
+
+
 def main() -> None:
     assert sys.argv[1:5] == ["-p", "--output-format", "stream-json", "--verbose"], sys.argv
     assert "HOME" in os.environ
@@ -206,13 +232,8 @@ def main() -> None:
             spent += int(first)
         elif word == "tell":
             Path(first).write_text(json.dumps({"argv": sys.argv[1:], "prompt": prompt}))
-        elif word == "write":
-            call = {"type": "tool_use", "id": "t", "name": "Write", "input": {"file_path": first, "content": rest}}
-            emit("assistant", message={"role": "assistant", "content": [call]})
-            if not is_denied(first):
-                write(first, rest)
-        elif word == "run":
-            subprocess.run(f"{first} {rest}", shell=True, check=True)
+        elif word in {"run", "work", "write"}:
+            call_tool(word, first, rest)
         elif word == "deny":
             denied.append(deny(f"{first} {rest}"))
         elif word == "fail":

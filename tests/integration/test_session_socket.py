@@ -678,6 +678,27 @@ async def test_edit_of_a_file_locked_by_another_session_is_denied(
     assert "src/theirs.py belongs to run-0/other.1" in reason
 
 
+async def test_hook_after_a_tool_call_returns_an_announced_message(site: Site, kind: SandboxKind) -> None:
+    """Without an announcement, and for a subagent, it makes no request."""
+    site.session_service.message = "be quick"
+    async with site.session() as (worktree, session_socket):
+
+        async def call(**fields: Any) -> str:
+            reported = {"hook_event_name": "PostToolUse", "cwd": str(worktree.tree), "tool_name": "Bash", **fields}
+            worktree.prompt_file.write_text(json.dumps(reported))
+            argv = list(session_socket.hook("post-tool"))
+            code, said = await site.run(kind, worktree, session_socket, argv, stdin=worktree.prompt_file)
+            assert code == 0
+            return said
+
+        assert await call() == ""
+        worktree.message_file.touch()
+        assert await call(agent_id="a1") == ""
+        assert site.session_service.asked == []
+        answer = json.loads(await call())
+    assert answer == {"hookSpecificOutput": {"hookEventName": "PostToolUse", "additionalContext": "be quick"}}
+
+
 async def test_hook_without_an_orchestrator_allows(site: Site) -> None:
     """The landing checks again; other commands report the missing answer."""
     site.session_service.foreign_owners["src/theirs.py"] = "run-0/other.1"

@@ -39,7 +39,7 @@ def send(repository: Repository, text: str, *options: str) -> CommandResult:
 async def test_message_reaches_a_running_agent_before_it_ends(claude: Repository) -> None:
     """In the same session, which continues with it; and the landed work has it."""
     go = claude.top.parent / "go"
-    prompt = f"write a.txt wrong\nrun until test -e {go}; do sleep 0.05; done\nstopped a.txt right"
+    prompt = f"run until test -e {go}; do sleep 0.05; done\nstopped a.txt right"
     with claude.start("run", str(configured(claude, prompt)), "--json") as child:
         wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
         sent = send(claude, "make it right")
@@ -51,6 +51,23 @@ async def test_message_reaches_a_running_agent_before_it_ends(claude: Repository
     assert len(shown["sessions"]) == 1
     assert "make it right" in claude.council("logs", "one", "--raw").stdout
     assert claude.git("show", "main:a.txt") == "right"
+    await claude.assert_invariants()
+
+
+async def test_message_reaches_a_running_agent_after_a_tool_call(claude: Repository) -> None:
+    """While its turn continues, and only once."""
+    go = claude.top.parent / "go"
+    with claude.start("run", str(configured(claude, f"work {go}\nwrite a.txt 1")), "--json") as child:
+        wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
+        sent = send(claude, "be quick")
+        assert "after its agent's next tool call" in sent.result["delivery"], sent
+        wait_for(lambda: "be quick" in claude.council("logs", "one", "--raw").stdout)
+        go.touch()
+        assert child.wait(60) == 0
+    shown = claude.council("show", "one", "--json").result
+    assert [(one["text"], one["attempts"]) for one in shown["messages"]] == [("be quick", [1])]
+    assert len(shown["sessions"]) == 1
+    assert claude.council("logs", "one", "--raw").stdout.count("be quick") == 1
     await claude.assert_invariants()
 
 

@@ -156,9 +156,9 @@ class Tasks(Topic):
     async def tell(self, task: str, text: str, *, run: str | None = None) -> SentMessage:
         """Send a message to the agents of a task.
 
-        A running agent receives it when it is about to end its turn, if its CLI supports that. Otherwise another
-        session receives it, before the work lands; it continues the conversation if the CLI can. Raises RefusedError
-        for an invalid text, and if no session of the task follows.
+        A running agent receives it after its next tool call or when it is about to end its turn, if its CLI supports
+        that. Otherwise another session receives it, before the work lands; it continues the conversation if the CLI
+        can. Raises RefusedError for an invalid text, and if no session of the task follows.
         """
         name, context = await self._find(run), self._context
         await context.check_writable()
@@ -192,6 +192,8 @@ class Tasks(Topic):
             return Receiver.NEXT_SESSION, text
         name = task.attempt.adapter
         able = (await find_run_adapters(self._context, run))[name].capabilities()
+        if run.coordination.tools and Capability.POST_TOOL in able:
+            return Receiver.SESSION, "its running session receives the message after its agent's next tool call"
         if run.coordination.tools and Capability.STOP_GATE in able:
             return Receiver.SESSION, "its running session receives the message when it is about to end its turn"
         how = "in the same conversation" if Capability.RESUME in able else "with the whole prompt"

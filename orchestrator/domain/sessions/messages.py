@@ -22,7 +22,7 @@ MAX_MESSAGE_CHARS, MAX_TASK_CHARS = 10_000, 200_000
 class Receiver(StrEnum):
     """The session that receives a message next."""
 
-    SESSION = "session"  #: the running one, when its agent is about to end its turn
+    SESSION = "session"  #: the running one, after a tool call or when its agent is about to end its turn
     NEXT_SESSION = "next_session"
 
 

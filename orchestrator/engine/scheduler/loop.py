@@ -139,7 +139,7 @@ class Scheduler:
             services.start_soon(self._peers.requests.run)
             services.start_soon(self._run_monitor_as_leader)
             if self._context.session_service is not None:
-                services.start_soon(self._context.session_service.follow_lock_breaks)
+                services.start_soon(self._context.session_service.follow_user_changes)
             if self._ledger.run.merge.on_predicted_conflict != "off":
                 services.start_soon(ConflictPredictor(self._ledger, self._context, self._local.active_sessions).run)
             services.start_soon(self._peers.renew)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from typing import Annotated, Any, Final, Literal
 
@@ -26,20 +25,17 @@ from orchestrator.client.commands import (
     VERSION,
     Argument,
 )
-from orchestrator.domain.events.tasks import TaskMessageDelivered
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, filter_active
-from orchestrator.domain.sessions.messages import UserMessage, render_messages
 from orchestrator.engine.session_api.contexts import SessionContexts, SessionStatusUpdate
 from orchestrator.engine.session_api.details import SessionWorkspace, read_session_details
 from orchestrator.engine.session_api.locks import ActiveSession
+from orchestrator.engine.session_api.messages import MessageDelivery
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT, SharedValues, require_new_value, require_value
-from orchestrator.engine.state.records import message_write, read_messages
-from orchestrator.errors import RefusedError, VersionConflict
-from orchestrator.protocols import Commit, Event, JsonObject
+from orchestrator.errors import RefusedError
+from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import Git
-from orchestrator.system.failpoints import failpoint
 
 #: The maximum number of paths in one request.
 MAX_PATHS: Final = 200
@@ -102,38 +98,23 @@ class SessionCommands:
         git: Git,
         active: Mapping[SessionName, ActiveSession],
         elsewhere: Callable[[SessionName], Awaitable[SessionWorkspace]],
+        messages: MessageDelivery,
     ) -> None:
         self._contexts, self._note_store, self._git, self._active = contexts, notes, git, active
-        self._elsewhere = elsewhere
+        self._elsewhere, self._messages = elsewhere, messages
 
     async def begin_stop(self, active: ActiveSession) -> JsonObject:
         """Return why a session may not end yet: new messages of the user, or else the checks to run.
 
         After too many continuations because of checks, there are none.
         """
-        if messages := await self._deliver_messages(active):
-            return {"message": render_messages(messages), "checks": [], "timeout": 0.0}
+        if message := await self._messages.deliver(active):
+            return {"message": message, "checks": [], "timeout": 0.0}
         checks = active.stop_checks
         if checks is None or not checks.continuations:
             return {"message": None, "checks": [], "timeout": 0.0}
         checks.continuations -= 1
         return {"message": None, "checks": [*checks.commands], "timeout": checks.timeout}
-
-    async def _deliver_messages(self, active: ActiveSession) -> list[UserMessage]:
-        """Record that a session receives the messages that no session has received; return them."""
-        store, name = self._contexts.store, active.name
-        guards = [] if active.claim is None else [active.claim]
-        while due := [message for message in await read_messages(store, name.run, name.task) if not message.attempts]:
-            writes = [message_write(name.run, name.task, message.with_attempt(name.attempt)) for message in due]
-            events = [
-                TaskMessageDelivered(run=name.run, task=name.task, attempt=name.attempt, message=message.id)
-                for message in due
-            ]
-            with suppress(VersionConflict):  # a message was withdrawn just before
-                await store.commit(Commit(writes, [Event.of(event) for event in events], guards))
-                failpoint("message.delivered")
-                return due
-        return []
 
     async def report(
         self,

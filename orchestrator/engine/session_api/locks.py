@@ -23,12 +23,12 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.settings.path_patterns import is_match
 from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.engine.session_api.details import SessionWorkspace
-from orchestrator.errors import FileLocked, HistoryCompacted, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
+from orchestrator.errors import FileLocked, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.locking.file_locks import FILE_LOCK_TIMEOUT, FileLocks
 from orchestrator.locking.lock_names import canonical_path
 from orchestrator.locking.lock_overview import release_broken_locks
 from orchestrator.locking.ownership import OwnershipRegistry
-from orchestrator.protocols import Commit, Guard, JsonObject
+from orchestrator.protocols import Commit, CommitRecord, Guard, JsonObject
 from orchestrator.system.instants import format_local_time
 
 _ALLOWED: Final[JsonObject] = {"allowed": True, "owner": None, "since": None, "reason": None, "warning": None}
@@ -200,10 +200,6 @@ class SessionLocks:
                     await self._contexts.store.commit(Commit(writes, (), [claim] if claim else []))
                 return
 
-    async def follow_breaks(self, sessions: Callable[[], Sequence[SessionName]]) -> None:
-        """Release the file locks of sessions that a user breaks, until cancelled."""
-        store = self._contexts.store
-        while True:
-            with suppress(HistoryCompacted):  # after a long pause: start again from the current position
-                async for record in store.watch(await store.position()):
-                    await release_broken_locks(record, self._files, tuple(sessions()))
+    async def release_broken(self, record: CommitRecord, sessions: Sequence[SessionName]) -> None:
+        """Release the file locks of sessions that a user broke in a commit."""
+        await release_broken_locks(record, self._files, sessions)

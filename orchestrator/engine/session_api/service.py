@@ -18,10 +18,11 @@ from orchestrator.engine.session_api.commands import SessionCommands, parse_argu
 from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.engine.session_api.details import SessionWorkspace
 from orchestrator.engine.session_api.locks import ActiveSession, HandoffValidator, SessionLocks, StopChecks
+from orchestrator.engine.session_api.messages import MessageDelivery
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.observation import observe_session
 from orchestrator.engine.session_api.quota import WriteQuota
-from orchestrator.errors import LeaseLost, RefusedError
+from orchestrator.errors import HistoryCompacted, LeaseLost, RefusedError
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import Git
 from orchestrator.sessions.output.log_files import log_path
@@ -51,7 +52,8 @@ class SessionService:
         self._contexts, self._locks = contexts, locks
         self._active: dict[SessionName, ActiveSession] = {}
         self._quota = WriteQuota(contexts.clock)
-        commands = SessionCommands(contexts, notes, git, self._active, elsewhere)
+        self._messages = MessageDelivery(contexts.store)
+        commands = SessionCommands(contexts, notes, git, self._active, elsewhere, self._messages)
         self._handlers: Mapping[str, Callable[..., Awaitable[JsonObject]]] = {
             "lock": locks.lock,
             "unlock": locks.unlock,
@@ -67,6 +69,7 @@ class SessionService:
             "submit_handoff": commands.submit_handoff,
             "check_edit": locks.check_edit,
             "begin_stop": commands.begin_stop,
+            "take_messages": self._messages.take,
         }
 
     @asynccontextmanager
@@ -143,9 +146,14 @@ class SessionService:
         await self._locks.release_all(session, claim, keep_ownership=keep_ownership)
         await self._contexts.end(session)
 
-    async def follow_lock_breaks(self) -> None:
-        """Release the file locks that a user breaks, until cancelled."""
-        await self._locks.follow_breaks(lambda: tuple(self._active))
+    async def follow_user_changes(self) -> None:
+        """Release the file locks that a user breaks, and announce messages of the user, until cancelled."""
+        store = self._contexts.store
+        while True:
+            with suppress(HistoryCompacted):  # after a long pause: start again from the current position
+                async for record in store.watch(await store.position()):
+                    await self._locks.release_broken(record, tuple(self._active))
+                    await self._messages.announce(record, tuple(self._active.values()))
 
     async def handle(self, session: SessionName, command: str, arguments: JsonObject) -> JsonObject:
         """Return the result of a session's request; raise RefusedError if impossible.

@@ -116,6 +116,11 @@ class Worktree:
         return self.root / SOCKET_FOLDER
 
     @property
+    def message_file(self) -> Path:
+        """A file that exists if there may be messages of the user for the session."""
+        return self.socket_folder / "messages"
+
+    @property
     def lock(self) -> Path:
         """Held by the session's supervisor until every process of the session has exited."""
         return self.root / "lock"

@@ -4,6 +4,8 @@
       socket          one request per connection: a line of JSON in, a line back
       session.json    the worktree and the token that every request needs
       bin/council     the `council` command, bound to the session
+      post-tool       the hook after a tool call, which runs only if there may be messages of the user
+      messages        exists if there may be such messages
 
 In a sandbox, other sessions can't see this folder. Landlock can't hide the socket itself, so processes of other
 sessions are rejected regardless of their token (`sessions.socket.peers`). A session can only harm itself: each has its
@@ -44,6 +46,7 @@ from orchestrator.system.background import run_in_background
 from orchestrator.system.process import internal_program, internal_program_folders, without_dotdot
 
 _PROGRAM = Path("bin", "council")
+_POST_TOOL = "post-tool"
 _MAX_CONNECTIONS = 32  # per session
 _MAX_FOREIGN_CONNECTIONS = 4  # connections from outside the session, which are only rejected
 _BACKLOG = 128
@@ -96,16 +99,16 @@ class SessionSocket:
             return None
         return McpServer(MCP_SERVER_NAME, (self.command, "mcp"))
 
-    def hook(self, name: Literal["pre-edit", "stop"]) -> tuple[str, ...]:
+    def hook(self, name: Literal["pre-edit", "post-tool", "stop"]) -> tuple[str, ...]:
         """Return the command of a hook."""
-        return (self.command, "hook", name)
+        return (str(self.folder / _POST_TOOL),) if name == "post-tool" else (self.command, "hook", name)
 
 
 @asynccontextmanager
 async def open_session_socket(worktree: Worktree, session_service: SessionApi) -> AsyncIterator[SessionSocket]:
     """Serve the requests of a session during the block. Raises OSError."""
     folder, token = worktree.socket_folder, token_hex(16)
-    await anyio.to_thread.run_sync(_create_folder, folder, token, worktree.tree)
+    await anyio.to_thread.run_sync(_create_folder, worktree, token)
     session_socket = SessionSocket(folder, PathAccess(readable=(without_dotdot(folder), *internal_program_folders())))
     name = SessionName(worktree.run, worktree.task, worktree.attempt)
     handler = _RequestHandler(name, token, worktree.tree, worktree.lock, session_service, session_socket.faults)
@@ -122,17 +125,25 @@ def remove_session_socket(worktree: Worktree) -> None:
     shutil.rmtree(worktree.socket_folder, ignore_errors=True)
 
 
-def _create_folder(folder: Path, token: str, tree: Path) -> None:
+def _create_folder(worktree: Worktree, token: str) -> None:
+    folder = worktree.socket_folder
     command = folder / _PROGRAM
     command.parent.mkdir(mode=0o700, parents=True)
     card = os.open(folder / SESSION_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(card, "w", encoding="utf-8") as file:
-        json.dump({"token": token, "tree": str(tree)}, file)
+        json.dump({"token": token, "tree": str(worktree.tree)}, file)
     argv, env = internal_program("orchestrator.__main__", "main")
     env = {**env, SESSION_VARIABLE: str(folder)}
     settings = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
-    command.write_text(f'#!/bin/sh\n{settings}exec {shlex.join(argv)} "$@"\n', encoding="utf-8")
-    command.chmod(0o700)
+    _write_program(command, f'{settings}exec {shlex.join(argv)} "$@"')
+    # Most calls end here: starting Python after each tool call would take most of a core with 30 sessions.
+    call = shlex.join((str(command), "hook", "post-tool"))
+    _write_program(folder / _POST_TOOL, f"[ ! -e {shlex.quote(str(worktree.message_file))} ] || exec {call}")
+
+
+def _write_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o700)
 
 
 async def _listen(folder: Path) -> anyio.abc.SocketListener:

@@ -173,9 +173,9 @@ def describe_reload(task: str, changes: FileChanges) -> str:
 async def tell(context: CouncilContext, task: str, text: str, run: str | None) -> int:
     """Send a message to the agents of a task.
 
-    A running agent receives it when it is about to end its turn, if its CLI supports that, or else the next session
-    does, which continues the conversation if possible. The work does not land before that. The command prints when and
-    how this message is delivered. Every later conversation of the task receives the message as well.
+    A running agent receives it after a tool call or at the end of its turn, if its CLI supports that. Otherwise the
+    next session does, which continues the conversation if possible. The work does not land before that. The command
+    prints when and how this message is delivered. Every later conversation of the task receives the message as well.
 
     \b
     Examples:
