@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import subprocess
@@ -22,16 +23,16 @@ from tests.fakes.script import ROOT
 
 TASKS = ("a", "b", "c", "d")
 PER_TASK = 250
-SENDING = 60.0  # seconds after which no more messages are sent
 
 
 async def send(top: str, run: str, task: str, log: str) -> None:
-    """Send the messages to a task whose numbers are not in the log yet, and append them."""
+    """Send the messages to a task that are missing in the log, and append them."""
     with Path(log).open("a+b", 0) as file:
         file.seek(0)
-        begun = len(file.read().splitlines())
+        lines = file.read().splitlines()
+        begun, sent = len(lines), sum(line.startswith(b"sent ") for line in lines)
         async with Council.open(Path(top)) as council:
-            for number in range(begun // 2, PER_TASK):
+            for number in range(sent, PER_TASK):
                 text = f"<{task}-{number}-{begun}>"
                 file.write(f"sending {text}\n".encode())
                 await council.tasks.tell(task, text, run=run)
@@ -86,9 +87,14 @@ class Senders:
             child.wait()
 
 
-@pytest.mark.extended
-@pytest.mark.timeout(600)
-async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Repository) -> None:
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        pytest.param(60.0, marks=[pytest.mark.extended, pytest.mark.timeout(600)], id="for a minute"),
+        pytest.param(math.inf, marks=[pytest.mark.slow, pytest.mark.timeout(3600)], id="until all are sent"),
+    ],
+)
+async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Repository, seconds: float) -> None:
     """Each recorded message is in the conversation that landed exactly once, and in no conversation twice."""
     chance, done, log = random.Random(7), claude.top.parent / "done", claude.top.parent / "input"
     claude.environ["INPUT_LOG"] = str(log)
@@ -102,7 +108,7 @@ async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Reposi
     run = claude.council("status", "--json").result["run"]
     senders, run_kills = Senders(claude, run, chance), 0
     try:
-        is_left, end = True, time.monotonic() + SENDING
+        is_left, end = True, time.monotonic() + seconds
         while is_left and time.monotonic() < end:
             with claude.start("resume", "--json") as child:
                 until = time.monotonic() + chance.uniform(2.0, 8.0)
@@ -134,6 +140,8 @@ async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Reposi
             counts = Counter(word for text in inputs for word in text.split() if word.startswith("<"))
             assert max(counts.values(), default=0) <= 1, counts.most_common(3)
         assert counts.keys() == set(recorded), "the conversation that landed does not have each message"
+    if seconds == math.inf:
+        assert sum(len(senders.texts(task)) for task in TASKS) == len(TASKS) * PER_TASK
     assert run_kills >= 3
     assert senders.kills >= 4
     await claude.assert_invariants()
