@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
+from orchestrator.cli.commands.setup.schema import event_schema
 from orchestrator.domain.events import EVENT_TYPES, TypedEvent, coordination, phases, runs, state, tasks
-from orchestrator.engine.reports.schema import event_schema
 from orchestrator.protocols import JsonObject
 
 PAGE = Path(__file__).parent / "events.md"

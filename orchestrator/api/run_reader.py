@@ -29,7 +29,7 @@ from orchestrator.errors import GitError, RefusedError, UnreadableDocument
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import Document
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.source.branches import has_unmerged_commits
+from orchestrator.repo.source.run_repository import has_unmerged_commits
 from orchestrator.repo.worktrees.hub import Hub
 
 #: Bytes at the end of a background log that are searched for an error, and the prefix of its line.

@@ -18,7 +18,7 @@ from orchestrator.config.source.document import Node
 from orchestrator.config.source.files import read_prompt
 from orchestrator.config.source.problems import Position, Problems
 from orchestrator.config.source.validation import reject_empty_keys, validate
-from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.scheduling.dependencies import find_cycles
 from orchestrator.domain.security.secrets import has_secret_key
 from orchestrator.domain.settings.names import check_path, check_repo, is_url
 from orchestrator.domain.settings.run_settings import CoordinationSettings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from datetime import UTC, datetime
 from typing import Protocol
 
 import anyio
@@ -37,3 +38,8 @@ class SystemClock:
         """Wait on the event loop."""
         with anyio.CancelScope(deadline=math.inf if until is None else until):
             await event.wait()
+
+
+def format_local_time(instant: float) -> str:
+    """Format a point in time (seconds since the epoch) in the local time zone."""
+    return f"{datetime.fromtimestamp(instant, UTC).astimezone():%Y-%m-%d %H:%M:%S}"

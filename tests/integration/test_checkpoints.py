@@ -16,8 +16,8 @@ from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.scheduling.claims import Role
 from orchestrator.engine.reports.report import RunStatus
 from orchestrator.engine.scheduler.monitor import CHECKPOINT_INTERVAL
-from orchestrator.engine.state.leader import take_leadership
 from orchestrator.engine.state.records import read_task
+from orchestrator.engine.state.writer import take_leadership
 from orchestrator.locking.orchestrators import create_owner
 from orchestrator.protocols import Commit, Key, Store, Write
 from orchestrator.state.stores.file import FileStore

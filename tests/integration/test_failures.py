@@ -13,7 +13,7 @@ from orchestrator.api.council import Council
 from orchestrator.cli.render.events import event_text
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.protocols import Event
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 from orchestrator.testing.clock import ManualClock
 from tests.conftest import FAKE_CLI, Repository
 from tests.integration.test_scheduler import until_event

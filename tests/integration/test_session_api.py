@@ -14,7 +14,7 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.path_ownership import MAX_OWNED_CHARS, MAX_OWNED_PATTERNS
 from orchestrator.domain.sessions.contexts import SessionStatus
 from orchestrator.engine.session_api.details import MAX_DIFF_LENGTH
-from orchestrator.engine.session_api.quota import OVERHEAD, WriteQuota
+from orchestrator.engine.session_api.service import OVERHEAD, WriteQuota
 from orchestrator.errors import RefusedError
 from orchestrator.locking.file_locks import FileLocks
 from orchestrator.locking.ownership import claim_key

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from adapters.command.adapter import CommandAdapter
 from orchestrator.config.load import load_config
 from orchestrator.config.model import RunConfig
-from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.scheduling.dependencies import find_cycles
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.errors import ConfigError
 from tests.hypothesis_settings import example_settings

@@ -7,7 +7,7 @@ import re
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.scheduling.dependencies import find_cycles
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry
 from orchestrator.domain.settings.names import check_name
 from orchestrator.domain.settings.path_patterns import check_pattern, is_covered, is_match

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.runs.budget import Spending, compute_budget_usage, compute_remaining_cost, sum_spending
 from orchestrator.domain.runs.model import Attempt
+from orchestrator.domain.runs.usage import Spending, compute_budget_usage, compute_remaining_cost, sum_spending
 from orchestrator.domain.settings.run_settings import Budget, Price, find_price
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.config.source.scalars import resolve_plain
-from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.scheduling.dependencies import find_cycles
 from orchestrator.domain.settings.names import check_branch, check_name
 from orchestrator.domain.settings.quantities import format_duration, parse_duration
 

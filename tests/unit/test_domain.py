@@ -45,7 +45,7 @@ from orchestrator.domain.settings.failures import (
 from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.reports.report import AdapterReport, RunRecord, RunReport, RunStatus, build_report
 from orchestrator.errors import InvalidTransition, RefusedError
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 DIAMOND = {"a": DispatchEntry(), "b": DispatchEntry(("a",)), "c": DispatchEntry(("a",)), "d": DispatchEntry(("b", "c"))}
 

@@ -10,7 +10,7 @@ from orchestrator.cli.render.events import event_text, is_shown
 from orchestrator.domain.events import EVENT_TYPES, TypedEvent
 from orchestrator.domain.events.runs import RepositoryChanged
 from orchestrator.protocols import Event
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 
 @pytest.mark.parametrize(

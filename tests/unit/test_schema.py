@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ConfigDict
 
 from adapters.command.adapter import CommandAdapter
+from orchestrator.cli.commands.setup.schema import event_schema, result_schema, task_details_schema
 from orchestrator.config.json_schema import file_schema
 from orchestrator.config.source.document import read_document
 from orchestrator.config.source.problems import Problems
@@ -35,7 +36,6 @@ from orchestrator.domain.settings.quantities import (
     parse_optional_duration,
     parse_size,
 )
-from orchestrator.engine.reports.schema import event_schema, result_schema, task_details_schema
 from orchestrator.plugins import load_plugins
 from tests.unit.test_config_from_value import read
 from tests.unit.test_config_load import FULL, SMALLEST, WORKTREES

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from orchestrator.cli.render.task_details import task_detail_lines
+from orchestrator.cli.commands.runs.show import task_detail_lines
+from orchestrator.cli.commands.setup.schema import task_details_schema
 from orchestrator.cli.render.text import COLUMNS
 from orchestrator.domain.runs.model import Attempt, ImportedTask, TaskDocument
 from orchestrator.domain.runs.phases import InputSummary, PhaseRecord, PhaseStatus
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.workflow.handoffs import Handoff, Receipt, make_handoff
 from orchestrator.domain.workflow.mediation import Mediation
-from orchestrator.engine.reports.schema import task_details_schema
 from orchestrator.engine.reports.task_details import TaskDefinition, TaskDetails, build_task_details
 from orchestrator.engine.reports.task_report import report_task
 

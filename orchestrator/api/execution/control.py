@@ -30,9 +30,9 @@ from orchestrator.engine.scheduler.requests import (
     submit_request,
 )
 from orchestrator.engine.scheduler.restore import RestoreResult, restore_checkpoint
-from orchestrator.engine.state.leader import take_leadership
 from orchestrator.engine.state.records import check_task, read_spec, read_task
 from orchestrator.engine.state.reload import FileChanges
+from orchestrator.engine.state.writer import take_leadership
 from orchestrator.errors import REQUEST_RECORDED, LockHeld, RequestTimeout, RunActive
 from orchestrator.locking.orchestrators import create_owner
 from orchestrator.protocols import Guard

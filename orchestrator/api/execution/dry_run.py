@@ -13,10 +13,10 @@ from orchestrator.config.adapters import make_trial_request
 from orchestrator.config.coordination import CoordinationOverrides, apply_max_retries, resolve_coordination
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.domain.scheduling.admission import SessionDemand
-from orchestrator.engine.diagnostics.adapter_programs import list_programs
 from orchestrator.engine.diagnostics.doctor import DoctorInput, check_files, run_doctor
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.diagnostics.preflight import delete_run_refs, project_of_config, run_preflight
+from orchestrator.engine.diagnostics.sandbox_probe import list_programs
 from orchestrator.engine.reports.dry_run import DryRun, build_dry_run, starting_adapters
 from orchestrator.engine.scheduler.capacity import measure_capacity
 from orchestrator.engine.state.records import new_run_id

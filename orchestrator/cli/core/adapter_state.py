@@ -14,7 +14,7 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.engine.diagnostics.findings import Finding, Level
 from orchestrator.engine.reports.report import AdapterFailure, AdapterReport
 from orchestrator.errors import CouncilError, RefusedError
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 #: Failures that would also affect the next session of the adapter.
 _LASTING_FAILURES = frozenset({FailureClass.AUTH, FailureClass.INVALID, FailureClass.MISSING})

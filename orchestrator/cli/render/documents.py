@@ -21,7 +21,7 @@ from orchestrator.protocols import (
     StateSnapshot,
     VerificationReport,
 )
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 
 def state_json(found: StateSnapshot) -> JsonObject:

@@ -9,7 +9,7 @@ from orchestrator.cli.render.text import one_line, printable
 from orchestrator.domain.events import EVENT_TYPES, Shown, TypedEvent
 from orchestrator.domain.events.base import template_names
 from orchestrator.protocols import Event
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 
 def is_shown(event: Event, *, above_table: bool = False) -> bool:

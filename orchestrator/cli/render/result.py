@@ -35,7 +35,7 @@ from orchestrator.engine.reports.report import (
 )
 from orchestrator.engine.reports.task_report import TaskReport
 from orchestrator.repo.git.change_counts import Changes
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 #: The maximum characters of a reason: with the log and the cause of a failed setup.
 _MAX_REASON = 600

@@ -19,7 +19,7 @@ from orchestrator.cli.render.text import (
 )
 from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.wording import format_cost
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 if TYPE_CHECKING:
     from orchestrator.domain.runs.metrics import Metrics

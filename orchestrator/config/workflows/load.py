@@ -28,7 +28,7 @@ from orchestrator.config.workflows.templates import (
     read_builtin_template,
     template_for,
 )
-from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.scheduling.dependencies import find_cycles
 from orchestrator.domain.settings.fields import MAX_CONTEXT_BYTES, NO_WORKFLOW
 from orchestrator.domain.settings.phase_settings import Phase, PhaseSettings
 from orchestrator.domain.wording import quote_text, suggest

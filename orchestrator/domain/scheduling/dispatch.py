@@ -24,8 +24,7 @@ from orchestrator.domain.runs.statuses import (
     TaskStatus,
 )
 from orchestrator.domain.scheduling.dependencies import DependencyGraph
-from orchestrator.domain.scheduling.forecast import StartForecast, UpcomingTasks
-from orchestrator.domain.scheduling.placements import Placements
+from orchestrator.domain.scheduling.forecast import Placements, StartForecast, UpcomingTasks
 from orchestrator.domain.scheduling.ready import AdapterPool, ReadyBucket, ReadyQueue
 from orchestrator.domain.settings.run_settings import CheckField
 

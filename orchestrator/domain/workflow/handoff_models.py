@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from orchestrator.domain.scheduling.cycles import find_cycles
+from orchestrator.domain.scheduling.dependencies import find_cycles
 from orchestrator.domain.workflow.violations import HandoffContext, Violation
 
 #: Limits of a handoff: characters per text, and items per list or mapping.

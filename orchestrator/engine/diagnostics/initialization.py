@@ -22,8 +22,7 @@ from orchestrator.errors import ConfigError, RefusedError, to_unusable_error
 from orchestrator.project import Project, exclude_from_git, not_in_repository_error
 from orchestrator.protocols import AdapterType
 from orchestrator.repo.git.command import Git, check_version, split_nul
-from orchestrator.repo.source.branches import find_base_branch
-from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
+from orchestrator.repo.source.run_repository import RunRepository, find_base_branch, find_run_repository
 from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder
 from orchestrator.system.files import atomic_write
 

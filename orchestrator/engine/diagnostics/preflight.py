@@ -12,8 +12,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.config.warnings import RepositoryPaths
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.wording import find_similar
-from orchestrator.engine.diagnostics.adapter_programs import check_adapter_programs
-from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe
+from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe, check_adapter_programs
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
 from orchestrator.errors import GitError, RefusedError, raise_combined_refusal, to_unusable_error
 from orchestrator.project import Project, council_home

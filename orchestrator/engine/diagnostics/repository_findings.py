@@ -21,9 +21,8 @@ from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sour
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.project import Project, council_home, not_in_repository_error
 from orchestrator.repo.git.command import Git, printable_name
-from orchestrator.repo.source.branches import find_base_branch, list_branches
 from orchestrator.repo.source.compatibility import check_complete_clone, check_supported
-from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
+from orchestrator.repo.source.run_repository import RunRepository, find_base_branch, find_run_repository, list_branches
 from orchestrator.repo.source.user_checkouts import LocalRepository, refuse_tracked_project_folder
 from orchestrator.repo.source.user_programs import SKIPPED_HOOKS_REASON, find_hooks_in_checkouts
 

@@ -22,8 +22,7 @@ from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import RefusedError
 from orchestrator.locking.ownership import OwnershipRegistry
 from orchestrator.repo.git.command import Git, printable_name
-from orchestrator.repo.git.revert import revert_paths
-from orchestrator.repo.landing.merge_commits import RETRY_BASE_MESSAGE
+from orchestrator.repo.landing.merge_commits import RETRY_BASE_MESSAGE, revert_paths
 from orchestrator.repo.worktrees.hub import internal_ref_name
 
 #: The maximum number of paths in a message and in a record: a session may change any number of files.

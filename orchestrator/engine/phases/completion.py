@@ -59,7 +59,7 @@ from orchestrator.engine.state.tasks import handoff_write
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject, Write
-from orchestrator.repo.git.checksums import compute_checksums
+from orchestrator.repo.git.blobs import compute_checksums
 from orchestrator.repo.git.command import Git
 from orchestrator.sessions.session import SessionResult
 from orchestrator.sessions.setup.handoff_file import HandoffData, MalformedHandoff

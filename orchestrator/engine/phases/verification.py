@@ -24,7 +24,7 @@ from orchestrator.engine.session_api.contexts import read_contexts
 from orchestrator.engine.state.records import read_handoffs, read_run, task_key
 from orchestrator.errors import GitError, PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import JsonObject, Store
-from orchestrator.repo.git.checksums import compute_checksums
+from orchestrator.repo.git.blobs import compute_checksums
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.clock import Clock

@@ -22,7 +22,7 @@ from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import describe_hold
 from orchestrator.engine.reports.task_report import FAILURE_CLASSES, TaskReport, describe_failed_need, report_task
 from orchestrator.protocols import JsonObject
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 
 class RunStatus(StrEnum):

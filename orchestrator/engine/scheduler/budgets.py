@@ -15,15 +15,15 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.domain.events.runs import BudgetExhausted, BudgetLow, BudgetPriceUnknown, BudgetUntracked
-from orchestrator.domain.runs.budget import (
+from orchestrator.domain.runs.model import Attempt, TaskDocument
+from orchestrator.domain.runs.outcome import Failed, Interrupted
+from orchestrator.domain.runs.usage import (
     BudgetUsage,
     Spending,
     compute_budget_usage,
     compute_remaining_cost,
     sum_spending,
 )
-from orchestrator.domain.runs.model import Attempt, TaskDocument
-from orchestrator.domain.runs.outcome import Failed, Interrupted
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.run_settings import Budget, TaskSpec
 from orchestrator.engine.accounting import Accounting

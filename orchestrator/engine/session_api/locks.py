@@ -29,7 +29,7 @@ from orchestrator.locking.lock_names import canonical_path
 from orchestrator.locking.lock_overview import release_broken_locks
 from orchestrator.locking.ownership import OwnershipRegistry
 from orchestrator.protocols import Commit, CommitRecord, Guard, JsonObject
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 _ALLOWED: Final[JsonObject] = {"allowed": True, "owner": None, "since": None, "reason": None, "warning": None}
 

@@ -13,8 +13,8 @@ import anyio.to_thread
 from orchestrator.domain.wording import find_similar
 from orchestrator.errors import GitError, RefusedError, to_unusable_error
 from orchestrator.repo.git.command import GITLINK_MODE, Git, parse_raw_diff, printable_name
-from orchestrator.repo.git.embedded_repositories import find_embedded_repository
 from orchestrator.repo.git.reading import list_refs
+from orchestrator.repo.git.unsupported_files import find_embedded_repository
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import find_repository
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config

@@ -19,7 +19,7 @@ from orchestrator.errors import GitError, LockHeld, RefusedError, TargetMissing
 from orchestrator.locking.merge_lease import HeldMergeLease
 from orchestrator.locking.ownership import ownership_scope
 from orchestrator.repo.git.command import Git, printable_name
-from orchestrator.repo.git.embedded_repositories import find_embedded_repository
+from orchestrator.repo.git.unsupported_files import find_embedded_repository
 from orchestrator.repo.landing.merge_commits import commit_conflict, commit_merge, with_merge_base
 from orchestrator.repo.landing.structural_merge import MergeDriver, merge_structurally
 from orchestrator.repo.landing.target_checkouts import TargetCheckouts

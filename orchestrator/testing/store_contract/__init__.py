@@ -5,10 +5,8 @@ Override `open_store` and `open_store_at`. Needs pytest with pytest-asyncio in i
 """
 
 from orchestrator.testing.store_contract.copies import CopyContract
-from orchestrator.testing.store_contract.documents import DocumentContract
-from orchestrator.testing.store_contract.leases import LeaseContract
-from orchestrator.testing.store_contract.log import LogContract
-from orchestrator.testing.store_contract.persistence import PersistenceContract
+from orchestrator.testing.store_contract.documents import DocumentContract, LeaseContract
+from orchestrator.testing.store_contract.log import LogContract, PersistenceContract
 
 
 class StoreContract(DocumentContract, LeaseContract, LogContract, CopyContract, PersistenceContract):

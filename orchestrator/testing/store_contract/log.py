@@ -1,15 +1,28 @@
 """The log: watching, history, earlier states, compaction and statistics."""
 
-# ruff: noqa: S101  this module is a test suite
-
 from __future__ import annotations
+
+from pathlib import Path
 
 import anyio
 import pytest
 
 from orchestrator.errors import HistoryCompacted, RefusedError, VersionConflict
 from orchestrator.protocols import LARGE_DOCUMENT_BYTES, VERSIONS_KEPT, Commit, Event, JsonObject, Key, Write
-from orchestrator.testing.store_contract.suite import LEASE, OTHER_TASK, TASK, TIMEOUT, StoreSuite, make_commit, watch
+from orchestrator.testing.store_contract.suite import (
+    COMPACTED_LOG,
+    LEASE,
+    OTHER_TASK,
+    TASK,
+    TIMEOUT,
+    StoreSuite,
+    make_commit,
+    make_dump,
+    read_dump,
+    watch,
+)
+
+# ruff: noqa: S101  this module is a test suite
 
 
 class LogContract(StoreSuite):
@@ -185,3 +198,44 @@ class LogContract(StoreSuite):
             assert LARGE_DOCUMENT_BYTES < large[1] < found.bytes < large[1] + 100
             assert found.log_bytes > empty.log_bytes
             assert list(found.expired) == []
+
+
+# ruff: noqa: S101  this module is a test suite
+
+
+class PersistenceContract(StoreSuite):
+    """The rules for reopening a store."""
+
+    async def test_reopened_store_has_all_commits(self, tmp_path: Path) -> None:
+        """Documents, versions, history, events and the position survive a restart."""
+        if not self.is_persistent:
+            pytest.skip("the store declares that its content is lost when it is closed")
+        async with self.open_store_at(tmp_path) as store:
+            await store.commit(Commit([Write(TASK, 0, {"n": 1})], [Event("one", {"n": 1})]))
+            await store.commit(Commit([Write(TASK, 1, {"n": 2}), Write(OTHER_TASK, 0, {"n": 1})], durable=False))
+            expected, document = await read_dump(store), await store.get(TASK)
+        async with self.open_store_at(tmp_path) as store:
+            assert document is not None
+            assert await store.get(TASK) == document
+            assert await read_dump(store) == expected
+            assert list(store.damage) == []
+            assert bool(store.local_paths()) == self.is_local, "`local_paths` contradicts `is_local` of the suite"
+            assert await store.commit(make_commit(TASK, document.version, {"n": 3})) == expected[0] + 1
+
+    async def test_reopened_store_has_loaded_commits(self, tmp_path: Path) -> None:
+        """A loaded store has the same dump after it was closed."""
+        if not self.is_persistent:
+            pytest.skip("the store declares that its content is lost when it is closed")
+        async with self.open_store_at(tmp_path) as store:
+            await store.load(make_dump(COMPACTED_LOG, 8, 6))
+            expected = await read_dump(store)
+        async with self.open_store_at(tmp_path) as store:
+            assert await read_dump(store) == expected
+            assert (await store.verify()).is_valid
+
+    async def test_local_paths_of_a_used_store_are_absolute_and_exist(self) -> None:
+        """The sandbox can only hide declared, existing paths from sessions."""
+        async with self.open_store() as store:
+            await store.commit(make_commit(TASK, 0, {"n": 1}))
+            paths = store.local_paths()
+            assert all(path.is_absolute() and path.exists() for path in paths)

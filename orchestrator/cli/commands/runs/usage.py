@@ -11,7 +11,7 @@ import click
 
 from orchestrator.cli.core.command import CouncilContext, council_command, run_argument
 from orchestrator.cli.render.text import align_columns, format_elapsed, short_name
-from orchestrator.domain.runs.budget import Spending, compute_budget_usage
+from orchestrator.domain.runs.usage import Spending, compute_budget_usage
 from orchestrator.domain.wording import format_cost
 
 if TYPE_CHECKING:

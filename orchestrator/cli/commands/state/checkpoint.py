@@ -19,7 +19,7 @@ from orchestrator.engine.scheduler.restore import RestoreResult
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import JsonObject
 from orchestrator.state.documents.checkpoints import WHOLE_STORE, Checkpoint, RestorePlan
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 _all_option = click.option("--all", "whole", is_flag=True, help="Create a checkpoint of all runs together.")
 _id_argument = click.argument("checkpoint_id", metavar="CHECKPOINT", shell_complete=complete_checkpoints)

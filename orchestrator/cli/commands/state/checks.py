@@ -10,7 +10,7 @@ from orchestrator.api.topics.checks import RecordedCheck
 from orchestrator.cli.core.command import CouncilContext, council_command
 from orchestrator.cli.core.group import SuggestingGroup
 from orchestrator.cli.render.text import align_columns, one_line, pluralize, printable
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 #: The number of characters shown of a digest and of a command.
 _SHORT_DIGEST, _MAX_COMMAND = 12, 60

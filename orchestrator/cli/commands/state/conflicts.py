@@ -15,7 +15,7 @@ from orchestrator.cli.core.command import CouncilContext, council_command
 from orchestrator.cli.render.documents import field_changes, field_lines
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Document, JsonObject
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 if TYPE_CHECKING:
     from orchestrator.state.documents.conflicts import Conflict

@@ -24,7 +24,7 @@ from orchestrator.domain.settings.quantities import format_size_short
 from orchestrator.engine.diagnostics.findings import Level
 from orchestrator.project import find_project
 from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder
-from orchestrator.system.instants import format_local_time
+from orchestrator.system.clock import format_local_time
 
 
 @click.command()
