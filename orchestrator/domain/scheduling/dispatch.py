@@ -115,8 +115,6 @@ class DispatchBoard:
 
     Additional processes of a run resolve ties by other orders, so that they rarely claim the same tasks: each begins
     with its share of the tasks, and continues with the last tasks of the other shares.
-
-    More methods than most: each is a transition of the same state of one task.
     """
 
     def __init__(
@@ -192,7 +190,8 @@ class DispatchBoard:
 
     def built(self, task: str) -> None:
         """Queue a task to land: release its capacity, but not its paths."""
-        self._free_slot(task)
+        if self._state[task] is _RUNNING:
+            self.adapters.free(task)
         self._state[task] = _BUILT
 
     def landed(self, task: str) -> None:
@@ -301,18 +300,14 @@ class DispatchBoard:
                 yield self.entries[task].adapters
 
     def choose_tasks(self, limit: int, now: float) -> list[str]:
-        """Return the tasks to start, in order, at most `most`; they count as running."""
-        self._advance(now)
+        """Return the tasks to start, in order, at most `limit`; they count as running."""
+        self.adapters.end_cooldowns(now)
+        for tasks, since in self._upcoming.take_due(now):
+            self._add(tasks, since)
         taken, states = self._queue.take(limit, now), self._state
         for task in taken:
             states[task] = _RUNNING
         return taken
-
-    def _advance(self, now: float) -> None:
-        """Add tasks that became ready, and end expired waits and cooldowns."""
-        self.adapters.end_cooldowns(now)
-        for tasks, since in self._upcoming.take_due(now):
-            self._add(tasks, since)
 
     def _add(self, tasks: Iterable[str], since: float) -> None:
         states, places, ranks = self._state, self._placements, dict[int, float]()
@@ -321,17 +316,14 @@ class DispatchBoard:
             states[task] = _READY
             order, priority, bucket = places[task]
             if self._worker:
-                order = self._order_by_share(order)
+                share = (int(order) - self._worker) % _SHARES
+                order = share * _SHARE_WIDTH + (-order if share else order)
             # Sharing one float object makes tuple comparisons of ranks faster.
             rank = ranks.get(priority)
             if rank is None:
                 rank = ranks[priority] = since / AGING_SECONDS - priority
             ready.append((rank, order, task, bucket))
         self._queue.add(ready)
-
-    def _order_by_share(self, order: float) -> float:
-        share = (int(order) - self._worker) % _SHARES
-        return share * _SHARE_WIDTH + (-order if share else order)
 
     def _offer(self, task: str) -> None:
         if self._state[task] is _PENDING and self._graph.is_ready(task):
@@ -341,17 +333,13 @@ class DispatchBoard:
     def _leave(self, task: str, state: _State) -> None:
         before = self._state[task]
         self._queue.free_paths(task)
-        if before is _RUNNING or before is _BUILT:
-            self._free_slot(task)
+        if before is _RUNNING:
+            self.adapters.free(task)
         elif before is _READY:
             self._queue.discard(task)
         elif before is _UPCOMING:
             self._upcoming.discard(task)
         self._state[task] = state
-
-    def _free_slot(self, task: str) -> None:
-        if self._state[task] is _RUNNING:
-            self.adapters.free(task)
 
     def _waits_for_parts(self, task: str) -> bool:
         return not all(map(self._graph.has_landed, self.entries[task].parts))

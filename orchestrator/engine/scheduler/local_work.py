@@ -25,7 +25,6 @@ from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt
 from orchestrator.engine.state.adapter_states import AdapterUpdate
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.sessions.session import Session
 from orchestrator.system.clock import Clock
 
 #: The head start in seconds of the orchestrator that released a task, to claim it again.
@@ -100,10 +99,6 @@ class LocalWork:
         await self._clock.wait(self._woken, until)
         self._woken = anyio.Event()
 
-    def active_sessions(self) -> list[Session]:
-        """Return the sessions of all active attempts."""
-        return [work.session for work in self.active_attempts.values()]
-
     def stop_sessions(self) -> None:
         """Stop all sessions, preserving their work."""
         for work in self.active_attempts.values():
@@ -114,7 +109,10 @@ class LocalWork:
         """Apply the recorded state of an adapter."""
         if document.disabled_reason is not None:
             self.board.adapters.disable(adapter, document.disabled_reason)
-        elif self._cool_down(adapter, document) or adapter in self._unavailable_adapters:
+        elif document.cooldown_until is not None and document.is_cooling_down(now := self._clock.now()):
+            until = self._clock.monotonic() + document.cooldown_until - now
+            self.board.adapters.start_cooldown(adapter, until)
+        elif adapter in self._unavailable_adapters:
             return
         elif document.cooldowns:
             self.board.adapters.expect_probe(
@@ -139,14 +137,6 @@ class LocalWork:
         for adapter in self._ledger.run.adapters:
             if await self._ledger.adapters.adopt_cooldown(adapter):
                 self.update_adapter(adapter, await self._ledger.adapters.read(adapter))
-
-    def _cool_down(self, adapter: str, document: AdapterDocument) -> bool:
-        """Apply the recorded cooldown of an adapter; return whether it has one."""
-        now = self._clock.now()
-        if document.cooldown_until is None or not document.is_cooling_down(now):
-            return False
-        self.board.adapters.start_cooldown(adapter, self._clock.monotonic() + document.cooldown_until - now)
-        return True
 
     def awaiting_user(self) -> dict[str, int]:
         """Map each task that waits for a user to the number of its phase visits."""

@@ -141,7 +141,11 @@ class Scheduler:
             if self._context.session_service is not None:
                 services.start_soon(self._context.session_service.follow_user_changes)
             if self._ledger.run.merge.on_predicted_conflict != "off":
-                services.start_soon(ConflictPredictor(self._ledger, self._context, self._local.active_sessions).run)
+                attempts = self._local.active_attempts
+                predictor = ConflictPredictor(
+                    self._ledger, self._context, lambda: [attempt.session for attempt in attempts.values()]
+                )
+                services.start_soon(predictor.run)
             services.start_soon(self._peers.renew)
             services.start_soon(self._peers.sweep)
             services.start_soon(self._peers.detect_dead_peers)
