@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -96,7 +96,7 @@ async def _write_views(store: Store, folder: ViewFolder, now: float) -> ViewPosi
         await anyio.to_thread.run_sync(folder.write_documents, list(documents.values())[start : start + _PART])
     await anyio.to_thread.run_sync(folder.write_sessions, documents)
     index = {"about": _ABOUT, **asdict(position), "updated": now, "damage": damage}
-    await anyio.to_thread.run_sync(folder.write, "index.json", encode_pretty_json(index))
+    await anyio.to_thread.run_sync(folder.write, "index.json", index)
     failpoint("views.written")
     return position
 
@@ -154,33 +154,41 @@ class ViewFolder:
         self._made = {""}
         self._append(b"")
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file."""
+    def write(self, name: str, value: JsonObject) -> None:
+        """Write a file of JSON."""
         self._make(name.rpartition("/")[0])
         with open(self.path / name, "wb", opener=_open_private) as file:
-            file.write(data)
+            file.write(encode_json(value))
 
     def write_documents(self, documents: Sequence[Document]) -> None:
         """Write the files of documents."""
         for one in documents:
-            self.write(document_path(one.key), document_view(one))
+            self.write(document_path(one.key), one.to_json())
 
     def write_records(self, records: Sequence[CommitRecord], versions: Sequence[tuple[Key, DocumentVersion]]) -> None:
         """Append the events of records, and write versions of tasks."""
-        self._append(b"".join(event_line(record, event) for record in records for event in record.events))
+        events = [
+            {"position": record.position, "time": record.time, "writer": record.writer, **_event(event)}
+            for record in records
+            for event in record.events
+        ]
+        self._append(b"".join(encode_json(event, is_indented=False) for event in events))
         for key, version in versions:
             self.write(version_path(key, version.version), version_view(key, version))
 
     def write_sessions(self, documents: Mapping[Key, Document]) -> None:
-        """Write the owners of paths and the active sessions."""
-        active = active_tasks(documents)
-        self.write("ownership.json", ownership_view(active))
-        for one in active:
-            number = one.document.attempt.number
-            slot = None if one.hub is None else Worktree(Hub(one.hub), one.run, one.task, number).slot
-            tree = None if slot is None else str(slot.tree)
-            if (session := report_session(one.run, one.task, one.document, tree)) is not None:
-                self.write(context_path(one.run, one.task), encode_pretty_json(asdict(session)))
+        """Write the owners of paths and the active sessions; a task without patterns may change any path."""
+        owners = []
+        for run, task, document in active_tasks(documents):
+            attempt, hub = document.attempt, _value(documents, Key("run", run)).get("hub")
+            owns = _value(documents, Key("spec", f"{run}/{task}")).get("owns", [])
+            facts = {"run": run, "task": task, "status": document.status}
+            owners.append({**facts, "attempt": attempt.number, "started": attempt.started, "owns": owns})
+            slot = Worktree(Hub(Path(hub)), run, task, attempt.number).slot if isinstance(hub, str) else None
+            session = report_session(run, task, document, None if slot is None else str(slot.tree))
+            if session is not None:
+                self.write(context_path(run, task), asdict(session))
+        self.write("ownership.json", {"owners": owners})
 
     def install(self, path: Path) -> None:
         """Replace the folder at `path` with this one."""
@@ -266,64 +274,36 @@ def _name(text: str) -> str:
     return f"{_ODD.sub('_', text[:_SHOWN])}~{digest[:_DIGITS]}"
 
 
-def encode_pretty_json(value: Any) -> bytes:
-    """Return indented JSON with a newline at its end."""
+def encode_json(value: Any, *, is_indented: bool = True) -> bytes:
+    """Return JSON with a newline at its end."""
+    indent = orjson.OPT_INDENT_2 if is_indented else 0
     try:
-        return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        return orjson.dumps(value, option=indent | orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # integers of more than 64 bits
-        return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(value, indent=2 if is_indented else None, ensure_ascii=False).encode() + b"\n"
 
 
-def document_view(document: Document) -> bytes:
-    """Return the content of a document's file."""
-    return encode_pretty_json(document.to_json())
-
-
-def version_view(key: Key, version: DocumentVersion) -> bytes:
+def version_view(key: Key, version: DocumentVersion) -> JsonObject:
     """Return the content of the file of a document's version."""
-    return encode_pretty_json(
-        {
-            "key": str(key),
-            "version": version.version,
-            "position": version.position,
-            "time": version.time,
-            "writer": version.writer,
-            "events": [_event(one) for one in version.events],
-            "deleted": version.value is None and not version.damaged,
-            "damaged": version.damaged,
-            "value": version.value,
-        }
-    )
-
-
-def event_line(record: CommitRecord, event: Event) -> bytes:
-    """Return the line of an event in `events.jsonl`."""
-    line = {"position": record.position, "time": record.time, "writer": record.writer, **_event(event)}
-    try:
-        return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # integers of more than 64 bits
-        return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+    return {
+        "key": str(key),
+        "version": version.version,
+        "position": version.position,
+        "time": version.time,
+        "writer": version.writer,
+        "events": [_event(one) for one in version.events],
+        "deleted": version.value is None and not version.damaged,
+        "damaged": version.damaged,
+        "value": version.value,
+    }
 
 
 def _event(event: Event) -> JsonObject:
     return {"type": event.type, "data": event.data}
 
 
-@dataclass(frozen=True, slots=True)
-class ActiveTask:
-    """A task between its start and its landing."""
-
-    run: str
-    task: str
-    document: TaskDocument
-    hub: Path | None
-    """The hub of its run, if known."""
-    owns: Sequence[str]
-    """The patterns of the paths that it owns; empty: all."""
-
-
-def active_tasks(documents: Mapping[Key, Document]) -> list[ActiveTask]:
-    """Return readable active tasks of unfinished runs, sorted by start."""
+def active_tasks(documents: Mapping[Key, Document]) -> list[tuple[str, str, TaskDocument]]:
+    """Return the readable tasks of unfinished runs between start and landing, by run and name, sorted by start."""
     active = []
     for document in documents.values():
         if document.key.kind != "task" or document.damaged:
@@ -332,27 +312,13 @@ def active_tasks(documents: Mapping[Key, Document]) -> list[ActiveTask]:
             task = TaskDocument.model_validate_json(document.encoded)
         except ValidationError:
             continue
-        name, _, own = document.key.id.partition("/")
-        run = documents.get(Key("run", name))
-        facts: JsonObject = {} if run is None else run.value
-        if task.status in CLAIMED_STATUSES and task.attempts and facts.get("ended") is None:
-            spec = documents.get(Key("spec", document.key.id))
-            hub, owns = facts.get("hub"), [] if spec is None else spec.value.get("owns", [])
-            active.append(ActiveTask(name, own, task, Path(hub) if isinstance(hub, str) else None, owns))
-    return sorted(active, key=lambda one: (one.document.attempt.started, one.run, one.task))
+        run, _, name = document.key.id.partition("/")
+        has_ended = _value(documents, Key("run", run)).get("ended") is not None
+        if task.status in CLAIMED_STATUSES and task.attempts and not has_ended:
+            active.append((run, name, task))
+    return sorted(active, key=lambda one: (one[2].attempt.started, one[0], one[1]))
 
 
-def ownership_view(active: Iterable[ActiveTask]) -> bytes:
-    """Return `ownership.json`, in which a task without patterns may change any path."""
-    owners = [
-        {
-            "run": one.run,
-            "task": one.task,
-            "status": one.document.status,
-            "attempt": one.document.attempt.number,
-            "started": one.document.attempt.started,
-            "owns": one.owns,
-        }
-        for one in active
-    ]
-    return encode_pretty_json({"owners": owners})
+def _value(documents: Mapping[Key, Document], key: Key) -> JsonObject:
+    """Return the value of a document; empty if it is missing."""
+    return documents[key].value if key in documents else {}

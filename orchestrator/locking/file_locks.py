@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,16 +134,6 @@ class LockMarker:
         self._lock.release()
 
 
-@contextmanager
-def hold_marker(folder: Path, kind: MarkerKind, holder: LockHolder) -> Iterator[None]:
-    """Keep a marker for the duration of the block."""
-    marker = LockMarker(folder, kind, holder)
-    try:
-        yield
-    finally:
-        marker.drop()
-
-
 def list_markers(folder: Path) -> Iterator[LiveMarker]:
     """Yield the live markers and remove stale ones."""
     kinds: tuple[MarkerKind, MarkerKind] = ("shares", "waits")
@@ -183,19 +173,18 @@ class FileLocks:
         *,
         shared: bool = False,
         timeout: float = FILE_LOCK_TIMEOUT,  # noqa: ASYNC109  (raises FileLocked)
-        top: Path | None = None,
         also: Callable[[], Awaitable[Mapping[str, LockWait]]] | None = None,
     ) -> Sequence[FileLockRecord]:
         """Lock files for a session, all or none; return the records.
 
-        `timeout` is in seconds (0: don't wait). `top` is the worktree of the paths; without it, symlinks are not
-        followed. `also` returns sessions' waits for resources other than files. A cancelled call locks nothing. Raises
-        FileLocked, which names the holder; RefusedError for a path that is outside the repository, or that the session
-        has already locked or is waiting for; and, immediately, LockUnavailable if sessions wait for each other in a
-        cycle and this one began to wait last.
+        The paths are relative to the root of the repository; symlinks are not followed. `timeout` is in seconds (0:
+        don't wait). `also` returns sessions' waits for resources other than files. A cancelled call locks nothing.
+        Raises FileLocked, which names the holder; RefusedError for a path that is outside the repository, or that the
+        session has already locked or is waiting for; and, immediately, LockUnavailable if sessions wait for each other
+        in a cycle and this one began to wait last.
         """
         await anyio.to_thread.run_sync(_check_descriptors, len(paths))
-        wanted = self._wanted(session, paths, top)
+        wanted = self._wanted(session, paths)
         self._requested |= {(session, path) for path in wanted}
         try:
             with ExitStack() as releases:
@@ -215,10 +204,10 @@ class FileLocks:
         finally:
             self._requested -= {(session, path) for path in wanted}
 
-    async def release(self, session: SessionName, paths: Sequence[str], *, top: Path | None = None) -> int:
+    async def release(self, session: SessionName, paths: Sequence[str]) -> int:
         """Release the given locks of a session; return the number of locked paths."""
         held = self._held.get(session, {})
-        return self._release(session, {self._canonical(path, top) for path in paths} & held.keys())
+        return self._release(session, {self._canonical(path) for path in paths} & held.keys())
 
     async def release_all(self, session: SessionName) -> int:
         """Release all locks of a session; return their number."""
@@ -235,11 +224,11 @@ class FileLocks:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         return folds_case(self._folder)
 
-    def _canonical(self, path: str, top: Path | None) -> str:
-        return canonical_path(path, top, folds_case=self._folds_case)
+    def _canonical(self, path: str) -> str:
+        return canonical_path(path, folds_case=self._folds_case)
 
-    def _wanted(self, session: SessionName, paths: Sequence[str], top: Path | None) -> list[str]:
-        wanted = sorted({self._canonical(path, top) for path in paths})
+    def _wanted(self, session: SessionName, paths: Sequence[str]) -> list[str]:
+        wanted = sorted({self._canonical(path) for path in paths})
         for path in wanted:
             if path in self._held.get(session, {}):
                 raise RefusedError(f"{session} has already locked {path}", "continue, or unlock it first")
@@ -308,12 +297,10 @@ class FileLocks:
 
     async def _wait(self, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock:
         gate, lock = self._locks_of(path)
-        with hold_marker(self._folder, "waits", self._holder(session, path, shared=shared)):
-            held_gate = await gate.acquire()
-            try:
-                held = await lock.acquire(shared=shared)
-            finally:
-                held_gate.release()
+        with ExitStack() as undo:
+            undo.callback(LockMarker(self._folder, "waits", self._holder(session, path, shared=shared)).drop)
+            undo.callback((await gate.acquire()).release)
+            held = await lock.acquire(shared=shared)
         return self._record_holder(held, session, path, shared=shared)
 
     def _record_holder(self, lock: HeldLock, session: SessionName, path: str, *, shared: bool) -> _HeldFileLock:

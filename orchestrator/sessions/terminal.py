@@ -24,10 +24,10 @@ class UserTerminal:
     The program gets a terminal of its own, because a sandboxed program could otherwise type on the user's terminal.
     """
 
-    def __init__(self, is_complete: Callable[[], Awaitable[bool]], stdin: int = 0, stdout: int = 1) -> None:
-        """Use the terminal at these descriptors; `is_complete` asks the user whether the work may land."""
+    def __init__(self, is_complete: Callable[[], Awaitable[bool]]) -> None:
+        """Use the terminal of this process; `is_complete` asks the user whether the work may land."""
         self.is_complete = is_complete
-        self._stdin, self._stdout = stdin, stdout
+        self._stdin, self._stdout = 0, 1
 
     @asynccontextmanager
     async def open(self, on_hangup: Callable[[], None]) -> AsyncIterator[str]:

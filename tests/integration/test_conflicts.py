@@ -11,8 +11,8 @@ import anyio
 import pytest
 
 from orchestrator.domain.documents.conflicts import ConflictStrategy, DocumentUpdate
-from orchestrator.errors import InvalidDocument, LeaseLost, RefusedError, VersionConflict
-from orchestrator.protocols import Commit, CommitRecord, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.errors import InvalidDocument, RefusedError, VersionConflict
+from orchestrator.protocols import Commit, CommitRecord, Event, JsonObject, Key, Store, Write
 from orchestrator.state.documents import update as retrying
 from orchestrator.state.documents.conflicts import (
     CONFLICT_KIND,
@@ -25,7 +25,7 @@ from orchestrator.state.stores.file import FileStore
 from orchestrator.testing.clock import ManualClock
 from tests.store_kinds import ALL_KINDS, open_kind
 
-A, B, LEASE = Key("task", "r/a"), Key("task", "r/b"), Key("lease", "run/r")
+A, B = Key("task", "r/a"), Key("task", "r/b")
 
 
 @pytest.fixture
@@ -141,14 +141,11 @@ async def test_deletion_is_an_update(store: Store) -> None:
 
 
 async def test_invalid_update_fails_its_batch_only(store: Store) -> None:
-    """Nothing of a batch with an unstorable value, or with a lost lease, is written."""
+    """Nothing of a batch with an unstorable value is written."""
     with pytest.raises(InvalidDocument):
         await apply_updates(store, [ada(A, {"n": 1}), ada(B, {"n": float("nan")})])
-    await put(store, LEASE, {"epoch": 2})
-    with pytest.raises(LeaseLost):
-        await apply_updates(store, [ada(A, {"n": 1})], guards=[Guard(LEASE, 1)])
-    assert await store.position() == 1
-    await apply_updates(store, [ada(A, {"n": 1})], guards=[Guard(LEASE, 2)])
+    assert await store.position() == 0
+    await apply_updates(store, [ada(A, {"n": 1})])
     assert await value_of(store, A) == {"n": 1}
 
 
@@ -160,8 +157,8 @@ async def test_overtaken_batch_is_repeated(store: Store) -> None:
     assert (await value_of(store, A), await value_of(store, B)) == ({"n": 1}, {"n": 1})
     slow = overtaken(store, lambda: put(store, B, {"theirs": 2}), 9)
     with pytest.raises(VersionConflict):
-        await apply_updates(slow, [ada(A, {"n": 2}), ada(B, {"n": 2})], attempts=2)
-    assert slow.tried == 2
+        await apply_updates(slow, [ada(A, {"n": 2}), ada(B, {"n": 2})])
+    assert slow.tried == retrying.MAX_ATTEMPTS
     assert (await value_of(store, A), await value_of(store, B)) == ({"n": 1}, {"theirs": 2})
 
 
@@ -170,13 +167,13 @@ async def test_concurrent_batches_are_complete(store: Store) -> None:
 
     async def write(number: int) -> None:
         value = {"n": number}
-        await apply_updates(store, [DocumentUpdate(key, number, "w", value) for key in (A, B)], attempts=1_000)
+        await apply_updates(store, [DocumentUpdate(key, number, "w", value) for key in (A, B)])
 
     async with anyio.create_task_group() as group:
-        for number in range(8):
+        for number in range(retrying.MAX_ATTEMPTS):  # each attempt of all lets one of them succeed
             group.start_soon(write, number)
-    assert await store.position() == 8
-    for position in range(1, 9):
+    assert await store.position() == retrying.MAX_ATTEMPTS
+    for position in range(1, retrying.MAX_ATTEMPTS + 1):
         documents = (await record_at(store, position)).documents
         assert documents[A] == documents[B]
 
@@ -348,14 +345,6 @@ async def test_conflict_is_resolved_once(store: Store) -> None:
             overtaken(store, lambda: resolve_conflict(store, conflict.id, 2)), conflict.id, 1, force=True
         )
     assert await value_of(store, A) == {"n": 2}
-
-
-async def test_resolution_without_the_lease_is_rejected(store: Store) -> None:
-    await put(store, LEASE, {"epoch": 2})
-    conflict = await leave_to_person(store, ada(A, {"n": 1}), bob(A, {"n": 2}))
-    with pytest.raises(LeaseLost):
-        await resolve_conflict(store, conflict.id, 1, guards=[Guard(LEASE, 1)])
-    assert await list_pending(store) == [conflict]
 
 
 async def test_conflict_survives_its_process(tmp_path: Path, clock: ManualClock) -> None:

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from orchestrator.errors import VersionConflict
-from orchestrator.protocols import Commit, Event, JsonObject, Key, Store, Write
+from orchestrator.protocols import Commit, JsonObject, Key, Store, Write
 from orchestrator.state.documents import update as module
 from orchestrator.state.documents.log_reader import DocumentChange, subscribe
 from orchestrator.state.documents.update import update_document
@@ -98,13 +98,13 @@ async def test_expected_version_is_tried_once(store: Store) -> None:
 
 
 async def test_update_to_none_deletes(store: Store) -> None:
-    """Even if there is nothing to delete; the events of the commit are recorded with it."""
+    """Even if there is nothing to delete."""
     assert await update_document(store, COUNT, lambda _: None) is None
     assert await store.position() == 0
     await update_document(store, COUNT, increment, ttl=60)
-    assert await update_document(store, COUNT, lambda _: None, events=[Event("gone")]) is None
+    assert await update_document(store, COUNT, lambda _: None) is None
     newest = (await store.history(COUNT))[0]
-    assert (newest.version, newest.value, list(newest.events)) == (2, None, [Event("gone")])
+    assert (newest.version, newest.value) == (2, None)
 
 
 async def test_subscriber_gets_matching_changes(store: Store) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 
 import anyio
@@ -23,7 +22,7 @@ from orchestrator.engine.state.records import new_run_id
 from orchestrator.plugins import Plugins
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.source.user_checkouts import refuse_tracked_project_folder
-from orchestrator.system.clock import Clock, SystemClock
+from orchestrator.system.clock import SystemClock
 
 
 async def perform_dry_run(
@@ -32,17 +31,16 @@ async def perform_dry_run(
     *,
     allow_deferred: bool = False,
     coordination: CoordinationOverrides | None = None,
-    clock: Clock | None = None,
-    environ: Mapping[str, str] = os.environ,
 ) -> DryRun:
     """Run the checks of `Runs.create` and `council doctor`, and return the plan.
 
     Nothing is recorded. Starts only the programs of adapters, to get their versions. Fetches commits into council's own
     repositories, as for a run, and changes nothing else.
     """
+    environ = os.environ
     config = apply_max_retries(config, resolve_coordination(config.coordination, environ, coordination))
     config = await add_open_tracked_tasks(config, plugins)
-    run = new_run_id((clock or SystemClock()).now())
+    run = new_run_id(SystemClock().now())
     site = await find_run_repository(config.repo, is_url=config.is_url, environ=environ)
     project = project_of_config(config, site)
     project.check()
@@ -75,10 +73,8 @@ async def perform_dry_run(
     )
 
 
-async def find_invisible_files(
-    config: RunConfig, plugins: Plugins, *, environ: Mapping[str, str] = os.environ
-) -> list[Finding]:
+async def find_invisible_files(config: RunConfig, plugins: Plugins) -> list[Finding]:
     """Return warnings about files that adapters and checks need, and sessions can't see."""
-    site = await find_run_repository(config.repo, is_url=config.is_url, environ=environ)
+    site = await find_run_repository(config.repo, is_url=config.is_url, environ=os.environ)
     top = None if site.repository is None else site.repository.top
-    return await check_files(config, plugins.adapters, top, environ)
+    return await check_files(config, plugins.adapters, top, os.environ)

@@ -118,22 +118,12 @@ class RunExecutor:
         if not settings.enabled:
             raise sharing_disabled_error(run, context.environ, coordination)
         hub = await RunIndex(context).hub(document)
-        async with (
-            self._entry(document, hub, settings) as entry,
-            anyio.create_task_group() as group,
-            entry.join() as (ledger, run_context),
-        ):
-            ended = anyio.Event()
-            group.start_soon(_run_services_as_leader, entry, ledger, ended)
+        async with self._entry(document, hub, settings) as entry, _join(entry) as (ledger, run_context):
             disabled = await find_unusable_adapters(run_context.adapters, context.environ)
             reader = RunReader(entry.context)
-            report = await self._execute(
+            return await self._execute(
                 reader, await reader.record(run), ledger, run_context, capacity=capacity, disabled=disabled
             )
-            ended.set()
-            if not ledger.writer.became_leader.is_set():
-                group.cancel_scope.cancel()
-        return report
 
     async def attach(self, run: str, task: str, terminal: UserTerminal) -> RunReport:
         """Let a user have a task's conversation on a terminal; see `Runs.attach`."""
@@ -157,9 +147,7 @@ class RunExecutor:
                 ):
                     pass  # what a killed process was doing is recorded as interrupted
             report = await reader.status(run)
-            async with anyio.create_task_group() as group, entry.join() as (ledger, run_context):
-                ended = anyio.Event()
-                group.start_soon(_run_services_as_leader, entry, ledger, ended)
+            async with _join(entry) as (ledger, run_context):
                 adapters = run_context.adapters
                 check_attachable(run, task, ledger.task(task), adapters)
                 async with record_attachment(ledger, task):
@@ -169,9 +157,6 @@ class RunExecutor:
                         report = await self._execute(reader, before, ledger, run_context, capacity=1, attached=attached)
                         if any(attempt.attached for attempt in ledger.task(task).attempts[earlier:]):
                             break  # otherwise, another process has started a session just before it saw the attachment
-                ended.set()
-                if not ledger.writer.became_leader.is_set():
-                    group.cancel_scope.cancel()
             return report
 
     @asynccontextmanager
@@ -240,6 +225,18 @@ class RunExecutor:
             PhaseStarter(ledger, inputs, context.clock, has_tools=run_context.session_service is not None),
             PhaseCompleter(ledger, inputs, run_context.git, context.clock, plugins.transformations),
         )
+
+
+@asynccontextmanager
+async def _join(entry: RunEntry) -> AsyncIterator[tuple[Ledger, RunContext]]:
+    """Join a run during the body; if this process becomes its leader, with the services of a leader."""
+    async with anyio.create_task_group() as group, entry.join() as (ledger, run_context):
+        ended = anyio.Event()
+        group.start_soon(_run_services_as_leader, entry, ledger, ended)
+        yield ledger, run_context
+        ended.set()
+        if not ledger.writer.became_leader.is_set():
+            group.cancel_scope.cancel()
 
 
 async def _run_services_as_leader(entry: RunEntry, ledger: Ledger, ended: anyio.Event) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from orchestrator.api.run_index import RunIndex
-from orchestrator.api.run_reader import RunReader
 from orchestrator.api.topic import Topic
 from orchestrator.api.topics.activity import RunActivity
 from orchestrator.api.topics.changes import TaskChanges, trusted_git
@@ -69,7 +67,7 @@ class Sessions(Topic):
         """
         context, name = self._context, await self._find(run)
         run_document, document = await read_named_task(context.store, name, task)
-        if document.status is not TaskStatus.RUNNING or not await RunIndex(context).is_live(name):
+        if document.status is not TaskStatus.RUNNING or not await self._index.is_live(name):
             raise no_running_session_error(name, task)
         session, redactor = SessionName(name, task, document.attempt.number), self._redactor()
         adapters = await find_run_adapters(context, run_document)
@@ -79,7 +77,7 @@ class Sessions(Topic):
     async def activity(self, run: str | None = None) -> RunActivity:
         """Return a snapshot of a run, to follow its live activity."""
         context, name = self._context, await self._find(run)
-        position, record = await context.store.position(), await RunReader(context).record(name)
+        position, record = await context.store.position(), await self._reader.record(name)
         specs = await context.store.list("spec", f"{name}/")
         attempts = {spec.key.id.partition("/")[2]: int(spec.value["attempts"]) for spec in specs}
         adapters = await find_run_adapters(context, record.run)
@@ -121,6 +119,6 @@ class Notes(Topic):
 
     async def _store(self, run: str | None) -> NoteStore:
         context = self._context
-        document = await read_run(context.store, await RunIndex(context).find(run))
+        document = await read_run(context.store, await self._find(run))
         redactor = Redactor(secret_values(context.environ))
         return NoteStore(context.store, context.clock, ownership_scope(document.repo, document.target), redactor)

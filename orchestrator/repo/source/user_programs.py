@@ -99,12 +99,12 @@ SKIPPED_HOOKS_REASON: Final = (
 )
 
 
-async def find_hooks_in_checkouts(repository: LocalRepository, git: Git, checkout: Path | None = None) -> list[Path]:
+async def find_hooks_in_checkouts(repository: LocalRepository, git: Git) -> list[Path]:
     """Return the hooks, existing or not, in checkouts that a landing would run.
 
     For a hooks folder inside a checkout, returns only the folder. `git` runs with the user's configuration.
     """
-    inside, _ = await _classify_hooks(repository, git, checkout)
+    inside, _ = await _classify_hooks(repository, git, None)
     return inside
 
 

@@ -23,8 +23,8 @@ from orchestrator.domain.documents.conflicts import (
 from orchestrator.domain.documents.stored import ConflictRecord
 from orchestrator.domain.events.state import StateConflictAutoResolved, StateConflictRecorded, StateConflictResolved
 from orchestrator.errors import RefusedError, format_writer
-from orchestrator.protocols import Commit, Document, DocumentVersion, Event, Guard, JsonObject, Key, Store, Write
-from orchestrator.state.documents.update import MAX_ATTEMPTS, ChangeCheck, retry_on_conflict
+from orchestrator.protocols import Commit, Document, DocumentVersion, Event, JsonObject, Key, Store, Write
+from orchestrator.state.documents.update import ChangeCheck, retry_on_conflict
 from orchestrator.state.documents.validation import filter_readable, find_document_error
 
 #: The kind of the documents with pending conflicts.
@@ -68,9 +68,7 @@ async def apply_updates(
     updates: Sequence[DocumentUpdate[Key]],
     strategy: str = ConflictStrategy.LAST_WRITE_WINS,
     *,
-    guards: Sequence[Guard] = (),
     check: ChangeCheck | None = None,
-    attempts: int = MAX_ATTEMPTS,
 ) -> UpdateResult:
     """Apply updates to documents in one commit; return the outcome for each.
 
@@ -83,7 +81,7 @@ async def apply_updates(
     example if the candidates together are too large for one document. On an error nothing is changed.
     """
     chosen = parse_strategy(strategy)
-    return await retry_on_conflict(partial(_apply, store, group_by_key(updates), chosen, guards, check), attempts)
+    return await retry_on_conflict(partial(_apply, store, group_by_key(updates), chosen, check))
 
 
 async def list_pending(store: Store) -> list[Conflict]:
@@ -121,9 +119,7 @@ async def resolve_conflict(
     choice: int | JsonObject,
     *,
     force: bool = False,
-    guards: Sequence[Guard] = (),
     check: ChangeCheck | None = None,
-    attempts: int = MAX_ATTEMPTS,
 ) -> Document | None:
     """Write the chosen value and delete the conflict in one commit.
 
@@ -132,7 +128,7 @@ async def resolve_conflict(
     candidate's writer, or null for a value). Raises RefusedError for an unknown id or number or, without `force`, if
     the document has changed since the conflict was found, and the errors of `check`.
     """
-    return await retry_on_conflict(partial(_resolve, store, conflict, choice, force, guards, check), attempts)
+    return await retry_on_conflict(partial(_resolve, store, conflict, choice, force, check))
 
 
 class _Step(NamedTuple):
@@ -148,7 +144,6 @@ async def _apply(
     store: Store,
     grouped: Mapping[Key, Sequence[DocumentUpdate[Key]]],
     strategy: ConflictStrategy,
-    guards: Sequence[Guard],
     check: ChangeCheck | None,
 ) -> UpdateResult:
     steps = {key: await _step(store, key, updates, strategy) for key, updates in grouped.items()}
@@ -159,7 +154,7 @@ async def _apply(
                 check(key, step.found, write.value)
     events = [step.event for step in steps.values() if step.event is not None]
     if writes or events:
-        await store.commit(Commit(writes, events, guards))
+        await store.commit(Commit(writes, events))
     return UpdateResult(
         [key for key, step in steps.items() if step.conflict is None],
         [key for key, step in steps.items() if step.conflict is None and step.event is not None],
@@ -222,7 +217,7 @@ def _read(document: Document) -> Conflict:
 
 
 async def _resolve(
-    store: Store, name: str, choice: int | JsonObject, force: bool, guards: Sequence[Guard], check: ChangeCheck | None
+    store: Store, name: str, choice: int | JsonObject, force: bool, check: ChangeCheck | None
 ) -> Document | None:
     record = await store.get(Key(CONFLICT_KIND, name))
     if record is None:
@@ -239,7 +234,7 @@ async def _resolve(
         raise await _changed(store, conflict, found)
     event = Event.of(StateConflictResolved(key=str(conflict.key), conflict=name, writer=writer))
     writes = [Write(record.key, record.version, None), *_replace(conflict.key, version, value)]
-    await store.commit(Commit(writes, [event], guards))
+    await store.commit(Commit(writes, [event]))
     return await store.get(conflict.key)
 
 

@@ -12,7 +12,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from orchestrator.domain.events.base import TypedEvent
 from orchestrator.domain.events.state import StateCompacted, StateExpiredDeleted
 from orchestrator.errors import VersionConflict
-from orchestrator.protocols import Commit, CompactionResult, Document, Event, Guard, JsonObject, Key, Store, Write
+from orchestrator.protocols import Commit, CompactionResult, Document, Event, JsonObject, Key, Store, Write
 from orchestrator.system.clock import Clock
 
 #: The maximum number of attempts of an update.
@@ -36,8 +36,6 @@ async def update_document(
     *,
     expected_version: int | None = None,
     ttl: float | None = None,
-    events: Sequence[Event] = (),
-    guards: Sequence[Guard] = (),
     attempts: int = MAX_ATTEMPTS,
     check: ChangeCheck | None = None,
 ) -> Document | None:
@@ -45,14 +43,12 @@ async def update_document(
 
     `change` gets a copy of the value (None if there is no document), and returns None to delete it; then the result is
     also None. If another process commits first, `change` is called again with the newer value after a random pause that
-    grows exponentially. `ttl`, `events` and `guards` are those of the commit. Raises VersionConflict after `attempts`,
-    or immediately if the version is not `expected_version` (0 means no document). If `check` raises an error, nothing
-    is written.
+    grows exponentially. The document expires after `ttl` seconds. Raises VersionConflict after `attempts`, or
+    immediately if the version is not `expected_version` (0 means no document). If `check` raises an error, nothing is
+    written.
     """
     attempts = 1 if expected_version is not None else attempts
-    return await retry_on_conflict(
-        lambda: _try(store, key, change, expected_version, ttl, events, guards, check), attempts
-    )
+    return await retry_on_conflict(lambda: _try(store, key, change, expected_version, ttl, check), attempts)
 
 
 async def retry_on_conflict(attempt: Callable[[], Awaitable[T]], attempts: int = MAX_ATTEMPTS) -> T:
@@ -77,8 +73,6 @@ async def _try(
     change: Callable[[JsonObject | None], JsonObject | None],
     expected_version: int | None,
     ttl: float | None,
-    events: Sequence[Event],
-    guards: Sequence[Guard],
     check: ChangeCheck | None,
 ) -> Document | None:
     found = await store.get(key)
@@ -91,7 +85,7 @@ async def _try(
         return None
     if check is not None:
         check(key, found, value)
-    await store.commit(Commit([Write(key, version, value, ttl)], events, guards))
+    await store.commit(Commit([Write(key, version, value, ttl)]))
     return await store.get(key) if value is not None else None
 
 

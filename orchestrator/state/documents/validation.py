@@ -43,7 +43,6 @@ from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.handoffs import Handoff
 from orchestrator.errors import RefusedError, UnreadableDocument, VersionConflict, describe_validation_error
 from orchestrator.protocols import Commit, Document, Event, JsonObject, Key, Store, VerificationReport, Write
-from orchestrator.state.documents.log_reader import is_run_document
 from orchestrator.state.log.codec import encode_object
 
 #: The kind of the documents of named locks.
@@ -176,11 +175,10 @@ def filter_readable(found: Sequence[Document]) -> Iterator[Document]:
     return filter(is_readable, found)
 
 
-async def find_unreadable(store: Store, run: str | None = None) -> list[DocumentError]:
-    """Return council's unreadable documents, of one run or all, sorted by key."""
+async def find_unreadable(store: Store) -> list[DocumentError]:
+    """Return council's unreadable documents, sorted by key."""
     listed = [one for kind in sorted(DOCUMENT_KINDS) for one in await store.list(kind)]
-    own = [one for one in listed if run is None or is_run_document(one.key, run)]
-    return [DocumentError(one.key, flaw) for one in own if (flaw := find_document_error(one)) is not None]
+    return [DocumentError(one.key, flaw) for one in listed if (flaw := find_document_error(one)) is not None]
 
 
 async def verify_store(store: Store) -> VerificationReport:
