@@ -142,8 +142,10 @@ class SessionTeam:
         return await count(self.yard.git, self.base, collected.commit)
 
     async def end(self, session: SessionName) -> None:
-        """End a session: release everything, and clean its slot."""
+        """End a session and the ownership of its task, and clean its slot."""
         await self.session_service.leave(session)
+        if (owned := await self.store.get(self.registry.key(session))) is not None:
+            await self.store.commit(Commit([Write(owned.key, owned.version, None)]))
         await self.yard.end(self.pool, *self.checkouts.pop(session))
 
     async def ask(self, session: SessionName, command: str, **arguments: Any) -> JsonObject:

@@ -280,11 +280,6 @@ class OwnershipRegistry(OwnershipView):
 
         return await retry_on_conflict(attempt, _TRIES)
 
-    async def release(self, session: SessionName) -> Sequence[Write]:
-        """Return the writes that end all ownership and waits of a session."""
-        document = await self._store.get(self.key(session))
-        return [] if document is None else [Write(document.key, document.version, None)]
-
     async def sweep(self) -> Sequence[Write]:
         """Return the writes that remove all stale ownership."""
         state = await self._read()

@@ -147,14 +147,6 @@ async def test_plan_and_claim_are_one_commit(owners: Owners) -> None:
     assert await owners.owned() == {"ada": ("a",)}
 
 
-async def test_paths_of_an_ended_session_are_free(owners: Owners) -> None:
-    """`release` returns the writes for the ending commit."""
-    await owners.take(ADA, "a")
-    await owners.store.commit(Commit(await owners.registry.release(ADA)))
-    assert await owners.registry.release(ADA) == []
-    assert await owners.take(BOB, "a") is None
-
-
 @pytest.mark.parametrize("how", ["complete", "abandoned", "failed"])
 async def test_ownership_of_an_ended_claim_is_ignored(owners: Owners, how: str) -> None:
     """The next owner gets the path, and the leftover document is deleted."""

@@ -240,7 +240,6 @@ class AttemptRunner:
                 active.name,
                 active.adapter,
                 self._session_workspace(active),
-                keep_ownership=True,
                 validate_handoff=check_handoff,
                 stop_checks=StopChecks(active.spec.check_commands, active.spec.checks_timeout) if is_gated else None,
             )

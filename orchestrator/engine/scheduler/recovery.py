@@ -130,7 +130,7 @@ async def _inherit_session(ledger: Ledger, context: RunContext, task: str) -> No
     session = SessionName(ledger.run.id, task, document.attempt.number)
     if document.status is TaskStatus.RUNNING:
         if context.session_service is not None:
-            await context.session_service.leave(session, keep_ownership=True)
+            await context.session_service.leave(session)
     elif ledger.claims is not None and (claim := ledger.claims.guard(task)) is not None:
         await context.registry.inherit(session, orchestrator=ledger.orchestrators.me.id, claim=claim)
 

@@ -23,12 +23,12 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.settings.path_patterns import is_match
 from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.engine.session_api.details import SessionWorkspace
-from orchestrator.errors import FileLocked, LeaseLost, RefusedError, StoreUnavailable, VersionConflict
+from orchestrator.errors import FileLocked, LeaseLost, RefusedError, StoreUnavailable
 from orchestrator.locking.file_locks import FILE_LOCK_TIMEOUT, FileLocks
 from orchestrator.locking.lock_names import canonical_path
 from orchestrator.locking.lock_overview import release_broken_locks
 from orchestrator.locking.ownership import OwnershipRegistry
-from orchestrator.protocols import Commit, CommitRecord, Guard, JsonObject
+from orchestrator.protocols import CommitRecord, Guard, JsonObject
 from orchestrator.system.clock import format_local_time
 
 _ALLOWED: Final[JsonObject] = {"allowed": True, "owner": None, "since": None, "reason": None, "warning": None}
@@ -187,18 +187,11 @@ class SessionLocks:
         warning, active.warning = active.warning, None
         return {**_ALLOWED, "warning": warning}
 
-    async def release_all(self, session: SessionName, claim: Guard | None, *, keep_ownership: bool) -> None:
-        """Release all locks of a session; with `keep_ownership`, its task keeps its paths."""
+    async def release_all(self, session: SessionName) -> None:
+        """Release all locked files of a session; its task keeps its paths."""
         await self._files.release_all(session)
         with suppress(StoreUnavailable):  # writes that must succeed report the outage
-            await (self._registry.stop_waiting(session) if keep_ownership else self._disown(session, claim))
-
-    async def _disown(self, session: SessionName, claim: Guard | None) -> None:
-        while writes := await self._registry.release(session):
-            with suppress(VersionConflict):  # a concurrent end of its waiting: try again
-                with suppress(LeaseLost):  # taken over: its records no longer count
-                    await self._contexts.store.commit(Commit(writes, (), [claim] if claim else []))
-                return
+            await self._registry.stop_waiting(session)
 
     async def release_broken(self, record: CommitRecord, sessions: Sequence[SessionName]) -> None:
         """Release the file locks of sessions that a user broke in a commit."""

@@ -138,13 +138,12 @@ class SessionService:
         adapter: str,
         workspace: SessionWorkspace,
         *,
-        keep_ownership: bool = False,
         validate_handoff: HandoffValidator | None = None,
         stop_checks: StopChecks | None = None,
     ) -> AsyncIterator[None]:
         """Serve a session and record its activity within the body, then release its locks.
 
-        `adapter` is the adapter's name. For `keep_ownership` see `leave`, for the others see `enter`.
+        `adapter` is the adapter's name. For the others see `enter`.
         """
         await self.enter(session, adapter, workspace, validate_handoff=validate_handoff, stop_checks=stop_checks)
         try:
@@ -155,7 +154,7 @@ class SessionService:
                 yield
         finally:
             with anyio.CancelScope(shield=True):
-                await self.leave(session, keep_ownership=keep_ownership)
+                await self.leave(session)
 
     async def enter(
         self,
@@ -193,16 +192,14 @@ class SessionService:
             with suppress(LeaseLost):  # taken over: its record no longer counts
                 await self._contexts.predict(session, conflicts)
 
-    async def leave(self, session: SessionName, *, keep_ownership: bool = False) -> None:
-        """Release all locks of a session, regardless of how it ended.
+    async def leave(self, session: SessionName) -> None:
+        """Release all locks of a session, regardless of how it ended; its paths remain with its task until that lands.
 
-        Safe to repeat, and to call for a session of a dead process. With `keep_ownership`, its paths remain with its
-        task until the task has landed.
+        Safe to repeat, and to call for a session of a dead process.
         """
-        active = self._active.pop(session, None)
+        self._active.pop(session, None)
         self._quota.close(session)
-        claim = self._contexts.claim(session) if active is None else active.claim
-        await self._locks.release_all(session, claim, keep_ownership=keep_ownership)
+        await self._locks.release_all(session)
         await self._contexts.end(session)
 
     async def follow_user_changes(self) -> None:
