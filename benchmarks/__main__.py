@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import (
+    conflict_prediction,
     contexts,
     cycle,
     locks,
@@ -42,6 +43,7 @@ def main() -> None:
         *worktrees.measure(quick=options.quick, folder=options.folder),
         *cycle.measure(quick=options.quick, folder=options.folder),
         *merge_queue.measure(quick=options.quick, folder=options.folder),
+        *conflict_prediction.measure(quick=options.quick, folder=options.folder),
     ]
     git = subprocess.run(["git", "--version"], check=True, capture_output=True, text=True).stdout.strip()  # noqa: S607
     where = f"Python {platform.python_version()}, {git}, {platform.system()} {platform.machine()}"

@@ -15,10 +15,12 @@ import random
 import shutil
 import subprocess
 import time
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -34,20 +36,28 @@ from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.worktrees.checkouts import HeldSlot, SlotState
 from orchestrator.repo.worktrees.files.change_detection import TreeSnapshot
 from orchestrator.repo.worktrees.files.scan_process import FileScanner
-from orchestrator.repo.worktrees.hub import Hub, create_hub, internal_ref_name, locate_hub
+from orchestrator.repo.worktrees.hub import create_hub, internal_ref_name, locate_hub
 from orchestrator.repo.worktrees.reset import SlotContents
 from orchestrator.repo.worktrees.slots import SlotRecord, WorktreeSlot
 
-FILES: Final = 57_000
-SESSIONS: Final = 30
-SECONDS: Final = 60.0
-QUICK: Final = (50, 3, 4.0)
+
+class Workload(NamedTuple):
+    """The sessions of a measurement."""
+
+    files: int = 57_000
+    sessions: int = 30
+    seconds: float = 60.0
+    edit_interval: float = 10.0
+    """Seconds between two edits of one session."""
+    shared_files: int = 60
+    """The files that the sessions edit."""
+
+
+QUICK: Final = Workload(50, 3, 4.0, 0.5, 2)
+_COPIES: Final = 4
+"""Checkouts that are created, or deleted, at the same time."""
 INTERVAL: Final = 2.0
 """Seconds between two looks, as in `engine.landing.conflict_prediction`."""
-EDIT_INTERVAL: Final = 10.0
-"""Seconds between two edits of one session."""
-SHARED_FILES: Final = 60
-"""The files that the sessions edit."""
 SHARE_LIMIT: Final = 2.0  # % of one core
 DELAY_LIMIT: Final = 5.0  # seconds
 
@@ -81,16 +91,15 @@ class _Team:
         self.delays += [now - written for written in last if written]
 
 
-def measure(
-    *, quick: bool, folder: Path | None = None, size: tuple[int, int, float] = (FILES, SESSIONS, SECONDS)
-) -> list[BenchmarkRow]:
+def measure(*, quick: bool, folder: Path | None = None, workload: Workload | None = None) -> list[BenchmarkRow]:
     """Return the rows of this benchmark."""
     # Not in shared memory, which does not report writes through mappings by the time of a file.
     with scratch_folder(folder or Path("/var/tmp")) as scratch:  # noqa: S108  a folder of our own is made there
-        return anyio.run(_measure, scratch, *(QUICK if quick else size))
+        return anyio.run(_measure, scratch, QUICK if quick else workload or Workload())
 
 
-async def _measure(scratch: Path, files: int, sessions: int, seconds: float) -> list[BenchmarkRow]:
+async def _measure(scratch: Path, workload: Workload) -> list[BenchmarkRow]:
+    files, sessions, seconds, *_ = workload
     top = await anyio.to_thread.run_sync(make_repository, scratch / "repository", files)
     hub = locate_hub(str(top), scratch / "home")
     await create_hub(hub, "sha1", os.environ)
@@ -103,17 +112,19 @@ async def _measure(scratch: Path, files: int, sessions: int, seconds: float) -> 
         conflicts: dict[SessionPair, frozenset[str]] = {}
         live = LiveConflicts(git, trials, conflicts)
         stack.callback(live.close)
-        held = [await anyio.to_thread.run_sync(_check_out, hub, top, commit, scanner, n + 1) for n in range(sessions)]
+        slots = [WorktreeSlot(hub, number + 1) for number in range(sessions)]
+        await _call_each(partial(_link_files, top), slots)
+        held = [await anyio.to_thread.run_sync(_hold, slot, commit, scanner) for slot in slots]
         names = [SessionName("run1", f"task{number:02}", 1) for number in range(sessions)]
         for name, one in zip(names, held, strict=True):
             await live.follow(name, one, IntakeRules.of(os.environ), commit)
         tracked = run_git(top, "ls-files", "-z").decode().split("\0")[:-1]
         trees = {name: one.slot.tree for name, one in zip(names, held, strict=True)}
-        team = _Team(live, trees, random.Random(8).sample(tracked, min(SHARED_FILES, files)))  # noqa: S311  nothing secret
+        team = _Team(live, trees, random.Random(8).sample(tracked, workload.shared_files))  # noqa: S311  nothing secret
         with measure_cost() as start:
             await live.look()
         with measure_cost() as cost:
-            await _work(team, seconds)
+            await _work(team, seconds, workload.edit_interval)
         what = f"{sessions} sessions on {files:,} files"
         start_row = BenchmarkRow(f"{what}: start of one session", start().cpu / sessions * 1e3, "ms")
         share_row = BenchmarkRow(what, 100 * cost().cpu / cost().wall, "% of one core", limit=SHARE_LIMIT)
@@ -122,14 +133,29 @@ async def _measure(scratch: Path, files: int, sessions: int, seconds: float) -> 
             longest = percentile(team.delays, 0.95)
             delay = f"{what}: delay of 95 % of {len(team.delays)} predictions"
             rows.append(BenchmarkRow(delay, longest, "s", limit=DELAY_LIMIT))
+        await _call_each(_delete, slots)
         return rows
 
 
-def _check_out(hub: Hub, top: Path, commit: str, scanner: FileScanner, number: int) -> HeldSlot:
-    slot = WorktreeSlot(hub, number)
+async def _call_each(call: Callable[[WorktreeSlot], None], slots: Iterable[WorktreeSlot]) -> None:
+    limiter = anyio.CapacityLimiter(_COPIES)
+    async with anyio.create_task_group() as tasks:
+        for slot in slots:
+            tasks.start_soon(partial(anyio.to_thread.run_sync, call, slot, limiter=limiter))
+
+
+def _delete(slot: WorktreeSlot) -> None:
+    subprocess.run(["rm", "-rf", str(slot.root)], check=True)  # noqa: S607
+
+
+def _link_files(top: Path, slot: WorktreeSlot) -> None:
     slot.root.mkdir(mode=0o700)
     subprocess.run(["cp", "-al", str(top), str(slot.tree)], check=True)  # noqa: S607
     shutil.rmtree(slot.tree / ".git")
+
+
+def _hold(slot: WorktreeSlot, commit: str, scanner: FileScanner) -> HeldSlot:
+    """Return a slot as a session gets it. Call it after all links are made: each changes the ctime of its file."""
     snapshot = TreeSnapshot.capture(slot.tree)
     if snapshot is None:
         raise RuntimeError("this file system does not report when files change")
@@ -137,11 +163,11 @@ def _check_out(hub: Hub, top: Path, commit: str, scanner: FileScanner, number: i
     return HeldSlot(slot, contents, -1, scanner, True, SlotState.TAKEN, True, AsyncExitStack())
 
 
-async def _work(team: _Team, seconds: float) -> None:
+async def _work(team: _Team, seconds: float, edit_interval: float) -> None:
     """Edit and look as in a run."""
     end, turn = time.monotonic() + seconds, 0
     next_look, names = time.monotonic() + INTERVAL, list(team.trees)
-    pause = EDIT_INTERVAL / len(names)
+    pause = edit_interval / len(names)
     while time.monotonic() < end:
         await anyio.sleep(pause)
         team.edit(names[turn % len(names)])
@@ -153,9 +179,9 @@ async def _work(team: _Team, seconds: float) -> None:
 
 if __name__ == "__main__":
     parser = argument_parser(__doc__)
-    parser.add_argument("--files", type=int, default=FILES)
-    parser.add_argument("--sessions", type=int, default=SESSIONS)
-    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--files", type=int, default=Workload().files)
+    parser.add_argument("--sessions", type=int, default=Workload().sessions)
+    parser.add_argument("--seconds", type=float, default=Workload().seconds)
     options = parser.parse_args()
-    wanted = (options.files, options.sessions, options.seconds)
-    print_table(measure(quick=options.quick, folder=options.folder, size=wanted))
+    wanted = Workload(options.files, options.sessions, options.seconds)
+    print_table(measure(quick=options.quick, folder=options.folder, workload=wanted))

@@ -1,4 +1,4 @@
-"""Sessions whose files are followed and merged as by the conflict prediction."""
+"""Two sessions whose files are followed and merged by the conflict prediction."""
 
 from __future__ import annotations
 
@@ -7,45 +7,30 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.domain.sessions.predicted_conflicts import ChangedPaths
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.repo.intake.inspection import IntakeRules
-from orchestrator.repo.intake.live_files import LiveFiles
+from orchestrator.repo.landing.live_conflicts import LiveConflicts
 from orchestrator.repo.landing.trial_merges import TrialMerges
 from tests.hub_fixture import HubFixture
 
 Edit = Callable[[Path], None]
-
-
-@dataclass
-class TrialSession:
-    """A session's checkout, and the commit of its changes so far."""
-
-    tree: Path
-    files: LiveFiles
-    commit: str
-
-    @property
-    def changed(self) -> ChangedPaths:
-        """Return its changed paths."""
-        return ChangedPaths(frozenset(self.files.present), frozenset(self.files.removed))
+PAIR = (SessionName("run1", "one", 1), SessionName("run1", "other", 1))
 
 
 @dataclass
 class TrialSessions:
-    """Two sessions on the same commit."""
+    """The conflicts of two sessions, and their checkouts."""
 
     trials: TrialMerges
-    one: TrialSession
-    other: TrialSession
+    live: LiveConflicts
+    one: Path
+    other: Path
 
     async def predict(self) -> tuple[str, ...] | None:
-        """Return the conflicting paths of the current files; None if they merge cleanly."""
-        for session in (self.one, self.other):
-            if changes := await session.files.read_changes():
-                [session.commit] = await self.trials.commit([(session.commit, changes)])
-        [found] = await self.trials.merge([(self.one.commit, self.other.commit)])
-        assert found is None or self.one.changed.may_conflict(self.other.changed), "this pair would not be merged"
-        return found
+        """Return the conflicting paths of the current files, sorted; None if they merge cleanly."""
+        await self.live.look()
+        paths = self.live.conflicts.get(PAIR)
+        return None if paths is None else tuple(sorted(paths))
 
 
 @asynccontextmanager
@@ -53,16 +38,15 @@ async def open_trial_sessions(fixture: HubFixture, *, is_watched: bool = True) -
     """Provide two sessions on the newest commit of main for the body."""
     commit = await fixture.fetch()
     async with fixture.open(warm=2) as pool, TrialMerges.open(fixture.git, fixture.hub, "run1") as trials:
-        opened = []
-        for name in ("one", "other"):
-            worktree, held = await fixture.begin(pool, name, commit)
-            rules, excludes = IntakeRules.of(fixture.git.environ), trials.folder / f"ignored-{name}"
-            files = LiveFiles(trials.git, held, rules, excludes, is_watched=is_watched)
-            opened.append((TrialSession(held.slot.tree, files, commit), worktree, held))
-        (one, *_), (other, *_) = opened
+        live = LiveConflicts(fixture.git, trials, {}, watch_share=0.75 if is_watched else 0)
+        rules = IntakeRules.of(fixture.git.environ)
+        opened = [await fixture.begin(pool, name.task, commit) for name in PAIR]
         try:
-            yield TrialSessions(trials, one, other)
+            for name, (_, held) in zip(PAIR, opened, strict=True):
+                await live.follow(name, held, rules, commit)
+            one, other = (held.slot.tree for _, held in opened)
+            yield TrialSessions(trials, live, one, other)
         finally:
-            for session, worktree, held in opened:
-                session.files.close()
+            live.close()
+            for worktree, held in opened:
                 await fixture.end(pool, worktree, held)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks import (
+    conflict_prediction,
     contexts,
     cycle,
     locks,
@@ -54,6 +55,12 @@ def test_resume_and_status_are_flat_to_ten_thousand_tasks() -> None:
     rows = resume.measure(quick=False, rounds=3)
     assert [row.verdict for row in rows] == ["yes", "yes"], format_table(rows)
     assert all(f"{resume.TASKS[0]:,} tasks" in row.what for row in rows)
+
+
+@pytest.mark.extended
+def test_conflict_prediction_is_measured() -> None:
+    """The processor time of all sessions, and the delay of predictions."""
+    check(conflict_prediction.measure(quick=True), ["start of one session", "sessions on 50 files", "predictions"])
 
 
 @pytest.mark.slow

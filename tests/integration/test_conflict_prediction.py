@@ -12,10 +12,11 @@ import pytest
 
 from orchestrator import Council
 from orchestrator.domain.sessions.contexts import SessionStatus
+from orchestrator.repo.landing import trial_merges
 from orchestrator.repo.worktrees.files import write_watch
 from tests.conftest import Repository
 from tests.hub_fixture import HubFixture
-from tests.trial_sessions import Edit, open_trial_sessions
+from tests.trial_sessions import PAIR, Edit, open_trial_sessions
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.extended_rest
@@ -111,8 +112,8 @@ async def test_conflict_of_each_kind_is_predicted(
     async with open_trial_sessions(fixture, is_watched=is_watched) as sessions:
         if is_watched:
             assert await sessions.predict() is None, "watched from now on"
-        one(sessions.one.tree)
-        other(sessions.other.tree)
+        one(sessions.one)
+        other(sessions.other)
         found = await sessions.predict()
     assert (None if found is None else set(found)) == paths
 
@@ -131,19 +132,20 @@ async def test_predicted_conflict_ends_with_its_cause(fixture: HubFixture) -> No
             (write("src/b.txt", LINES), both(), None),
         ]
         for one, other, paths in steps:
-            one(sessions.one.tree)
-            other(sessions.other.tree)
+            one(sessions.one)
+            other(sessions.other)
             assert await sessions.predict() == paths
 
 
 async def test_lost_events_are_replaced_by_a_comparison(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_trial_sessions(fixture) as sessions:
         assert await sessions.predict() is None
-        write("new.txt", "x\n")(sessions.one.tree)
-        write("new.txt", "y\n")(sessions.other.tree)
+        write("new.txt", "x\n")(sessions.one)
+        write("new.txt", "y\n")(sessions.other)
         monkeypatch.setattr(write_watch.FolderWatch, "read", lambda self: iter([None]))
         monkeypatch.setattr("orchestrator.repo.intake.live_files._SCAN_SHARE", 1e9)
-        for session in (sessions.one, sessions.other):
+        for session in sessions.live._sessions.values():
+            assert session.files is not None
             session.files._next_scan = 0
         assert await sessions.predict() == ("new.txt",)
 
@@ -152,8 +154,8 @@ async def test_unusual_names_are_merged(fixture: HubFixture) -> None:
     """With quotes, newlines, backslashes, and bytes that are not UTF-8."""
     name = os.fsdecode(b'a "b"\n\\c\xff.txt')
     async with open_trial_sessions(fixture) as sessions:
-        write(name, "x\n")(sessions.one.tree)
-        write(name, "y\n")(sessions.other.tree)
+        write(name, "x\n")(sessions.one)
+        write(name, "y\n")(sessions.other)
         assert await sessions.predict() == ('a "b"\n\\c\\xff.txt',)
 
 
@@ -163,15 +165,86 @@ async def test_no_link_leads_out_of_the_checkout(fixture: HubFixture, tmp_path: 
     secret.mkdir()
     (secret / "b.txt").write_text("secret\n")
     async with open_trial_sessions(fixture) as sessions:
-        shutil.rmtree(sessions.one.tree / "src")
-        (sessions.one.tree / "src").symlink_to(secret)
-        os.mkfifo(sessions.one.tree / "pipe")
-        os.mkfifo(sessions.other.tree / "pipe")
-        write("src/new.txt", "y\n")(sessions.other.tree)
+        shutil.rmtree(sessions.one / "src")
+        (sessions.one / "src").symlink_to(secret)
+        os.mkfifo(sessions.one / "pipe")
+        os.mkfifo(sessions.other / "pipe")
+        write("src/new.txt", "y\n")(sessions.other)
         assert await sessions.predict() == ("src",)
-        listed = await sessions.trials.git("ls-tree", "-r", sessions.one.commit)
+        listed = await sessions.trials.git("ls-tree", "-r", sessions.live._sessions[PAIR[0]].commit.id)
         assert [line.split()[0] for line in listed.stdout.splitlines() if line.endswith(b"\tsrc")] == [b"120000"]
         assert b"pipe" not in listed.stdout
+
+
+async def test_merges_without_batches_have_the_same_results(fixture: HubFixture) -> None:
+    """As with git 2.38: for a conflict, for one of a rename and a removal, and for a clean merge."""
+    async with open_trial_sessions(fixture) as sessions:
+        sessions.trials._merges_batches = False
+        replace_line("a.txt", 3, "x")(sessions.one)
+        replace_line("a.txt", 3, "y")(sessions.other)
+        assert await sessions.predict() == ("a.txt",)
+        move("a.txt", "z.txt")(sessions.one)
+        delete("a.txt")(sessions.other)
+        assert await sessions.predict() == ("z.txt",)
+        delete("z.txt")(sessions.one)
+        assert await sessions.predict() is None
+
+
+async def test_cost_does_not_grow_with_earlier_changes(fixture: HubFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaced commits and the results of merges are deleted, and no commit follows another one of its session."""
+    monkeypatch.setattr(trial_merges, "_MAX_PACKS", 3)
+    async with open_trial_sessions(fixture) as sessions:
+        for number in range(9):
+            replace_line("a.txt", 3, f"x{number}")(sessions.one)
+            replace_line("a.txt", 3, "y")(sessions.other)
+            assert await sessions.predict() == ("a.txt",)
+            assert len(list(sessions.trials.folder.glob("git/objects/pack/*.pack"))) <= 4
+            assert len(list(sessions.trials.folder.glob("results/??/*"))) <= 12
+        for one in sessions.live._sessions.values():
+            assert await sessions.trials.git.line("rev-list", "--count", f"{one.base}..{one.commit.id}") == "1"
+
+
+async def test_emptied_checkout_is_merged(fixture: HubFixture) -> None:
+    """Also after further changes: its tree is empty in between."""
+    async with open_trial_sessions(fixture) as sessions:
+        assert await sessions.predict() is None
+        for name in {path.name for path in sessions.one.iterdir()} - {".git"}:
+            delete(name)(sessions.one)
+        replace_line("a.txt", 3, "y")(sessions.other)
+        assert await sessions.predict() == ("a.txt",)
+        write("a.txt", LINES)(sessions.one)
+        write("new.txt", "x\n")(sessions.one)
+        write("new.txt", "y\n")(sessions.other)
+        assert await sessions.predict() == ("new.txt",)
+
+
+async def test_changes_of_other_files_start_no_git(fixture: HubFixture) -> None:
+    """Nothing is committed before both change one file, and a file that was renamed over it needs no ignore rules."""
+    async with open_trial_sessions(fixture) as sessions:
+        assert await sessions.predict() is None
+        write("new", LINES.replace("3", "x"))(sessions.one)
+        (sessions.one / "new").replace(sessions.one / "a.txt")
+        replace_line("src/b.txt", 3, "y")(sessions.other)
+        assert await sessions.predict() is None
+        one, other = sessions.live._sessions.values()
+        assert {one.commit.id, other.commit.id} == {one.base}
+        assert one.files is not None
+        assert one.files._new == set()
+        replace_line("a.txt", 3, "y")(sessions.other)
+        assert await sessions.predict() == ("a.txt",)
+
+
+async def test_folder_renamed_by_a_built_task_is_compared(fixture: HubFixture) -> None:
+    """With a file that a running session adds to the folder under its old name."""
+    async with open_trial_sessions(fixture) as sessions:
+        assert await sessions.predict() is None
+        write("src/new.txt", "x\n")(sessions.other)
+        base = sessions.live._sessions[PAIR[0]].base
+        entries = (await fixture.git.line("ls-tree", base)).replace("\tsrc", "\tlib")
+        tree = await fixture.git.line("mktree", input_=entries.encode())
+        built = await fixture.git.line("commit-tree", tree, "-p", base, "-m", "built")
+        await sessions.live.follow_commit(PAIR[0], base, built)
+        assert await sessions.predict() == ("lib/new.txt",)
 
 
 async def test_temporary_repository_is_removed(fixture: HubFixture) -> None:

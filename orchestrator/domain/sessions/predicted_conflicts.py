@@ -18,13 +18,13 @@ MAX_PATHS: Final = 20
 class ChangedPaths:
     """The files that a session changed or added, and those that it removed."""
 
-    present: Collection[str]
-    removed: Collection[str]
+    present: frozenset[str] = frozenset()
+    removed: frozenset[str] = frozenset()
 
     @cached_property
     def files(self) -> frozenset[str]:
         """All of these files."""
-        return frozenset((*self.present, *self.removed))
+        return self.present | self.removed
 
     @cached_property
     def folders(self) -> frozenset[str]:
@@ -35,6 +35,10 @@ class ChangedPaths:
     def left_folders(self) -> frozenset[str]:
         """The folders from which files were removed, perhaps because the folder was renamed."""
         return frozenset(path.rpartition("/")[0] for path in self.removed)
+
+    def __or__(self, other: ChangedPaths) -> ChangedPaths:
+        """Return the changes of both."""
+        return ChangedPaths(self.present | other.present, self.removed | other.removed)
 
     def may_conflict(self, other: ChangedPaths) -> bool:
         """Return whether a merge of both can conflict.
@@ -49,6 +53,16 @@ class ChangedPaths:
             and self.left_folders.isdisjoint(other.folders)
             and other.left_folders.isdisjoint(self.folders)
         )
+
+    def select_causes(self, new: Collection[str], before: ChangedPaths, *, are_edits: bool) -> ChangedPaths:
+        """Return the changes that may have caused another merge result, since the paths `new` changed.
+
+        `before` is the state before that. `are_edits` means that all of these files existed at the start and still do.
+        Other changes, together with removals, may be renames, so that any of the files may be merged in another way.
+        """
+        if not are_edits and (self.removed or before.removed):
+            return before | self | ChangedPaths(frozenset(new))
+        return ChangedPaths(frozenset(new))
 
 
 def _parents(files: Iterable[str]) -> Iterable[str]:

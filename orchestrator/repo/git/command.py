@@ -38,6 +38,7 @@ RECOMMENDED_VERSION: Final = (2, 39)  # the oldest version that the tests run wi
 IDENTITY: Final = ("CLI Council", "council@localhost")
 GITLINK_MODE: Final = "160000"  # a link to a commit of another repository
 LINK_MODE: Final = "120000"  # a symbolic link
+MISSING_MODE: Final = "000000"  # of a file that a commit does not have
 
 #: The name of our repository in a hub (`repo.worktrees.hub`).
 TRUSTED_NAME: Final = "trusted.git"
@@ -127,7 +128,7 @@ def user_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class FileChange:
-    """A file that differs between two commits; mode 000000 means missing."""
+    """A file that differs between two commits; `MISSING_MODE` if missing."""
 
     path: str
     old_mode: str

@@ -27,8 +27,8 @@ from orchestrator.repo.worktrees.checkouts import HeldSlot
 from orchestrator.repo.worktrees.files.write_watch import CHANGES, FolderWatch
 from orchestrator.system import untrusted_files
 
-#: The maximum share of one core for comparing whole checkouts of one session.
-_SCAN_SHARE: Final = 0.02
+#: The maximum share of one core for comparing whole checkouts, of all sessions together.
+_SCAN_SHARE: Final = 0.01
 #: Larger files are not read, in bytes.
 _MAX_FILE: Final = 4 << 20
 #: The maximum number of files in new folders that are followed; larger folders are usually generated.
@@ -70,6 +70,7 @@ class LiveFiles:
         """The files that were added or changed."""
         self.removed: set[str] = set()
         """The files that were removed."""
+        self._touched: set[str] = set()
         self._new: set[str] = set()
         self._ignored: set[str] = set()
 
@@ -78,11 +79,23 @@ class LiveFiles:
         """The number of inotify watches."""
         return 0 if self._watch is None else self._watch.count
 
-    async def read_changes(self) -> list[FileState]:
-        """Return the files that changed since the last call, or that may have changed."""
-        paths = await anyio.to_thread.run_sync(self._read_events)
+    def poll(self) -> bool:
+        """Read new events; return whether files may have changed since `read_changes`. Blocks briefly."""
+        for path in () if self._watch is None else self._watch.read():
+            if path is None:
+                self._is_outdated = True
+            elif path.rpartition("/")[2] != _GIT:
+                self._touched.add(path)
+        return self._is_outdated or bool(self._touched)
+
+    async def read_changes(self, unwatched: int) -> list[FileState]:
+        """Return the files that changed according to `poll`, or that may have changed.
+
+        `unwatched` is the number of sessions without watches, whose checkouts are compared.
+        """
+        paths, self._touched = await anyio.to_thread.run_sync(self._without_temporary, self._touched), set()
         if self._is_outdated:
-            paths |= await self._scan()
+            paths |= await self._scan(max(unwatched, 1))
         if not paths:
             return []
         try:
@@ -98,21 +111,28 @@ class LiveFiles:
             self._watch.close()
             self._watch = None
 
-    def _read_events(self) -> set[str]:
-        paths: set[str] = set()
-        for path in () if self._watch is None else self._watch.read():
-            if path is None:
-                self._is_outdated = True
-            elif path.rpartition("/")[2] != _GIT:
-                paths.add(path)
-        return paths
+    def _without_temporary(self, paths: set[str]) -> set[str]:
+        """Return the paths without new files that are already missing: many programs replace files by them. Blocks."""
+        new = (path for path in paths if path not in self.present and not self._is_tracked(path))
+        missing = {path for path in new if not self._exists(path)}
+        return paths - (missing - self._present_folders()) if missing else paths
 
-    async def _scan(self) -> set[str]:
+    def _present_folders(self) -> set[str]:
+        return {parent for path in self.present for parent in _with_parents(path)} - self.present
+
+    def _exists(self, path: str) -> bool:
+        folder, _, name = path.rpartition("/")
+        with suppress(OSError), untrusted_files.open_folder(self._tree, folder) as within:
+            os.stat(name, dir_fd=within, follow_symlinks=False)
+            return True
+        return False
+
+    async def _scan(self, sessions: int) -> set[str]:
         began = time.monotonic()
         if began < self._next_scan:
             return set()
         diff = await self._held.compare()
-        self._next_scan = time.monotonic() + (time.monotonic() - began) / _SCAN_SHARE
+        self._next_scan = time.monotonic() + (time.monotonic() - began) * sessions / _SCAN_SHARE
         self._is_outdated = self._watch is None or diff is None
         if diff is None:
             return set()
@@ -134,15 +154,15 @@ class LiveFiles:
         return remaining
 
     def _is_tracked(self, path: str) -> bool:
-        return self._was_committed(path) or f"{path}/" in self._held.contents.snapshot.folders
+        return self.was_committed(path) or f"{path}/" in self._held.contents.snapshot.folders
 
-    def _was_committed(self, path: str) -> bool:
+    def was_committed(self, path: str) -> bool:
         """Return whether a file existed at the start, and was not created by setup."""
         return self._held.contents.snapshot.has(path) and path not in self._extras
 
     def _expand(self, paths: Iterable[str]) -> set[str]:
         """Return files, with the earlier and current files in the place of folders. Blocks."""
-        found, folders = set[str](), {parent for path in self.present for parent in _with_parents(path)} - self.present
+        found, folders = set[str](), self._present_folders()
         for path in paths:
             found.add(path)
             found.update(self._committed_below(f"{path}/"))
@@ -204,7 +224,7 @@ class LiveFiles:
         )
 
     def _remove(self, path: str) -> FileState | None:
-        was_committed, is_known = self._was_committed(path), path in self.present
+        was_committed, is_known = self.was_committed(path), path in self.present
         self.present.discard(path)
         if was_committed:
             self.removed.add(path)

@@ -10,7 +10,15 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.errors import GitError, is_resource_exhaustion
-from orchestrator.repo.git.command import FileChange, Git, is_object_id, parse_raw_diff, printable_name, split_nul
+from orchestrator.repo.git.command import (
+    MISSING_MODE,
+    FileChange,
+    Git,
+    is_object_id,
+    parse_raw_diff,
+    printable_name,
+    split_nul,
+)
 from orchestrator.repo.intake.inspection import IntakeRules, find_rejected_paths
 from orchestrator.repo.intake.quarantine import Quarantine
 from orchestrator.repo.worktrees.files.file_trees import is_folder
@@ -143,7 +151,7 @@ class SessionCommits:
         }
         # Commit messages and authors are also imported.
         messages = [
-            FileChange(f"commit {name}", "000000", "100644", _NULL_ID, name) for name in commits.decode().split()
+            FileChange(f"commit {name}", MISSING_MODE, "100644", _NULL_ID, name) for name in commits.decode().split()
         ]
         return await find_rejected_paths(git, [*changes, *messages], self.rules, env)
 

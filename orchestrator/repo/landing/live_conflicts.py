@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations, count
+from itertools import chain, combinations, count
 from pathlib import Path
 from typing import Final
 
@@ -13,15 +13,17 @@ import anyio.to_thread
 
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.sessions.predicted_conflicts import ChangedPaths
-from orchestrator.repo.git.command import Git
+from orchestrator.repo.git.command import MISSING_MODE, Git
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.live_files import FileState, LiveFiles
-from orchestrator.repo.landing.trial_merges import TrialMerges
+from orchestrator.repo.landing.trial_merges import TrialCommit, TrialMerges
 from orchestrator.repo.worktrees.checkouts import HeldSlot
 
 #: The share of the user's inotify watches that we use at most: editors need them too.
 _WATCH_SHARE: Final = 0.75
 _MAX_WATCHES: Final = Path("/proc/sys/fs/inotify/max_user_watches")
+#: The content of a session's changes that waits in memory for a merge, in bytes.
+_MAX_PENDING: Final = 1 << 20
 
 #: Two sessions; the lesser name is the first.
 SessionPair = tuple[SessionName, SessionName]
@@ -31,21 +33,51 @@ SessionPair = tuple[SessionName, SessionName]
 class _Followed:
     """A session: its files while it runs, its base, and the commit of its changes so far."""
 
+    number: int
     files: LiveFiles | None
     base: str
-    commit: str
-    earlier: frozenset[str]
+    commit: TrialCommit
+    earlier: ChangedPaths
     """The paths that earlier sessions of its task changed since the base."""
     changed: ChangedPaths = field(init=False)
+    """All paths that the task changed since the base."""
+    causes: ChangedPaths | None = field(init=False)
+    """The changes since the last look that may have caused or resolved conflicts; None without changes."""
+    pending: dict[str, FileState] = field(default_factory=dict)
+    """The changes that are not yet in `commit`."""
 
     def __post_init__(self) -> None:
-        self.update()
+        self.changed = self.causes = self.earlier
 
-    def update(self) -> None:
-        """Read the changed paths again."""
-        present = frozenset() if self.files is None else frozenset(self.files.present)
-        removed = frozenset() if self.files is None else frozenset(self.files.removed)
-        self.changed = ChangedPaths((present | self.earlier) - removed, removed)
+    def update(self, states: Sequence[FileState]) -> None:
+        """Add new changes of the files."""
+        if self.files is None:
+            return
+        before, committed = self.changed, self.files.was_committed
+        present, removed = frozenset(self.files.present), frozenset(self.files.removed)
+        self.changed = ChangedPaths(
+            (present | self.earlier.present) - removed, removed | (self.earlier.removed - present)
+        )
+        new, unusual = {state.path for state in states}, self.earlier.files | before.removed
+        are_edits = all(state.mode and committed(state.path) for state in states) and unusual.isdisjoint(new)
+        causes = self.changed.select_causes(new, before, are_edits=are_edits)
+        self.causes = causes if self.causes is None else causes | self.causes
+        self.pending.update((state.path, state) for state in states)
+
+    @property
+    def has_many_pending(self) -> bool:
+        """Whether the pending changes take too much memory."""
+        return sum(len(state.content) for state in self.pending.values()) > _MAX_PENDING
+
+    def may_conflict(self, other: _Followed) -> bool:
+        """Return whether the result of a merge with another session may have changed since the last look."""
+        return any(
+            one.causes is not None
+            and (
+                one.causes.may_conflict(two.changed) or (two.causes is not None and one.causes.may_conflict(two.causes))
+            )
+            for one, two in ((self, other), (other, self))
+        )
 
     def close(self) -> None:
         """Stop following the files. Blocks briefly."""
@@ -57,15 +89,23 @@ class _Followed:
 class LiveConflicts:
     """The conflicts between sessions whose files it follows; call `close` when done."""
 
-    def __init__(self, git: Git, trials: TrialMerges, conflicts: dict[SessionPair, frozenset[str]]) -> None:
+    def __init__(
+        self,
+        git: Git,
+        trials: TrialMerges,
+        conflicts: dict[SessionPair, frozenset[str]],
+        *,
+        watch_share: float = _WATCH_SHARE,
+    ) -> None:
         """Update `conflicts`, the known conflicting paths of each pair, at each look.
 
-        `git` runs in the trusted repository.
+        `git` runs in the trusted repository. `watch_share` is the maximum share of the user's inotify watches.
         """
+        self._watch_share = watch_share
         self._git, self._trials, self.conflicts = git, trials, conflicts
         self._sessions: dict[SessionName, _Followed] = {}
         self._new: set[SessionName] = set()
-        self._numbers = count()
+        self._numbers = count(1)
 
     @property
     def sessions(self) -> Collection[SessionName]:
@@ -76,13 +116,19 @@ class LiveConflicts:
         self, name: SessionName, held: HeldSlot, rules: IntakeRules, base: str, start: str | None = None
     ) -> None:
         """Follow the files of a session, whose checkout starts at the commit `start` and lands on `base`."""
-        earlier = [] if start is None else await self._git.changes(base, start)
-        excludes = self._trials.folder / f"ignored-{next(self._numbers)}"
+        earlier = ChangedPaths() if start is None else await self._changes(base, start)
+        number = next(self._numbers)
+        excludes = self._trials.folder / f"ignored-{number}"
         is_watched = await anyio.to_thread.run_sync(self._may_watch, len(held.contents.snapshot.folders))
         follow = partial(LiveFiles, self._trials.git, held, rules, excludes, is_watched=is_watched)
-        files, paths = await anyio.to_thread.run_sync(follow), frozenset(change.path for change in earlier)
-        self._sessions[name] = _Followed(files, base, start or base, paths)
+        files, commit = await anyio.to_thread.run_sync(follow), TrialCommit(start or base, start or base)
+        self._sessions[name] = _Followed(number, files, base, commit, earlier)
         self._new.add(name)
+
+    async def _changes(self, base: str, commit: str) -> ChangedPaths:
+        changes = await self._git.changes(base, commit)
+        removed = frozenset(change.path for change in changes if change.new_mode == MISSING_MODE)
+        return ChangedPaths(frozenset(change.path for change in changes) - removed, removed)
 
     def freeze(self, name: SessionName) -> None:
         """Keep the known changes of a session that has ended. Blocks briefly."""
@@ -91,18 +137,19 @@ class LiveConflicts:
     async def follow_commit(self, name: SessionName, base: str, commit: str) -> None:
         """Compare the built work of a session that has ended, which lands on `base`, instead of its files."""
         known = self._sessions.get(name)
-        if known is not None and known.commit == commit:
+        if known is not None and known.commit.id == commit:
             return
         if known is not None:
             known.close()
-        paths = frozenset(change.path for change in await self._git.changes(base, commit))
-        self._sessions[name] = _Followed(None, base, commit, paths)
+        self._sessions[name] = _Followed(
+            next(self._numbers), None, base, TrialCommit(commit, commit), await self._changes(base, commit)
+        )
         self._new.add(name)
 
     def _may_watch(self, folders: int) -> bool:
         used = sum(one.files.watches for one in self._sessions.values() if one.files is not None)
         try:
-            return used + folders <= int(_MAX_WATCHES.read_text()) * _WATCH_SHARE
+            return used + folders <= int(_MAX_WATCHES.read_text()) * self._watch_share
         except (OSError, ValueError):  # no inotify
             return False
 
@@ -125,13 +172,12 @@ class LiveConflicts:
 
         Raises GitError or OSError if git fails.
         """
-        changed = await self._commit_changes() | self._new
+        await self._read_changes()
+        pairs = [pair for pair in combinations(sorted(self._sessions), 2) if self._may_differ(*pair)]
+        await self._commit_changes(set(chain.from_iterable(pairs)))
         self._new.clear()
-        pairs = [
-            pair
-            for pair in combinations(sorted(self._sessions), 2)
-            if not changed.isdisjoint(pair) and (pair in self.conflicts or self._may_conflict(*pair))
-        ]
+        for one in self._sessions.values():
+            one.causes = None
         found = dict(zip(pairs, await self._merge(pairs), strict=True))
         news = {pair: paths for pair, paths in found.items() if paths != self.conflicts.get(pair, frozenset())}
         for pair, paths in news.items():
@@ -141,21 +187,31 @@ class LiveConflicts:
                 del self.conflicts[pair]
         return news
 
-    def _may_conflict(self, one: SessionName, other: SessionName) -> bool:
-        return self._sessions[one].changed.may_conflict(self._sessions[other].changed)
+    def _may_differ(self, *pair: SessionName) -> bool:
+        """Return whether other paths of a pair may conflict than at the last look."""
+        one, other = (self._sessions[name] for name in pair)
+        return (pair in self.conflicts and not self._new.isdisjoint(pair)) or one.may_conflict(other)
 
-    async def _commit_changes(self) -> set[SessionName]:
-        """Commit the new changes of all sessions; return the sessions that have any."""
-        found: dict[SessionName, Sequence[FileState]] = {}
-        for name, one in self._sessions.items():
-            if one.files is not None and (files := await one.files.read_changes()):
-                found[name] = files
-                one.update()
-        if found:
-            commits = await self._trials.commit([(self._sessions[name].commit, each) for name, each in found.items()])
-            for name, commit in zip(found, commits, strict=True):
-                self._sessions[name].commit = commit
-        return set(found)
+    async def _read_changes(self) -> None:
+        """Read the new changes of all sessions."""
+        followed = [(one, one.files) for one in self._sessions.values() if one.files is not None]
+        changed = await anyio.to_thread.run_sync(lambda: [(one, files) for one, files in followed if files.poll()])
+        unwatched = sum(not files.watches for _, files in followed)
+        for one, files in changed:
+            if states := await files.read_changes(unwatched):
+                one.update(states)
+
+    async def _commit_changes(self, names: Collection[SessionName]) -> None:
+        """Commit the pending changes of these sessions, and of those that have many."""
+        found = [one for name, one in self._sessions.items() if one.pending and (name in names or one.has_many_pending)]
+        commits = (
+            await self._trials.commit([(one.number, one.commit, one.pending.values()) for one in found])
+            if found
+            else []
+        )
+        for one, commit in zip(found, commits, strict=True):
+            one.commit = commit
+            one.pending.clear()
 
     async def _merge(self, pairs: Sequence[SessionPair]) -> list[frozenset[str]]:
         """Return the conflicting paths of each pair; empty if its merge is clean.
@@ -166,8 +222,8 @@ class LiveConflicts:
         sides = [(self._sessions[one], self._sessions[other]) for one, other in pairs]
         wanted: list[tuple[str, str]] = []
         for one, other in sides:
-            wanted.append((one.commit, other.commit))
-            wanted += [] if one.base == other.base else [(one.commit, other.base), (one.base, other.commit)]
+            wanted.append((one.commit.id, other.commit.id))
+            wanted += [] if one.base == other.base else [(one.commit.id, other.base), (one.base, other.commit.id)]
         merges = iter(await self._trials.merge(wanted) if wanted else ())
         found = []
         for one, other in sides:
