@@ -247,6 +247,24 @@ async def test_folder_renamed_by_a_built_task_is_compared(fixture: HubFixture) -
         assert await sessions.predict() == ("lib/new.txt",)
 
 
+async def test_file_renamed_on_the_target_is_compared(fixture: HubFixture) -> None:
+    """One session changes it under its old name, and built work from a later commit of the target under the new one."""
+    async with open_trial_sessions(fixture) as sessions:
+        assert await sessions.predict() is None
+        replace_line("a.txt", 3, "y")(sessions.other)
+        base, git = sessions.live._sessions[PAIR[0]].base, fixture.git
+        commits = [base]
+        for content in (LINES, LINES.replace("line 3\n", "x\n")):
+            entries = [line for line in (await git.line("ls-tree", base)).splitlines() if not line.endswith("\ta.txt")]
+            entries.append(
+                f"100644 blob {await git.line('hash-object', '-w', '--stdin', input_=content.encode())}\tz.txt"
+            )
+            tree = await git.line("mktree", input_="".join(f"{entry}\n" for entry in entries).encode())
+            commits.append(await git.line("commit-tree", tree, "-p", commits[-1], "-m", "work"))
+        await sessions.live.follow_commit(PAIR[0], commits[1], commits[2])
+        assert await sessions.predict() == ("z.txt",)
+
+
 async def test_temporary_repository_is_removed(fixture: HubFixture) -> None:
     async with open_trial_sessions(fixture) as sessions:
         folder = sessions.trials.folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
@@ -39,6 +39,11 @@ class ChangedPaths:
     def __or__(self, other: ChangedPaths) -> ChangedPaths:
         """Return the changes of both."""
         return ChangedPaths(self.present | other.present, self.removed | other.removed)
+
+    def with_renames(self, renames: Mapping[str, str]) -> ChangedPaths:
+        """Return the changes with the other names of the changed files in addition."""
+        names = frozenset(renames[path] for path in self.files & renames.keys())
+        return self | ChangedPaths(names) if names else self
 
     def may_conflict(self, other: ChangedPaths) -> bool:
         """Return whether a merge of both can conflict.

@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.sessions.predicted_conflicts import ChangedPaths
-from orchestrator.repo.git.command import MISSING_MODE, Git
+from orchestrator.repo.git.command import MISSING_MODE, Git, split_nul
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.live_files import FileState, LiveFiles
 from orchestrator.repo.landing.trial_merges import TrialCommit, TrialMerges
@@ -69,12 +69,16 @@ class _Followed:
         """Whether the pending changes take too much memory."""
         return sum(len(state.content) for state in self.pending.values()) > _MAX_PENDING
 
-    def may_conflict(self, other: _Followed) -> bool:
-        """Return whether the result of a merge with another session may have changed since the last look."""
+    def may_conflict(self, other: _Followed, renames: Mapping[str, str]) -> bool:
+        """Return whether the result of a merge with another session may have changed since the last look.
+
+        `renames` has the names of the same files in the bases of both.
+        """
         return any(
             one.causes is not None
             and (
-                one.causes.may_conflict(two.changed) or (two.causes is not None and one.causes.may_conflict(two.causes))
+                one.causes.with_renames(renames).may_conflict(two.changed)
+                or (two.causes is not None and one.causes.with_renames(renames).may_conflict(two.causes))
             )
             for one, two in ((self, other), (other, self))
         )
@@ -105,6 +109,7 @@ class LiveConflicts:
         self._git, self._trials, self.conflicts = git, trials, conflicts
         self._sessions: dict[SessionName, _Followed] = {}
         self._new: set[SessionName] = set()
+        self._renames: dict[tuple[str, ...], Mapping[str, str]] = {}
         self._numbers = count(1)
 
     @property
@@ -160,6 +165,8 @@ class LiveConflicts:
         self._new.discard(name)
         for pair in [pair for pair in self.conflicts if name in pair]:
             del self.conflicts[pair]
+        bases = {one.base for one in self._sessions.values()}
+        self._renames = {pair: renames for pair, renames in self._renames.items() if bases.issuperset(pair)}
 
     def close(self) -> None:
         """Stop following all sessions. Blocks briefly."""
@@ -173,7 +180,7 @@ class LiveConflicts:
         Raises GitError or OSError if git fails.
         """
         await self._read_changes()
-        pairs = [pair for pair in combinations(sorted(self._sessions), 2) if self._may_differ(*pair)]
+        pairs = [pair for pair in combinations(sorted(self._sessions), 2) if await self._may_differ(*pair)]
         await self._commit_changes(set(chain.from_iterable(pairs)))
         self._new.clear()
         for one in self._sessions.values():
@@ -187,10 +194,22 @@ class LiveConflicts:
                 del self.conflicts[pair]
         return news
 
-    def _may_differ(self, *pair: SessionName) -> bool:
+    async def _may_differ(self, *pair: SessionName) -> bool:
         """Return whether other paths of a pair may conflict than at the last look."""
         one, other = (self._sessions[name] for name in pair)
-        return (pair in self.conflicts and not self._new.isdisjoint(pair)) or one.may_conflict(other)
+        if one.causes is None and other.causes is None:
+            return False
+        renames = {} if one.base == other.base else await self._read_renames(one.base, other.base)
+        return (pair in self.conflicts and not self._new.isdisjoint(pair)) or one.may_conflict(other, renames)
+
+    async def _read_renames(self, *bases: str) -> Mapping[str, str]:
+        """Return the names in one base of the files that have another name in the other one, in both directions."""
+        if bases not in self._renames:
+            moved = await self._git("diff-tree", "-r", "-z", "-M", "--diff-filter=R", "--name-status", *bases)
+            fields = split_nul(moved.stdout)
+            pairs = list(zip(fields[1::3], fields[2::3], strict=True))
+            self._renames[bases] = dict([*pairs, *((new, old) for old, new in pairs)])
+        return self._renames[bases]
 
     async def _read_changes(self) -> None:
         """Read the new changes of all sessions."""
