@@ -155,6 +155,25 @@ async def test_git_in_inaccessible_folder_names_the_folder(tmp_path: Path, envir
         await git("status", cwd=folder)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every folder")
+@pytest.mark.parametrize("name", ["trusted.git", "hub.git", "hub.git/objects"])
+async def test_inaccessible_internal_repository_is_no_damage(
+    session: tuple[Git, Worktree, str, TreeSnapshot], name: str
+) -> None:
+    """Otherwise the command ends with an internal error, or recommends to move the repository away."""
+    git, _, base, _ = session
+    assert git.git_dir is not None
+    folder = git.git_dir.parent / name
+    mode = folder.stat().st_mode
+    folder.chmod(0)
+    try:
+        with pytest.raises(PermissionError) as raised:
+            await git("cat-file", "-e", base)
+    finally:
+        folder.chmod(mode)
+    assert Path(raised.value.filename).is_relative_to(git.git_dir)
+
+
 @pytest.fixture
 def public_folder() -> Iterator[Path]:
     """A folder of an ordinary user's."""

@@ -157,10 +157,21 @@ async def test_hooks_outside_of_the_checkouts_run(repository: Repository, tmp_pa
         assert part in refused.reason
 
 
+@pytest.mark.extended_variants
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".git/objects", "unable to create temporary object directory: grant your user access"),
+        (".git", "index.lock: Permission denied: grant your user access"),
+        (".", "unable to create file a.txt: Permission denied: grant your user access"),
+    ],
+)
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="root ignores permissions without setpriv")
-async def test_unwritable_git_directory_is_reported_with_the_fix(repository: Repository, tmp_path: Path) -> None:
-    """Git names only the folder that it could not create, in a message of its own side."""
-    objects, programs = repository.top / ".git/objects", tmp_path / "programs"
+async def test_unwritable_folder_is_reported_with_the_fix(
+    repository: Repository, tmp_path: Path, name: str, message: str
+) -> None:
+    """Git names it in a message of its own side; the output of the hook that updates the checkout has no prefix."""
+    folder, programs = repository.top / name, tmp_path / "programs"
     programs.mkdir()
     (programs / "git").write_text(
         '#!/bin/sh\ncase "$*" in *receive-pack*) drop="setpriv --bounding-set=-dac_override,-dac_read_search";; esac\n'
@@ -168,12 +179,15 @@ async def test_unwritable_git_directory_is_reported_with_the_fix(repository: Rep
     )
     (programs / "git").chmod(0o755)
     repository.environ["PATH"] = f"{programs}:{repository.environ['PATH']}"
+    mode = folder.stat().st_mode
     try:
-        refused = await land(repository, tmp_path, {"a.txt": "a"}, before=lambda: objects.chmod(0o555))
+        refused = await land(repository, tmp_path, {"a.txt": "a"}, before=lambda: folder.chmod(0o555))
     finally:
-        objects.chmod(0o755)
+        folder.chmod(mode)
     assert isinstance(refused, DeferredLanding)
-    assert "unable to create temporary object directory: grant your user access" in refused.reason
+    assert message in refused.reason
+    assert repository.git("status", "--porcelain") == ""
+    assert not (repository.top / ".git/index.lock").exists()
 
 
 async def test_daemon_of_a_hook_keeps_no_lock_of_a_killed_process(repository: Repository) -> None:

@@ -248,11 +248,7 @@ class Git:
                 raise RefusedError("git is not on PATH", _INSTALL) from None
             raise self._failure(args, 128, f"folder {folder} does not exist") from None
         except PermissionError as error:
-            folder = cwd or self.git_dir
-            if folder is not None and error.filename == folder:  # subprocess names the folder or the program
-                raise GitError(["git", *args], 128, f"can't open folder {folder}") from None
-            remedy = "install your system's git, and put it first on PATH"
-            raise RefusedError(f"can't start git in its sandbox: {error}", remedy) from None
+            raise self._refused_start(error, args, cwd) from None
         if is_triggered("git.ended"):
             done = CompletedCommand(-signal.SIGKILL, b"", b"")
         if done.returncode not in ok:
@@ -264,13 +260,25 @@ class Git:
             raise self._failure(args, done.returncode, message)
         return done
 
+    def _refused_start(self, error: PermissionError, args: Sequence[str], cwd: Path | None) -> Exception:
+        """Return the error of a command that could not be started. Without `cwd`, our repository can't be opened."""
+        folder = cwd or self.git_dir
+        if folder is None or error.filename != folder:  # subprocess names the folder or the program
+            remedy = "install your system's git, and put it first on PATH"
+            return RefusedError(f"can't start git in its sandbox: {error}", remedy)
+        return error if cwd is None else GitError(["git", *args], 128, f"can't open folder {folder}")
+
     def _failure(self, args: Sequence[str], returncode: int, message: str) -> GitError:
-        """Return the error of a failed command: HubDamaged if our repository, not the user's, is damaged."""
+        """Return the error of a failed command: HubDamaged if our repository, not the user's, is damaged.
+
+        Raises PermissionError if it only can't be opened.
+        """
         argv, own = ["git", *args], self.git_dir
         if own is None or own.name != TRUSTED_NAME:
             return GitError(argv, returncode, message)
         is_damaged = _DAMAGED_REF in message or (str(own.parent) in message and _DAMAGE.search(message))
         if is_damaged or f"{own} does not exist" in message:
+            (own / "objects/pack").exists()  # raises if the access is denied
             return HubDamaged(argv, returncode, message, own.parent)
         return GitError(argv, returncode, message)
 

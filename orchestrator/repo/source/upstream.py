@@ -18,6 +18,7 @@ from orchestrator.repo.source.user_programs import (
     MARK_VARIABLE,
     OLD_COMMIT_VARIABLE,
     TARGET_VARIABLE,
+    UPDATE_HOOK,
     UPDATED_FILE,
     write_landing_hooks,
 )
@@ -35,6 +36,8 @@ _UPLOAD = "git -c pack.window=0 -c uploadpack.hideRefs='!refs/heads' upload-pack
 
 #: Messages of the remote side in addition to the porcelain output: hook output and system errors.
 _REMOTE_MESSAGE = re.compile(r"remote: (?!\s*$)|error: remote unpack failed: ")
+#: The same of the hook that updates a checkout: git does not prefix its output.
+_HOOK_MESSAGE = re.compile(r"(?!\s*$|error: failed to push some refs to )")
 #: What git says about an object folder in which it can't create a file, and about the same in other folders.
 _NO_ACCESS = re.compile("Permission denied|insufficient permission|unable to create temporary object directory")
 _MAX_REASON_CHARS = 300  # characters
@@ -115,8 +118,9 @@ class UpstreamRepository:
         stderr = done.stderr.decode(errors="replace")
         lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith("!")]
         summary = lines[0].split("\t")[-1] if lines else " ".join(stderr.split())
+        message = _HOOK_MESSAGE if f"{UPDATE_HOOK} hook declined" in summary else _REMOTE_MESSAGE
         messages = "; ".join(
-            line.removeprefix("remote: ").strip() for line in stderr.splitlines() if _REMOTE_MESSAGE.match(line)
+            line.removeprefix("remote: ").strip() for line in stderr.splitlines() if message.match(line)
         )
         reason = summary if not lines or not messages else f"{summary}: {printable_name(messages)[:_MAX_REASON_CHARS]}"
         remedy = ": grant your user access" if _NO_ACCESS.search(messages) else ""

@@ -42,8 +42,9 @@ refuse() {{
     exit 1
 }}
 new=$GIT_DIR/index.${MARK_VARIABLE}
-(set -C && : >"$GIT_DIR/index.lock") 2>/dev/null || {{
-    echo "its index is locked by another git command" >&2
+error=$( (set -C && : >"$GIT_DIR/index.lock") 2>&1) || {{
+    [ ! -e "$GIT_DIR/index.lock" ] || error="its index is locked by another git command"
+    echo "$error" >&2
     exit 1
 }}
 # In two steps: in one, a full disk would leave a lock without the content that marks it as ours.
