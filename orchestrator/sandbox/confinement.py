@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -128,21 +128,8 @@ def _is_script(program: Path) -> bool:
 
 def _in_thread(call: Callable[[], T]) -> T:
     """Call in a new thread, so that the restrictions end with the thread."""
-    returned: list[T] = []
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            returned.append(call())
-        except BaseException as error:  # noqa: BLE001  it is raised in the calling thread
-            raised.append(error)
-
-    thread = threading.Thread(target=run, name="confined start")
-    thread.start()
-    thread.join()
-    if raised:
-        raise raised[0]
-    return returned[0]
+    with ThreadPoolExecutor(1, "confined start") as executor:
+        return executor.submit(call).result()
 
 
 @cache
