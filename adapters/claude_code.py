@@ -114,6 +114,8 @@ _LINKS: Final = {
 _SERVERS: Final = "council-mcp.json"
 #: Settings in addition to those of the user and the project. The hooks of all of them run.
 _SETTINGS: Final = "council-settings.json"
+#: Its own state, in its configuration folder.
+_STATE: Final = ".claude.json"
 #: Unless permissions are bypassed, Claude Code asks for permission to use MCP tools, and no user could respond. Our
 # tools change no files. One word, because the option would also consume the words after it.
 _ALLOWED: Final = f"--allowedTools=mcp__{MCP_SERVER_NAME}"
@@ -179,8 +181,9 @@ class ClaudeCodeAdapter:
 
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the command line; as root, `IS_SANDBOX` is needed to bypass permissions."""
-        options, hooks = self._options, _hooks(request)
+        options = self._options
         mode = options.permission_mode
+        settings = _settings(request, mode)
         preset = {**_PRESET, "IS_SANDBOX": "1"} if mode == "bypassPermissions" else _PRESET
         own = {_FOLDER: str(request.home)} if options.has_own_home else {}
         folders = () if options.has_own_home else (_FOLDER,)
@@ -193,14 +196,14 @@ class ClaudeCodeAdapter:
                 *option_arguments("--append-system-prompt", request.instructions),
                 *(() if request.interactive else _limits(options, request)),
                 *(("--mcp-config", str(request.home / _SERVERS)) if request.mcp_servers else ()),
-                *(("--settings", str(request.home / _SETTINGS)) if hooks else ()),
+                *(("--settings", str(request.home / _SETTINGS)) if settings else ()),
                 *((_ALLOWED,) if any(server.name == MCP_SERVER_NAME for server in request.mcp_servers) else ()),
                 *options.args,
             ),
             stdin=None if request.interactive else request.prompt_file,
             env=env,
             pass_env=passed,
-            home=_home(request, hooks, is_own=options.has_own_home),
+            home=_home(request, settings, is_own=options.has_own_home),
             interrupt=True,  # on SIGTERM it leaves its tools' processes behind and prints no result
         )
 
@@ -263,13 +266,26 @@ def _limits(options: ClaudeCodeOptions, request: SessionRequest) -> tuple[str, .
     )
 
 
-def _home(request: SessionRequest, hooks: JsonObject, *, is_own: bool) -> SessionHome | None:
+def _home(request: SessionRequest, settings: JsonObject, *, is_own: bool) -> SessionHome | None:
     files = {_SERVERS: json.dumps({"mcpServers": _servers(request)})} if request.mcp_servers else {}
-    if hooks:
-        files[_SETTINGS] = json.dumps({"hooks": hooks})
+    if settings:
+        files[_SETTINGS] = json.dumps(settings)
+    if is_own and request.interactive:
+        # Otherwise it starts with its introduction and login, and asks whether to trust the worktree. Sessions without
+        # a terminal trust it, too.
+        trust = {str(request.worktree): {"hasTrustDialogAccepted": True}}
+        files[_STATE] = json.dumps({"hasCompletedOnboarding": True, "projects": trust})
     if is_own:
         return SessionHome(files, _LINKS, (_LOGIN,), folders={_FOLDER: "~/.claude"})
     return SessionHome(files) if files else None
+
+
+def _settings(request: SessionRequest, mode: str) -> JsonObject:
+    hooks = _hooks(request)
+    settings: JsonObject = {"hooks": hooks} if hooks else {}
+    if request.interactive and mode == "bypassPermissions":
+        settings["skipDangerousModePermissionPrompt"] = True  # the adapter's options choose this mode
+    return settings
 
 
 def _hooks(request: SessionRequest) -> JsonObject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from adapters.acp import AcpAdapter
 from adapters.auto_claude import AutoClaudeAdapter
-from adapters.claude_code import ClaudeCodeAdapter
+from adapters.claude_code import ClaudeCodeAdapter, ClaudeCodeOptions
 from adapters.codex import CodexAdapter
 from adapters.gemini import GeminiAdapter
 from adapters.ollama import OllamaAdapter
@@ -180,6 +181,26 @@ class TestClaudeCode(AdapterContract):
         "interrupted-tool": ExpectedResult(FailureClass.CRASHED, tokens=(120, 34)),
         "terminated": ExpectedResult(),
     }
+
+
+def test_claude_on_a_terminal_opens_the_conversation_without_questions(tmp_path: Path) -> None:
+    """Without its introduction, and for this worktree and the configured permission mode only."""
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home", "s", interactive=True)
+    command = ClaudeCodeAdapter(ClaudeCodeOptions(permission_mode="bypassPermissions")).command(request)
+    assert command.home is not None
+    state = json.loads(command.home.files[".claude.json"])
+    assert state == {
+        "hasCompletedOnboarding": True,
+        "projects": {str(tmp_path): {"hasTrustDialogAccepted": True}},
+    }
+    settings = json.loads(command.home.files["council-settings.json"])
+    assert settings == {"skipDangerousModePermissionPrompt": True}
+    cautious = ClaudeCodeAdapter(ClaudeCodeOptions()).command(request)
+    assert cautious.home is not None
+    assert "council-settings.json" not in cautious.home.files
+    headless = ClaudeCodeAdapter(ClaudeCodeOptions()).command(replace(request, interactive=False))
+    assert headless.home is not None
+    assert ".claude.json" not in headless.home.files
 
 
 @pytest.mark.parametrize(

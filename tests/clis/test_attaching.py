@@ -1,0 +1,66 @@
+"""A user attaches to the conversation of a real CLI on a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.clis.conftest import SELECTED, Stage
+from tests.terminal import Terminal
+from tests.waiting import wait_for
+
+pytestmark = [pytest.mark.clis, pytest.mark.timeout(500)]
+
+_UP = "\x1b[A"
+
+
+@pytest.mark.parametrize("name", [name for name in ("claude-code",) if name in SELECTED])
+async def test_user_finishes_the_work_of_a_running_session(stage: Stage, tmp_path: Path) -> None:
+    """It is stopped; Claude Code opens its conversation at once, does what the user types, and the work lands.
+
+    It asks only whether to use the key in its environment.
+    """
+    folder = tmp_path / "signals"
+    folder.mkdir()
+    prompt = f"write first.txt 1\nrun touch {folder}/waits; sleep 600"
+    started = stage.start(prompt, {"writable": [str(folder)]})
+    try:
+        wait_for((folder / "waits").exists, 150)
+        terminal = Terminal(["attach", "task", "--then", "land"], stage.repository.top, stage.repository.environ)
+        try:
+            _wait_for_text(terminal, "Do you want to use this API key?")
+            terminal.type(_UP)
+            _wait_for_text(terminal, "\N{HEAVY RIGHT-POINTING ANGLE QUOTATION MARK ORNAMENT} Yes")
+            terminal.type("\r")
+            _wait_for_text(terminal, "Wrote 1 line to first.txt")
+            _wait_for_text(terminal, "bypass permissions on")
+            _enter(terminal, "write second.txt 2", "write second.txt 2")
+            _wait_for_text(terminal, "Wrote 1 line to second.txt")
+            _enter(terminal, "/exit", "Exit the CLI")
+            assert terminal.wait() == 0, terminal.text
+        finally:
+            terminal.close()
+    finally:
+        ended = stage.end(started)
+    assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
+    assert stage.repository.git("show", "main:first.txt", "main:second.txt") == "1\n2"
+    first, second = (await stage.task()).attempts
+    assert first.session == second.session
+    assert (first.attached, second.attached) == (False, True)
+    await stage.assert_clean()
+
+
+def _wait_for_text(terminal: Terminal, text: str) -> None:
+    try:
+        wait_for(lambda: text in terminal.text or not terminal.is_running, 60)
+    except AssertionError:
+        raise AssertionError(terminal.text) from None
+    assert text in terminal.text, terminal.text
+
+
+def _enter(terminal: Terminal, text: str, shown: str) -> None:
+    """Type a line, and press Enter once it is shown."""
+    terminal.type(text)
+    _wait_for_text(terminal, shown)
+    terminal.type("\r")
