@@ -129,6 +129,8 @@ async def _violations(scene: RunUnderTest, state: _State) -> AsyncIterator[str]:
             yield violation
         async for violation in _starts(run, tasks, specs, scene):
             yield violation
+        async for violation in _stacks(run, tasks, scene):
+            yield violation
     async for violation in _repository(scene, state):
         yield violation
 
@@ -324,10 +326,22 @@ async def _starts(
                 landed = tasks[need].landed
                 if tasks[need].status is TaskStatus.DONE:
                     continue
-                if landed is None:
+                if need in spec.built_needs and need in attempt.stacked_on:
+                    if not await git.is_ancestor(attempt.stacked_on[need], attempt.base):
+                        yield f"7: attempt {attempt.number} of {task} started without the work of {need}"
+                elif landed is None:
                     yield f"7: {task} started before {need} had landed"
                 elif not await git.is_ancestor(landed, attempt.base):
                     yield f"7: attempt {attempt.number} of {task} started without the landing of {need}"
+
+
+async def _stacks(run: RunDocument, tasks: Mapping[str, TaskDocument], scene: RunUnderTest) -> AsyncIterator[str]:
+    git = Git(Hub(Path(run.hub)).trusted, environ=scene.environ)
+    for task, document in tasks.items():
+        for need in document.stack if document.landed is not None else ():
+            landed = tasks[need].landed
+            if landed is None or not await git.is_ancestor(landed, document.landed or ""):
+                yield f"7: {task} landed with the work of {need}, which had not landed"
 
 
 async def _repository(scene: RunUnderTest, state: _State) -> AsyncIterator[str]:

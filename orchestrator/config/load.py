@@ -11,7 +11,7 @@ from typing import Any, Final
 from orchestrator.config import adapters, references
 from orchestrator.config.entries import Extensions, read_sinks, read_trackers
 from orchestrator.config.model import RunConfig, expand_accounts
-from orchestrator.config.schema import Config, StateSettings, Task
+from orchestrator.config.schema import Config, Need, StateSettings, Task
 from orchestrator.config.source.document import RUN_KEYS, Node, read_document
 from orchestrator.config.source.files import MAX_FILE_BYTES, open_regular_file
 from orchestrator.config.source.problems import Position, Problems, TooManyProblems
@@ -188,9 +188,17 @@ def _resolve(task: Task, file: Config, prompt: str, adapter: str) -> TaskSpec:
             given[key] = general.model_copy(update=_given(own))
     given |= {"prompt": prompt, "adapter": adapter, "workflow": workflow, "fallback": _fallback(task, defaults)}
     given["context"] = {} if workflow is None else {**file.context, **task.context}
+    given |= resolve_needs(task)
     given.pop("prompt_file", None)
     # The parts are already valid: validating them again would take most of the time for a large file.
     return TaskSpec.model_construct(**given)
+
+
+def resolve_needs(task: Task) -> dict[str, tuple[str, ...]]:
+    """Return the needs of a task as fields of its specification."""
+    needs = [need if isinstance(need, Need) else Need(task=need) for need in task.needs]
+    built = [need.task for need in needs if need.at == "built"]
+    return {"needs": tuple(need.task for need in needs), "built_needs": tuple(built)}
 
 
 def _given(settings: Settings) -> dict[str, Any]:

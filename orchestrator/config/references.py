@@ -219,7 +219,11 @@ def _check_needs_of(
 
 
 def _needs(task: Node) -> Iterator[Node]:
-    yield from (need for need in iter_items(task.get("needs")) if isinstance(need.value, str))
+    """Yield the ids of the needed tasks."""
+    for need in iter_items(task.get("needs")):
+        name = need.get("task") if isinstance(need.value, dict) else need
+        if name is not None and isinstance(name.value, str):
+            yield name
 
 
 def _all_are_mappings(root: Node) -> bool:

@@ -5,9 +5,9 @@ Settings that runs record are in `orchestrator.domain.settings`; this module has
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
 from orchestrator.config.store import STORE_PATTERN, check_store_url
 from orchestrator.domain.settings import run_settings
@@ -18,7 +18,6 @@ from orchestrator.domain.settings.fields import (
     PathPattern,
     Prompt,
     Settings,
-    Strings,
     WorkflowName,
     short_form,
 )
@@ -59,6 +58,23 @@ _PHASE = BeforeValidator(
 )
 
 
+class Need(Settings):
+    """A task that another one needs."""
+
+    task: NotEmpty
+    """Its id."""
+    at: Literal["built", "landed"] = "landed"
+    """When the other task starts: as soon as this one has built its work, and on that work, or after it has landed."""
+
+
+#: In Python, an id is a need too.
+_Need = Annotated[
+    Annotated[Need, Tag("need")] | Annotated[str, Tag("id")],
+    Discriminator(lambda _: "need"),
+    short_form("task", "a need", "the id of a task, or `{task: ID, at: built}`", NotEmpty | Need),
+]
+
+
 class Task(TaskSettings):
     """One unit of work."""
 
@@ -72,8 +88,8 @@ class Task(TaskSettings):
     """The prompt for the CLI; alternatively use `prompt_file`."""
     prompt_file: NotEmpty | None = None
     """A file with the prompt, relative to this one."""
-    needs: Annotated[Strings, Field(json_schema_extra={"uniqueItems": True})] = ()
-    """The tasks that must land before this one starts."""
+    needs: Annotated[tuple[_Need, ...], Field(strict=False, json_schema_extra={"uniqueItems": True})] = ()
+    """The tasks that must land before this one starts; with `at: built` it starts on their work, and lands after it."""
     owns: Annotated[tuple[PathPattern, ...], Field(strict=False)] = ()
     """Patterns of the paths that it may change; tasks with overlapping patterns never run concurrently."""
     context: Context = Field(default_factory=dict)

@@ -60,6 +60,9 @@ FAILPOINTS: Final = frozenset(
         "landing.joined",  # the merges of a batch are one merge, no intent is recorded
         "landing.checked",  # the merge has passed its checks, not recorded in the store
         "base.checked",  # the checks of the base have ended, not recorded in the store
+        "stack.rebased",  # a task's work is rebased onto the new work of another task, not recorded in the store
+        "stack.recorded",  # the store records the rebase
+        "stack.withdrawn",  # the store records that a task waits, because another task ended whose work it is built on
         "landing.rejected",  # the rejection is in the store
         "landing.intended",  # the intent is in the store
         "landing.pushed",  # the target has moved, not recorded in the store

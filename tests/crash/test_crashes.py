@@ -33,6 +33,8 @@ VIEW_FAILPOINTS = frozenset({"views.written", "views.replaced"})
 RECORD_FAILPOINTS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
 #: Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.
 PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.finished", "handoff.taken", "plan.subtasks"})
+#: Reached by tasks that start on built work; see tests/integration/test_stacked_work.py.
+STACK_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("stack."))
 #: Never reached by a run.
 UNREACHED_FAILPOINTS = (
     REQUEST_FAILPOINTS
@@ -42,6 +44,7 @@ UNREACHED_FAILPOINTS = (
     | VIEW_FAILPOINTS
     | RECORD_FAILPOINTS
     | PHASE_FAILPOINTS
+    | STACK_FAILPOINTS
 )
 #: Reached only once by the tasks of `chain_and_sides`.
 SINGLE_HIT_FAILPOINTS = frozenset(

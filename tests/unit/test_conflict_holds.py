@@ -99,3 +99,10 @@ def test_find_conflict_holds_never_holds_each_other(data: st.DataObject) -> None
         while chain[-1] in holds:
             chain.append(holds[chain[-1]])
             assert len(chain) <= len(names)
+
+
+def test_find_conflict_holds_does_not_wait_for_work_that_is_built_on_the_later_task() -> None:
+    """It lands only after that."""
+    attempt = Attempt(number=1, adapter="", base="", started=1.0, stacked_on={"b": "c1"})
+    stacked = task(1).model_copy(update={"attempts": (attempt,), "commit": "c2"})
+    assert find_conflict_holds(run("ab"), {"a": stacked, "b": task(2)}, {}) == {}

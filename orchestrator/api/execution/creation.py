@@ -13,6 +13,7 @@ from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_reader import RunReader
 from orchestrator.config import adapters, references
 from orchestrator.config.coordination import CoordinationOverrides, apply_max_retries, resolve_coordination
+from orchestrator.config.load import resolve_needs
 from orchestrator.config.model import RunConfig, used_adapters
 from orchestrator.config.schema import Task
 from orchestrator.config.source.document import Node
@@ -214,7 +215,7 @@ def add_tracked_tasks(
     trackers = [name for name, tasks in found.items() for _ in tasks]
     specs = [
         template.model_copy(
-            update={"id": entry.id, "prompt": prompts[index], "needs": entry.needs, "tracker": trackers[index]}
+            update={"id": entry.id, "prompt": prompts[index], **resolve_needs(entry), "tracker": trackers[index]}
         )
         for index, entry in enumerate(entries)
         if entry is not None

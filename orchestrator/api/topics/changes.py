@@ -208,7 +208,7 @@ class TaskChanges(Topic):
         number = found.part.partition("/")[0]
         if not number.isdecimal():  # a merge of both sides of a conflict: its first parent is the target
             return await git.line("rev-parse", f"{found.commit}^1")
-        return document.attempts[int(number) - 1].base
+        return document.base_of(found.commit, document.attempts[int(number) - 1])
 
 
 def trusted_git(run: RunDocument, environ: Mapping[str, str]) -> Git:
@@ -227,7 +227,7 @@ async def _diff_range(git: Git, run: RunDocument, task: str, document: TaskDocum
         raise no_attempt_error(run, task, document)
     if not kept or (document.commit is None and not await git.has_branch(str(kept[-1].branch))):
         raise RefusedError(f"task {task!r} has no preserved changes", f"see `council logs {task} --run {run.id}`")
-    return kept[-1].base, document.commit or f"refs/heads/{kept[-1].branch}"
+    return document.base_of(document.commit, kept[-1]), document.commit or f"refs/heads/{kept[-1].branch}"
 
 
 def _name(worktree: Worktree) -> str:

@@ -103,7 +103,7 @@ class RunReports(Topic):
             with suppress(RefusedError):
                 document = task_documents(found, [task])[task]
                 if document.landed == landed and document.commit is not None:
-                    works[task] = document.commit, document.building_attempt.base
+                    works[task] = document.commit, document.built_base
         return works
 
     async def _events(self, run: str) -> list[RecordedEvent]:

@@ -23,6 +23,7 @@ from orchestrator.domain.events.state import CheckpointCreated, CheckpointRestor
 from orchestrator.domain.runs.model import RequestAction
 from orchestrator.domain.scheduling.conflict_holds import find_conflict_holds
 from orchestrator.domain.scheduling.landing_order import QueuedTask, QueueFacts, describe_queue
+from orchestrator.domain.scheduling.stacked_work import find_stack_waits
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.engine.state.records import read_queue_windows, read_run
 from orchestrator.errors import RefusedError, UnreadableDocument
@@ -192,8 +193,8 @@ class Runs(RunIndex):
         priorities = {task: entry.priority for task, entry in record.entries.items()}
         active = [window for process, window in windows.items() if process not in ended]
         holds = find_conflict_holds(record.run, record.tasks, priorities)
-        held, bumped = record.run.held, record.run.bumped
-        return describe_queue(QueueFacts(record.tasks, priorities, held, holds, bumped, active, is_live))
+        held, bumped, stacked = record.run.held, record.run.bumped, find_stack_waits(record.tasks)
+        return describe_queue(QueueFacts(record.tasks, priorities, held, holds, stacked, bumped, active, is_live))
 
     async def list(self, *, active: bool = False) -> Sequence[RunReport]:
         """Return the reports of all runs of the project, oldest first.

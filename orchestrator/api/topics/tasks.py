@@ -270,7 +270,9 @@ class Tasks(Topic):
             return TaskDefinition()
         spec = await read_spec(self._context.store, run.id, task)
         messages = await read_messages(self._context.store, run.id, task)
-        definition = TaskDefinition(spec.prompt, spec.tracker, spec.needs, plan=spec.plan, messages=messages)
+        definition = TaskDefinition(
+            spec.prompt, spec.tracker, spec.needs, plan=spec.plan, messages=messages, built_needs=spec.built_needs
+        )
         if spec.workflow is None:
             return definition
         names = [phase.name for phase in run.workflows[spec.workflow]]

@@ -230,6 +230,12 @@ class LiveRun:
         if after.status in FINAL_STATUSES:
             self._over[task] = None
 
+    @property
+    def _blocked(self) -> Mapping[str, str]:
+        """The tasks that can no longer start, each with a need that will not land."""
+        blocked = self._board.blocked.items()  # the board does not know which tasks have started on built work
+        return {task: need for task, need in blocked if self._tasks[task].status in STARTABLE_STATUSES}
+
     def frame(self, now: float, room: int) -> TableFrame:
         """Return the frame at `now`, with at most `room` lines besides the totals.
 
@@ -246,7 +252,7 @@ class LiveRun:
 
     def _chosen(self, room: int) -> list[str]:
         working = chain.from_iterable(self._groups[name] for name in ("landing", "checks", "build"))
-        blocked = self._board.blocked
+        blocked = self._blocked
         pending = chain.from_iterable(
             self._groups[name] for name in (*_USER_ACTIVITIES, "queued", RETRY_LABEL, "waiting")
         )
@@ -256,16 +262,16 @@ class LiveRun:
     def _more(self, chosen: Sequence[str]) -> str:
         shown = Counter(self._activity(task) for task in chosen)
         counts = Counter({name: len(tasks) for name, tasks in self._groups.items()})
-        counts.update("blocked" for _ in self._board.blocked)
-        counts.subtract(activity_label(self._tasks[task]) for task in self._board.blocked)
+        counts.update("blocked" for _ in self._blocked)
+        counts.subtract(activity_label(self._tasks[task]) for task in self._blocked)
         left = [f"{count - shown[name]} {name}" for name, count in counts.items() if count > shown[name]]
         return f"and {', '.join(left)}" if left else ""
 
     def _activity(self, task: str) -> str:
-        return activity_label(self._tasks[task], is_blocked=task in self._board.blocked)
+        return activity_label(self._tasks[task], is_blocked=task in self._blocked)
 
     def _row(self, task: str, now: float, active: ActiveTime) -> TaskRow:
-        document, need = self._tasks[task], self._board.blocked.get(task)
+        document, need = self._tasks[task], self._blocked.get(task)
         report = report_task(
             task,
             document,
@@ -300,14 +306,13 @@ class LiveRun:
             return f"{commands}: {report.last_message or ''}"
         if words := report.reason or report.last_message:
             return words
-        needs = self._entries[report.id].needs
-        missing = [need for need in needs if self._tasks[need].status not in SUCCESS_STATUSES]
+        missing = self._entries[report.id].missing_needs(self._tasks)
         return f"needs {', '.join(missing)}" if missing else ""
 
     def totals(self, now: float) -> RunTotals:
         """Return the totals at `now` (wall-clock seconds)."""
         count = {name: len(tasks) for name, tasks in self._groups.items()}
-        blocked = len(self._board.blocked)
+        blocked = len(self._blocked)
         transcripts = self.activity.transcripts
         running = [transcripts[task] for task in self._groups["build"] if task in transcripts]
         costs = [cost for cost in (self._spending.cost, *(one.cost for one in running)) if cost is not None]
@@ -337,7 +342,7 @@ class LiveRun:
         if build is None or self.is_finished or is_held or any(self._groups[name] for name in _USER_ACTIVITIES):
             return None
         pending = [self._chains[task] for name in ("waiting", RETRY_LABEL) for task in self._groups[name]
-                   if task not in self._board.blocked]  # fmt: skip
+                   if task not in self._blocked]  # fmt: skip
         ahead = RemainingWork(
             build=build,
             land=self._pace.land(),

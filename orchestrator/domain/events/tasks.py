@@ -255,6 +255,29 @@ class TaskDeferred(TaskEvent):
     reason: str
 
 
+class TaskRebased(TaskEvent):
+    """The work of a task that it is built on has changed: its own work was rebased, and is queued again."""
+
+    type = "task.rebased"
+    sentence = "rebased, because the work of {need} has changed"
+
+    commit: str
+    base: str
+    """The commit that it was rebased onto: the target, with the unlanded work of the tasks that it needs."""
+    need: str
+
+
+class TaskWithdrawn(TaskEvent):
+    """A task whose work it is built on ended without landing: it waits for that task, and its work is preserved."""
+
+    type = "task.withdrawn"
+    sentence = "can't land: {reason}"
+
+    reason: str
+    branch: str
+    """The branch with its work."""
+
+
 class TaskLanding(TaskEvent):
     """The target is about to be updated, possibly with the work of other tasks."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -39,6 +39,8 @@ class Attempt(StoredDocument):
     base: str
     start: str | None = None
     """The start commit of its worktree, if not the base: earlier work, merged with the base."""
+    stacked_on: dict[str, str] = Field(default_factory=dict)
+    """The tasks whose built, unlanded work is part of its base, each with the commit of that work."""
     started: Instant
     ended: Instant | None = None
     seconds: float | None = None
@@ -109,6 +111,16 @@ class PreparedMerge(StoredDocument):
     """The structural merge drivers that merged files that git could not merge."""
 
 
+class RebasedWork(StoredDocument):
+    """Built work that was rebased, because the work that it was stacked on had changed."""
+
+    commit: str
+    base: str
+    """The commit that `commit` is compared with."""
+    stacked_on: dict[str, str] = Field(default_factory=dict)
+    """As in `Attempt`, for this base."""
+
+
 class ImportedTask(StoredDocument):
     """The record of a task from an earlier state format, in wall-clock seconds."""
 
@@ -135,6 +147,8 @@ class TaskDocument(StoredDocument):
     """The number of times that its work could not land; not reset by a completed phase."""
     commit: str | None = None
     """The commit to land."""
+    rebased: RebasedWork | None = None
+    """The newest rebase of its work; outdated if the commit differs from `commit`."""
     landing_intent: PreparedMerge | None = None
     """The move of the target that is in progress."""
     intended_merges: tuple[str, ...] = ()
@@ -220,6 +234,26 @@ class TaskDocument(StoredDocument):
     def building_attempt(self) -> Attempt:
         """The attempt that built `commit`."""
         return self.attempt if self.built_by is None else self.attempts[self.built_by - 1]
+
+    def base_of(self, commit: str | None, attempt: Attempt) -> str:
+        """Return the commit that the work of an attempt is compared with, which was rebased if it is not its own."""
+        return attempt.base if self.rebased is None or self.rebased.commit != commit else self.rebased.base
+
+    @property
+    def built_base(self) -> str:
+        """The commit that `commit` is compared with."""
+        return self.base_of(self.commit, self.building_attempt)
+
+    @property
+    def stack(self) -> Mapping[str, str]:
+        """The tasks that `commit` is stacked on, see `Attempt`; they may have landed since."""
+        return self.stack_of(self.built_base) if self.commit is not None and self.attempts else {}
+
+    def stack_of(self, base: str | None) -> Mapping[str, str]:
+        """Return the tasks whose work is part of a base of this task, see `Attempt`."""
+        if self.rebased is not None and self.rebased.base == base:
+            return self.rebased.stacked_on
+        return next((one.stacked_on for one in reversed(self.attempts) if one.base == base), {})
 
     @property
     def cost(self) -> float | None:

@@ -330,6 +330,8 @@ class Trigger(StrEnum):
     REQUEUE = "requeue", events.TaskRequeued  #: the checks were interrupted
     RETRY_WORK = "retry_work", events.TaskRetrying  #: it can't land, another attempt may follow
     CONTINUE_WORK = "continue_work", events.TaskContinued  #: a message of the user arrived before it landed
+    REBASE = "rebase", events.TaskRebased  #: the work that it is built on has changed
+    WITHDRAW = "withdraw", events.TaskWithdrawn  #: the work that it is built on will not land
     REJECT = "reject", events.TaskFailed  #: it can't land, and no further attempt follows
     INTEND = "intend", events.TaskLanding  #: the intent to update the target is recorded
     ABORT_LANDING = "abort_landing", events.TaskLandingAborted  #: the target was not updated
@@ -384,6 +386,8 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.FAILED, _T.ADOPT): _S.LANDED,
     **{(status, _T.RETRY_WORK): _S.PENDING for status in (_S.QUEUED, _S.CHECKING)},
     (_S.QUEUED, _T.CONTINUE_WORK): _S.PENDING,
+    (_S.QUEUED, _T.REBASE): _S.QUEUED,
+    (_S.QUEUED, _T.WITHDRAW): _S.PENDING,
     **{(status, _T.REJECT): _S.FAILED for status in (_S.QUEUED, _S.CHECKING)},
     **{(status, _T.CANCEL): _S.CANCELLED for status in _CANCELLABLE},
     (_S.CANCELLED, _T.IGNORE): _S.CANCELLED,

@@ -43,7 +43,9 @@ def _may_land(task: str, tasks: Mapping[str, TaskDocument], run: RunDocument, *,
     if document.status in FINAL_STATUSES or task in run.held:
         return False
     if document.status is TaskStatus.QUEUED:
-        return document.reason is None  # otherwise it can't land now, perhaps because another task owns its paths
+        is_stacked = any(need not in tasks or tasks[need].status not in FINAL_STATUSES for need in document.stack)
+        # With a reason it can't land now, perhaps because another task owns its paths.
+        return document.reason is None and not is_stacked
     return document.status is not TaskStatus.PENDING or not (is_stalled or document.subtasks)
 
 

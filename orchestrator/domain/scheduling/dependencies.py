@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 
 def find_cycles(needs: Mapping[str, Iterable[str]]) -> list[list[str]]:
@@ -33,25 +33,24 @@ def find_cycles(needs: Mapping[str, Iterable[str]]) -> list[list[str]]:
 
 
 class DependencyGraph:
-    """The needs of tasks, and whether these have landed or ended.
+    """The needs of tasks, and whether these are built, have landed or have ended.
 
     No operation depends on the total number of tasks.
     """
 
-    def __init__(self, needs: Mapping[str, Iterable[str]], can_block: Callable[[str], bool]) -> None:
-        """Create a graph without landed tasks; only tasks with `can_block` can be blocked."""
+    def __init__(self, can_block: Callable[[str], bool]) -> None:
+        """Create an empty graph; only tasks with `can_block` can be blocked."""
         self._can_block = can_block
         self._needs: dict[str, tuple[str, ...]] = {}
+        self._built_needs: dict[str, Collection[str]] = {}
         self._missing: dict[str, int] = {}
         self._dependents: dict[str, list[str]] = defaultdict(list)
-        self._landed, self._ended = set[str](), set[str]()
+        self._landed, self._ended, self._built = set[str](), set[str](), set[str]()
         self.blocked: dict[str, str] = {}
         """Tasks that can no longer start, each with a need that will not land."""
-        for task, names in needs.items():
-            self.set_needs(task, names)
 
-    def set_needs(self, task: str, needs: Iterable[str]) -> None:
-        """Set the needs of a task, which may be new."""
+    def set_needs(self, task: str, needs: Iterable[str], built_needs: Collection[str] = ()) -> None:
+        """Set the needs of a task, which may be new; of its `built_needs`, built work suffices."""
         before, after = self._needs.get(task, ()), tuple(dict.fromkeys(needs))
         for need in before:
             if need not in after:
@@ -60,24 +59,56 @@ class DependencyGraph:
             if need not in before:
                 self._dependents[need].append(task)
         self._needs[task] = after
-        self._missing[task] = len([need for need in after if need not in self._landed]) if self._landed else len(after)
+        if built_needs:
+            self._built_needs[task] = built_needs
+        else:
+            self._built_needs.pop(task, None)
+        is_fresh = not (self._landed or self._built)
+        self._missing[task] = len(after if is_fresh else [need for need in after if self._is_missing(task, need)])
+
+    def _is_missing(self, task: str, need: str) -> bool:
+        return need not in self._landed and not (need in self._built and need in self._built_needs.get(task, ()))
 
     def is_ready(self, task: str) -> bool:
-        """Return whether all needs of a task have landed, and it is not blocked."""
+        """Return whether all needs of a task are met, and it is not blocked."""
         return not self._missing[task] and task not in self.blocked
 
-    def has_landed(self, task: str) -> bool:
-        """Return whether a task has landed."""
-        return task in self._landed
+    def has_missing_needs(self, task: str) -> bool:
+        """Return whether a need of a task is not met."""
+        return self._missing[task] > 0
 
     def land(self, task: str) -> Iterable[str]:
         """Record that a task has landed; return its dependents."""
         self._ended.discard(task)
-        self._landed.add(task)
         dependents = self._dependents.get(task, ())
+        for dependent in dependents:
+            self._missing[dependent] -= self._is_missing(dependent, task)
+        self._built.discard(task)
+        self._landed.add(task)
+        return dependents
+
+    def build(self, task: str) -> Iterable[str]:
+        """Record that a task has built work; return the dependents for which that suffices."""
+        if task in self._built or task in self._landed:
+            return ()
+        self._built.add(task)
+        dependents = self._dependents_on_built(task)
         for dependent in dependents:
             self._missing[dependent] -= 1
         return dependents
+
+    def unbuild(self, task: str) -> Iterable[str]:
+        """Record that a task has no built work any more; return the dependents that miss it."""
+        if task not in self._built:
+            return ()
+        self._built.discard(task)
+        dependents = self._dependents_on_built(task)
+        for dependent in dependents:
+            self._missing[dependent] += 1
+        return dependents
+
+    def _dependents_on_built(self, task: str) -> list[str]:
+        return [one for one in self._dependents.get(task, ()) if task in self._built_needs.get(one, ())]
 
     def end(self, task: str) -> None:
         """End a task without landing: block all its dependents, by their direct needs."""

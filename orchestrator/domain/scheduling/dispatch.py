@@ -61,6 +61,8 @@ class DispatchEntry:
     """The handoff with the plan that created it; None: no plan did."""
     tracker: str | None = None
     """The tracker that it comes from."""
+    built_needs: tuple[str, ...] = ()
+    """The needs of which built work suffices, before it has landed."""
 
     @property
     def is_from_file(self) -> bool:
@@ -71,6 +73,15 @@ class DispatchEntry:
     def adapters(self) -> tuple[str, ...]:
         """All adapters that may run it, in order of preference."""
         return (self.adapter, *self.fallback)
+
+    def missing_needs(self, tasks: Mapping[str, TaskDocument]) -> list[str]:
+        """Return the needs that have neither landed nor, if that suffices, built work."""
+        return [
+            need
+            for need in self.needs
+            if tasks[need].status not in SUCCESS_STATUSES
+            and not (need in self.built_needs and tasks[need].status in LANDING_STATUSES)
+        ]
 
     def with_subtasks(self, parts: Sequence[str]) -> DispatchEntry:
         """Return the entry with other tasks that its plan created."""
@@ -128,8 +139,9 @@ class DispatchBoard:
         self.entries = dict(entries)
         """The entries of all tasks, including those that plans have added."""
         self._state = dict.fromkeys(entries, _PENDING)
-        needs = {task: entry.needs for task, entry in entries.items()}
-        self._graph = DependencyGraph(needs, lambda task: self._state[task] is _PENDING)
+        self._graph = DependencyGraph(lambda task: self._state[task] is _PENDING)
+        for task, entry in entries.items():
+            self._graph.set_needs(task, entry.needs, entry.built_needs)
         self.blocked: Mapping[str, str] = self._graph.blocked
         """Tasks that can no longer start, each with a need that will not land."""
         self.adapters = AdapterPool(capacities)
@@ -159,6 +171,7 @@ class DispatchBoard:
                 board.pause(task, keeps_paths=False)
             elif status in CLAIMED_STATUSES:
                 board._leave(task, _BUILT if status in LANDING_STATUSES else _RUNNING)
+                board._set_built(task, is_built=status in LANDING_STATUSES)
                 board._queue.keep_paths(task, entries[task].owns)
                 if board._state[task] is _RUNNING:
                     board.adapters.occupy(task, board._placements[task].bucket.adapter_group)
@@ -175,7 +188,7 @@ class DispatchBoard:
             self._state[task] = _PENDING
             self._placements.add(task, orders[task], entry.priority, entry.adapters, entry.owns)
         for task, entry in entries.items():
-            self._graph.set_needs(task, entry.needs)
+            self._graph.set_needs(task, entry.needs, entry.built_needs)
         for task in entries:
             if task not in self.blocked and not self._graph.block_if_a_need_will_not_land(task):
                 self._offer(task)
@@ -186,13 +199,17 @@ class DispatchBoard:
         Previous subtasks are no longer needed. Call `wait`, `pause` or `retry` afterwards.
         """
         self.entries[task] = self.entries[task].with_subtasks(parts)
-        self._graph.set_needs(task, self.entries[task].needs)
+        self._graph.set_needs(task, self.entries[task].needs, self.entries[task].built_needs)
 
     def built(self, task: str) -> None:
-        """Queue a task to land: release its capacity, but not its paths."""
+        """Queue a task to land: release its capacity, but not its paths.
+
+        Dependents for which built work suffices may start.
+        """
         if self._state[task] is _RUNNING:
             self.adapters.free(task)
         self._state[task] = _BUILT
+        self._set_built(task, is_built=True)
 
     def landed(self, task: str) -> None:
         """Record that a task landed, or is done without landing: dependents may start."""
@@ -214,9 +231,9 @@ class DispatchBoard:
         """Let a task wait until `until`; `adapters` replaces its adapters by preference.
 
         With `keeps_paths`, it owns its paths while waiting, because it continues its built work. A task that waits for
-        its subtasks continues after they have landed, and leaves its paths to them.
+        its subtasks, or for built work of a need, continues after these, and leaves its paths to them.
         """
-        if self._waits_for_parts(task):
+        if self._graph.has_missing_needs(task):
             self.pause(task, keeps_paths=False, adapters=adapters)
             self._graph.block_if_a_need_will_not_land(task)
             return
@@ -230,7 +247,7 @@ class DispatchBoard:
         if state is not _PENDING:
             self._leave(task, _PENDING)
         self._placements.change(
-            task, self.entries[task].owns, adapters, keeps_paths=keeps_paths and not self._waits_for_parts(task)
+            task, self.entries[task].owns, adapters, keeps_paths=keeps_paths and not self._graph.has_missing_needs(task)
         )
         if state is not _PENDING:
             self._offer(task)
@@ -278,6 +295,7 @@ class DispatchBoard:
             elif state is not _BUILT:
                 self._leave(task, _BUILT)
                 self._queue.keep_paths(task, self.entries[task].owns)
+            self._set_built(task, is_built=status in LANDING_STATUSES)
         else:
             self._sync_pending(task, until, adapters, keeps_paths=keeps_paths)
 
@@ -340,6 +358,13 @@ class DispatchBoard:
         elif before is _UPCOMING:
             self._upcoming.discard(task)
         self._state[task] = state
+        if state is not _BUILT and state is not _LANDED:
+            self._set_built(task, is_built=False)
 
-    def _waits_for_parts(self, task: str) -> bool:
-        return not all(map(self._graph.has_landed, self.entries[task].parts))
+    def _set_built(self, task: str, *, is_built: bool) -> None:
+        """Offer the dependents that start on built work of a task, or let them wait again."""
+        for dependent in self._graph.build(task) if is_built else ():
+            self._offer(dependent)
+        for dependent in () if is_built else self._graph.unbuild(task):
+            if self._state[dependent] is _READY or self._state[dependent] is _UPCOMING:
+                self._leave(dependent, _PENDING)

@@ -12,6 +12,7 @@ from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.conflict_holds import describe_conflict_hold
 from orchestrator.domain.scheduling.dispatch import AGING_SECONDS
+from orchestrator.domain.scheduling.stacked_work import describe_stack_wait
 from orchestrator.domain.wording import join_names
 
 CheckState = Literal["running", "passed", "failed"]
@@ -97,7 +98,9 @@ class QueuedTask:
     held: bool
     """Whether a user holds it."""
     waits_for: str | None
-    """The task that lands first, because a merge conflict with it is predicted."""
+    """The task that lands first: a merge conflict with it is predicted, or the work is built on its work."""
+    stacked: bool
+    """Whether its work is built on unlanded work of `waits_for`."""
     bumped: bool
     """Whether a user moved it to the front."""
     check: WindowEntry | None
@@ -117,6 +120,8 @@ class QueueFacts:
     """The reasons to hold tasks."""
     conflict_holds: Mapping[str, str]
     """Tasks that wait for a predicted conflict, with the task that lands first."""
+    stack_waits: Mapping[str, str]
+    """Tasks whose work is built on unlanded work of another one, with that task."""
     bumped: Sequence[str]
     windows: Iterable[QueueWindow]
     """The merges that active processes check."""
@@ -142,7 +147,8 @@ def describe_queue(facts: QueueFacts) -> list[QueuedTask]:
             bounces=known[task].bounces,
             since=known[task].built,
             held=task in facts.held,
-            waits_for=facts.conflict_holds.get(task),
+            waits_for=facts.conflict_holds.get(task) or facts.stack_waits.get(task),
+            stacked=task in facts.stack_waits and task not in facts.conflict_holds,
             bumped=task in facts.bumped,
             check=checks.get(task),
             reason=_describe_wait(task, facts, checks.get(task), order[: position - 1]),
@@ -152,7 +158,7 @@ def describe_queue(facts: QueueFacts) -> list[QueuedTask]:
 
 
 def _is_held(task: str, facts: QueueFacts) -> bool:
-    is_held = task in facts.held or task in facts.conflict_holds
+    is_held = task in facts.held or task in facts.conflict_holds or task in facts.stack_waits
     return is_held and facts.tasks[task].status is TaskStatus.QUEUED
 
 
@@ -179,7 +185,7 @@ def _describe_wait(task: str, facts: QueueFacts, check: WindowEntry | None, befo
         return hold
     if not facts.is_live:
         return "no process is active in the run: `council resume` lands it"
-    ahead = [one for one in before if one not in facts.held and one not in facts.conflict_holds]
+    ahead = [one for one in before if not _is_held(one, facts)]
     first = f"{join_names(ahead, _MAX_NAMED)} to land" if ahead else ""
     if check is not None and check.state == "failed":
         return f"a check failed ahead of its turn; it waits for {first or 'its turn'}"
@@ -195,4 +201,6 @@ def _describe_wait(task: str, facts: QueueFacts, check: WindowEntry | None, befo
 def _describe_hold(task: str, facts: QueueFacts) -> str | None:
     if task in facts.held:
         return describe_hold(facts.held[task], task)
-    return describe_conflict_hold(task, facts.conflict_holds[task]) if task in facts.conflict_holds else None
+    if task in facts.conflict_holds:
+        return describe_conflict_hold(task, facts.conflict_holds[task])
+    return describe_stack_wait(task, facts.stack_waits[task], facts.tasks) if task in facts.stack_waits else None

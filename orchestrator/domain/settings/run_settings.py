@@ -431,7 +431,9 @@ class TaskSpec(TaskSettings):
     adapter: str
     """The adapter that runs it."""
     needs: Strings = ()
-    """The tasks that must land before this one starts."""
+    """The tasks that must land before this one lands, and before it starts unless they are `built_needs`."""
+    built_needs: Strings = ()
+    """The needs whose built work it starts on before that has landed."""
     owns: Annotated[tuple[PathPattern, ...], Field(strict=False)] = ()
     """Patterns of the paths that it may change; tasks with overlapping patterns never run at the same time."""
     context: Context = Field(default_factory=dict)

@@ -20,8 +20,8 @@ from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.settings.run_settings import Check, TaskSpec
 from orchestrator.engine.landing.base_commands import BaseCommands
-from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.landing.check_runs import CheckRequest
+from orchestrator.engine.phases.base_selection import BaseSelector
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.reload import can_reload

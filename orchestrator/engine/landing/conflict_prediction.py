@@ -108,7 +108,7 @@ class ConflictPredictor:
             if name not in live.sessions and (work := session.live_work()) is not None:
                 await live.follow(name, work.checkout, work.rules, work.assignment.base, work.assignment.start)
         for name, document in built.items():
-            await live.follow_commit(name, document.building_attempt.base, document.commit or "")
+            await live.follow_commit(name, document.built_base, document.commit or "")
         news = await live.look()
         if news and self._holds:
             conflicts = {

@@ -155,7 +155,7 @@ class LookAhead:
                 continue
             key = last.new, document.commit
             if key not in self._merged:
-                label, base = f"{self._ledger.run.id}/{task}", document.building_attempt.base
+                label, base = f"{self._ledger.run.id}/{task}", document.built_base
                 resolve = may_merge_structurally(document, await self._ledger.definitions.spec(task))
                 try:
                     result = await self._target.prepare(lease, label, document.commit, base, last, resolve=resolve)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.wording import join_names
 from orchestrator.engine.landing.outcomes import LandingOutcomes
+from orchestrator.engine.landing.stacked_work import StackedWork
 from orchestrator.engine.phases.conflict_resolution import may_merge_structurally
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError, RefusedError
@@ -25,8 +26,11 @@ _MAX_NAMED_TASKS = 4
 class MergeChains:
     """Prepares the chains of merges that the tasks of one run land as."""
 
-    def __init__(self, ledger: Ledger, target: Target, git: Git, outcomes: LandingOutcomes) -> None:
+    def __init__(
+        self, ledger: Ledger, target: Target, git: Git, outcomes: LandingOutcomes, stacked: StackedWork
+    ) -> None:
         self._ledger, self._target, self._git, self._outcomes = ledger, target, git, outcomes
+        self._stacked = stacked
 
     async def prepare(self, lease: HeldMergeLease, tasks: Sequence[str]) -> tuple[dict[str, PreparedMerge], list[str]]:
         """Merge tasks, each onto the previous one.
@@ -35,16 +39,20 @@ class MergeChains:
         """
         merges: dict[str, PreparedMerge] = {}
         last: PreparedMerge | None = None
+        behind: list[str] = []
         for index, task in enumerate(tasks):
+            if not self._stacked.is_ready(task, merges):  # a task whose work it has is not in the chain
+                behind.append(task)
+                continue
             document = self._ledger.task(task)
-            commit, base = document.commit or "", document.building_attempt.base
+            commit, base = document.commit or "", document.built_base
             resolve = may_merge_structurally(document, await self._ledger.definitions.spec(task))
             label, intended = f"{self._ledger.run.id}/{task}", document.intended_merges
             try:
                 result = await self._target.prepare(lease, label, commit, base, last, intended, resolve=resolve)
             except LANDING_ERRORS as error:
                 if merges:
-                    return merges, list(tasks[index:])
+                    return merges, [*behind, *tasks[index:]]
                 if not await self._is_reachable():
                     raise
                 await self._outcomes.postpone(task, str(error))
@@ -52,10 +60,10 @@ class MergeChains:
             if isinstance(result, PreparedMerge):
                 merges[task] = last = result
             elif merges:
-                return merges, list(tasks[index:])
+                return merges, [*behind, *tasks[index:]]
             else:
                 await self._outcomes.record_without_merge(task, result)
-        return merges, []
+        return merges, behind
 
     async def _is_reachable(self) -> bool:
         try:

@@ -76,7 +76,7 @@ class MergeChecks:
         attempt = document.building_attempt
         problem = None if merge.resolved_by else await resolutions.find_problem(task)
         if problem is None and (checks := await resolutions.other_checks(task, spec, merge)):
-            base = merge.old or attempt.base
+            base = merge.old or document.built_base
             request = await self.runs.request(task, attempt.number, spec, checks, merge.new, base, "conflict")
             match (await self.runs.run(request, confirm=True)).result:
                 case CommandFailed() as failed:
@@ -85,7 +85,7 @@ class MergeChecks:
                     await self._outcomes.defer(task, reason)
                     return False
         if problem is not None and merge.resolved_by:  # a session may do better
-            label, base = f"{self._ledger.run.id}/{task}", attempt.base
+            label, base = f"{self._ledger.run.id}/{task}", document.built_base
             onto = await self._context.git.line("rev-parse", first_parent(merge))
             conflict = await self._context.target.preserve_conflict(label, document.commit or "", base, onto)
             await self._outcomes.conflict(task, conflict)

@@ -24,7 +24,7 @@ from orchestrator.domain.runs.check_results import CheckRecord, attribute_checks
 from orchestrator.domain.runs.model import PreparedMerge, TaskDocument
 from orchestrator.domain.runs.retry import retry_delay
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
-from orchestrator.domain.scheduling.dispatch import DispatchEntry
+from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.domain.settings.run_settings import Backoff
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.batches import Batches
@@ -33,7 +33,9 @@ from orchestrator.engine.landing.merge_chains import LANDING_ERRORS, MergeChains
 from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks
 from orchestrator.engine.landing.outcomes import LandingOutcomes, add_intended_merge
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
+from orchestrator.engine.landing.stacked_work import StackedWork
 from orchestrator.engine.landing.waiting_tasks import WaitingTasks
+from orchestrator.engine.phases.base_selection import BaseSelector
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
@@ -70,12 +72,13 @@ class MergeQueue:
         ledger: Ledger,
         context: RunContext,
         base_commands: BaseCommands,
+        bases: BaseSelector,
         give_up: Callable[[str], None],
-        entries: Mapping[str, DispatchEntry],
+        board: DispatchBoard,
     ) -> None:
         """Create the queue; `give_up` ends the run with a reason if checks can't run.
 
-        `entries` have the priorities of the tasks.
+        `board` has the priorities of the tasks, and those that can no longer start.
         """
         self._ledger, self._clock = ledger, context.tools.clock
         writer, source = ledger.writer, context.source
@@ -85,13 +88,14 @@ class MergeQueue:
         self._target, self._git = context.target, context.git
         ownership = OwnershipCheck(ledger, context.git, context.registry)
         self.outcomes = LandingOutcomes(ledger, context.target, context.git, ownership)
-        self._chains = MergeChains(ledger, context.target, context.git, self.outcomes)
+        self._stacked = StackedWork(ledger, context, bases, self.outcomes, board.blocked)
+        self._chains = MergeChains(ledger, context.target, context.git, self.outcomes, self._stacked)
         self._checks = MergeChecks(ledger, context, ownership, self.outcomes, base_commands, give_up)
         self._batches = Batches(ledger)
         self._look_ahead = LookAhead(ledger, context.target, self._checks, self._batches)
         self.is_moving = False
         """Whether the target is being moved; during the move its refs and checkouts may be inconsistent."""
-        self.tasks = WaitingTasks(ledger, entries)
+        self.tasks = WaitingTasks(ledger, board.entries, self._stacked)
         self.landing: tuple[str, ...] = ()
         """Tasks that `land` is processing."""
         self._lease_wait = anyio.CancelScope()
@@ -120,7 +124,7 @@ class MergeQueue:
         """
         if task in self.landing:
             self._checks.runs.stop(self.landing)
-        elif self.tasks.discard(task) and not self.tasks.ready:
+        elif self.tasks.discard(task) and not self.tasks.has_work:
             self._lease_wait.cancel()
 
     def remove(self, task: str) -> None:
@@ -145,12 +149,30 @@ class MergeQueue:
             # The holder may be running checks, which can take any time.
             with self._lease_wait:
                 lease = await stack.enter_async_context(self._leases.hold())
-            if lease is None or not self.tasks.ready:
+            if lease is None or not self.tasks.has_work:
                 return []
             try:
-                return await self._land_head(lease, group)
+                return [*await self._settle_stacks(), *await self._land_head(lease, group)]
             finally:
                 self.landing = ()
+
+    async def _settle_stacks(self) -> list[str]:
+        """Settle stacked work whose base has changed; return the tasks that left the queue."""
+        self.landing = tuple(self.tasks.take(self.tasks.unsettled))
+        again, left = list[str](), list[str]()
+        for task in self.landing:
+            is_settled = False
+            try:
+                await self._stacked.settle(task)
+                is_settled = self._status(task) is TaskStatus.QUEUED
+            except ClaimLost:
+                continue
+            except LANDING_ERRORS as error:
+                await self.outcomes.postpone(task, str(error))
+            (again if is_settled and task not in self.tasks.cancelled else left).append(task)
+        self.tasks.add_first(again)
+        self.landing = ()
+        return left
 
     async def _land_head(self, lease: HeldMergeLease, group: TaskGroup) -> list[str]:
         tasks = await self._take()
@@ -222,7 +244,7 @@ class MergeQueue:
                     break
                 case DeferredLanding() if len(merges) > 1:  # one of them may be the cause
                     for task in tasks:
-                        await self._land_together(lease, [task], group)
+                        later = [*later, *await self._land_together(lease, [task], group)]
                     break
                 case DeferredLanding():
                     break
@@ -311,7 +333,7 @@ class MergeQueue:
 
     def _list_uncancelled(self) -> list[str]:
         self.tasks.sort()
-        return [task for task in self.tasks.ready if task not in self.tasks.cancelled]
+        return [task for task in self.tasks.ready_behind(self.landing) if task not in self.tasks.cancelled]
 
 
 def _describe_intent(

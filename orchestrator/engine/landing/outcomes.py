@@ -202,7 +202,7 @@ class LandingOutcomes:
         if document.commit is None:
             return False
         workflow = self._ledger.definitions.workflow((await self._ledger.definitions.spec(task)).workflow)
-        changes = {"start": document.commit, "base": document.building_attempt.base, "commit": None, "built_by": None}
+        changes = {"start": document.commit, "base": document.built_base, "commit": None, "built_by": None}
         changes |= restart_task(workflow, document)
         due = await self._unreceived_messages(task)
         while due:
@@ -257,16 +257,21 @@ class LandingOutcomes:
         else:
             await self._reject(task, Trigger.REJECT, rejection)
 
-    async def conflict(self, task: str, conflict: MergeConflict) -> None:
-        """Preserve both sides of a merge conflict on a branch, and react as the task's `on_conflict` demands."""
+    async def conflict(
+        self, task: str, conflict: MergeConflict, what: str = "merge conflict", *, may_resolve: bool = True
+    ) -> None:
+        """Preserve both sides of a merge conflict on a branch, and react as the task's `on_conflict` demands.
+
+        Unless `may_resolve`, no session resolves it: the work is repeated.
+        """
         if resolves_conflict(self._ledger.task(task)):
             await self.refuse_resolution(task, "it conflicts with later changes of the target")
             return
         branch = self._conflict_branch(task)
         await self._git("update-ref", f"refs/heads/{branch}", conflict.commit)
-        reason = f"merge conflict in {', '.join(conflict.paths)}"
+        reason = f"{what} in {', '.join(conflict.paths)}"
         spec = await self._ledger.definitions.spec(task)
-        if spec.on_conflict == "resolve" and self._is_retried(task, spec, FailureClass.CONFLICT):
+        if may_resolve and spec.on_conflict == "resolve" and self._is_retried(task, spec, FailureClass.CONFLICT):
             try:
                 start, feedback = await self.resolutions.prepare(task, conflict.commit)
             except RefusedError as error:

@@ -1,4 +1,4 @@
-"""The built tasks of a merge queue: those that may land, and those that are held, deferred or cancelled."""
+"""The built tasks of a merge queue: those that may land, and those that wait, are held, deferred or cancelled."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.conflict_holds import find_conflict_holds
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import LandingCandidate, order_landings
+from orchestrator.engine.landing.stacked_work import StackedWork
 from orchestrator.engine.state.ledger import Ledger
 
 
 class WaitingTasks:
     """The built tasks that have not landed yet."""
 
-    def __init__(self, ledger: Ledger, entries: Mapping[str, DispatchEntry]) -> None:
+    def __init__(self, ledger: Ledger, entries: Mapping[str, DispatchEntry], stacked: StackedWork) -> None:
         """Create an empty collection; `entries` have the priorities of the tasks."""
-        self._ledger, self._entries = ledger, entries
+        self._ledger, self._entries, self._stacked = ledger, entries, stacked
         self._tasks: dict[str, None] = {}
         self.deferred: list[str] = []
         """Tasks that can't land at present."""
@@ -28,8 +29,30 @@ class WaitingTasks:
     @property
     def ready(self) -> list[str]:
         """The tasks that may land, in landing order."""
-        held = set(self.held)
-        return [task for task in self._tasks if task not in held]
+        return self.ready_behind(())
+
+    def ready_behind(self, landing: Iterable[str]) -> list[str]:
+        """Return the tasks that may land after those that are landing, in landing order.
+
+        Work that is stacked on that of other tasks may land behind these.
+        """
+        held, ready = set(self.held), dict.fromkeys(landing)
+        behind = []
+        for task in self._tasks:
+            if task not in held and self._stacked.is_ready(task, ready):
+                ready[task] = None
+                behind.append(task)
+        return behind
+
+    @property
+    def unsettled(self) -> list[str]:
+        """The tasks that `StackedWork.settle` has to change."""
+        return [task for task in self._tasks if self._stacked.is_unsettled(task)]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a landing can change a task now."""
+        return bool(self.ready or self.unsettled)
 
     @property
     def held(self) -> list[str]:
@@ -86,7 +109,7 @@ class WaitingTasks:
         self._tasks = dict.fromkeys(order_landings(candidates, self._ledger.run.bumped))
 
     def take(self, tasks: Iterable[str]) -> list[str]:
-        """Remove and return those of the tasks that may still land."""
+        """Remove and return those of the tasks that are still here and not held."""
         held = set(self.held)
         taken = [task for task in tasks if task in self._tasks and task not in held]
         for task in taken:

@@ -1,1 +1,1 @@
-"""Start and complete phases: prompts, handoffs, and plans that become tasks."""
+"""Start and complete phases: start commits, prompts, handoffs, and plans that become tasks."""

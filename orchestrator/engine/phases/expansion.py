@@ -44,6 +44,7 @@ async def expand_task(
             "id": new.id,
             "prompt": new.prompt,
             "needs": new.needs,
+            "built_needs": (),
             "owns": new.owns,
             "workflow": expansion.workflow,
             "context": spec.context if expansion.workflow is not None else {},

@@ -88,6 +88,8 @@ class NextPhase:
     """The earlier work, if it conflicts and the session starts from scratch instead of fixing it."""
     is_newest: bool = True
     """Whether it starts from the newest state of its base."""
+    stacked_on: Mapping[str, str] = field(default_factory=dict)
+    """The tasks whose unlanded work is part of its base, each with the commit of that work."""
     prompt: str = ""
     """The prompt of the session, without its notes."""
     suffix: str | None = None
@@ -115,6 +117,8 @@ class PhaseStarter:
         If no phase remains, return the update that queues its work to land, or marks the task done.
         """
         workflow, document = self.ledger.definitions.workflow(spec.workflow), self.ledger.task(task)
+        if document.commit is not None:  # it was built on the work of a task that ended, and has been built since
+            return TaskUpdate(Trigger.QUEUE, TaskQueued(), {"reason": None})
         if workflow.is_default:
             earlier = find_continued_attempt(workflow, document, workflow.phases[0])
             return NextPhase(workflow, workflow.phases[0], (), document.start, document.base, earlier)

@@ -10,7 +10,6 @@ from pathlib import Path
 from orchestrator.domain.runs.model import AdapterDocument, HaltCause, RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import (
     FINAL_STATUSES,
-    SUCCESS_STATUSES,
     UNSUCCESSFUL_STATUSES,
     TaskStatus,
     run_state,
@@ -20,6 +19,7 @@ from orchestrator.domain.scheduling.conflict_holds import describe_conflict_hold
 from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import describe_hold
+from orchestrator.domain.scheduling.stacked_work import describe_stack_wait, find_stack_waits
 from orchestrator.engine.reports.task_report import FAILURE_CLASSES, TaskReport, describe_failed_need, report_task
 from orchestrator.protocols import JsonObject
 from orchestrator.system.clock import format_local_time
@@ -234,8 +234,9 @@ class RunRecord:
 
     def dependents_of(self, needs: Iterable[str]) -> dict[str, str]:
         """Return all pending dependents of the given tasks, each with its direct need."""
-        needed = {task: entry.needs for task, entry in self.entries.items()}
-        graph = DependencyGraph(needed, lambda task: self.tasks[task].status is TaskStatus.PENDING)
+        graph = DependencyGraph(lambda task: self.tasks[task].status is TaskStatus.PENDING)
+        for task, entry in self.entries.items():
+            graph.set_needs(task, entry.needs)
         for need in needs:
             graph.end(need)
         return graph.blocked
@@ -294,7 +295,7 @@ def build_report(
     ]
     disabled = {adapter.name: adapter.disabled_reason for adapter in adapters if adapter.disabled_reason is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, disabled)
-    waiting = _tasks_in_cooldown(record, adapters) | _held_tasks(record)
+    waiting = _tasks_in_cooldown(record, adapters) | _waiting_to_land(record)
     file = None if record.run.imported is not None or "tasks" in record.run.overrides else record.run.config
     reports, roots = [], dict[str, str]()
     for task, blocker in blocked.items():  # needs come before their dependents
@@ -341,18 +342,21 @@ def build_report(
     )
 
 
-def _held_tasks(record: RunRecord) -> dict[str, str]:
-    """Return the unfinished tasks that a user or a predicted conflict holds, with the reasons."""
-    if not (record.run.held or record.run.predicted_conflicts):
+def _waiting_to_land(record: RunRecord) -> dict[str, str]:
+    """Return the unfinished tasks that wait for another one to land, or that a user holds, with the reasons."""
+    stacked = find_stack_waits(record.tasks)
+    if not (record.run.held or record.run.predicted_conflicts or stacked):
         return {}
     statuses = {task: one.status for task, one in record.tasks.items()}
     priorities = {task: entry.priority for task, entry in record.entries.items()}
     waits = find_conflict_holds(record.run, record.tasks, priorities)
-    return {task: describe_conflict_hold(task, other) for task, other in waits.items()} | {
+    held = {
         task: describe_hold(reason, task)
         for task, reason in record.run.held.items()
         if task in statuses and statuses[task] not in {*FINAL_STATUSES, TaskStatus.LANDING}
     }
+    behind = {task: describe_stack_wait(task, need, record.tasks) for task, need in stacked.items()}
+    return behind | {task: describe_conflict_hold(task, other) for task, other in waits.items()} | held
 
 
 def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:
@@ -403,7 +407,7 @@ def _tasks_in_cooldown(record: RunRecord, unavailable: Sequence[AdapterReport]) 
         adapters = record.adapters_of(task)
         if not by_name.keys() >= set(adapters):
             continue
-        if all(record.tasks[need].status in SUCCESS_STATUSES for need in entry.needs):
+        if not entry.missing_needs(record.tasks):
             if adapters not in reasons:
                 reasons[adapters] = _describe_cooldown([by_name[name] for name in dict.fromkeys(adapters)])
             waiting[task] = reasons[adapters]

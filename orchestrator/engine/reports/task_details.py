@@ -101,6 +101,8 @@ class TaskDetails(TaskReport):
     subtasks: Sequence[str]
     """The tasks that its plan created."""
     needs: Sequence[str]
+    built_needs: Sequence[str]
+    """The needs whose built work it starts on."""
     workflow: str | None
     """The name of its workflow."""
     phases: Sequence[PhaseVisitDetails]
@@ -136,6 +138,8 @@ class TaskDefinition:
     plan: str | None = None
     messages: Sequence[UserMessage] = ()
     """The user's messages to its agents, oldest first."""
+    built_needs: Sequence[str] = ()
+    """The needs whose built work it starts on."""
 
 
 def build_task_details(
@@ -165,6 +169,7 @@ def build_task_details(
         plan=definition.plan,
         subtasks=document.subtasks,
         needs=definition.needs,
+        built_needs=definition.built_needs,
         workflow=definition.workflow,
         phases=_visits(document, attempts, definition, handoffs, now),
         remaining_phases=_remaining_phases(document, definition),
@@ -234,7 +239,7 @@ def _plain_visit(task: TaskDocument, attempts: Sequence[Attempt], now: float) ->
         ended=None if is_open else attempts[-1].ended,
         attempts=tuple(attempt.number for attempt in attempts),
         commit=task.commit,
-        base=built[-1].base if built else None,
+        base=task.base_of(task.commit, built[-1]) if built else None,
         reason=None if status in {PhaseStatus.COMPLETED, PhaseStatus.IN_PROGRESS} else task.reason,
     )
     return _visit(record, status, 1, attempts, None, now)

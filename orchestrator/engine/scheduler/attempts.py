@@ -14,7 +14,7 @@ from pathlib import Path
 from orchestrator.domain.events.tasks import TaskClaimLost, TaskFailed, TaskMessageDelivered
 from orchestrator.domain.runs.model import Attempt, TaskDocument
 from orchestrator.domain.runs.outcome import Failed, SessionLimits
-from orchestrator.domain.runs.statuses import Trigger
+from orchestrator.domain.runs.statuses import LANDING_STATUSES, SUCCESS_STATUSES, Trigger
 from orchestrator.domain.scheduling.claims import ClaimVerdict, should_try
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict
 from orchestrator.domain.sessions.messages import due_messages, find_conversation_attempts, render_messages
@@ -22,8 +22,9 @@ from orchestrator.domain.sessions.notes import format_notes
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.names import entry_of_adapter
 from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.attaching import no_conversation
-from orchestrator.engine.landing.base_selection import BaseSelector
+from orchestrator.engine.phases.base_selection import BaseSelector
 from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.phases.start import NextPhase
 from orchestrator.engine.run_context import RunContext
@@ -176,6 +177,7 @@ class AttemptRunner:
             adapter=active.adapter,
             base=assignment.base,
             start=assignment.start,
+            stacked_on=dict(active.next_phase.stacked_on),
             started=self.ledger.writer.clock.now(),
             secrets=SessionProgram(self.context.tools, assignment).secret_names(),
             phase=assignment.phase,
@@ -313,10 +315,7 @@ class AttemptPreparer:
             reason = f"merge runs start no sessions: `council merge {merged}` merges again"
             await self._refuse(task, Failed(FailureClass.INVALID, reason))
             return None
-        if self.local.has_open_subtasks(task):  # subtasks that another process created
-            await self.attempts.ledger.tasks.load_new()
-            self.local.show(task)
-            self.local.wake()
+        if await self._waits(task, spec):
             return None
         obstacle = self.attempts.budgets.find_obstacle(task, spec) or await self._check_retry_limit(task)
         if obstacle is not None:
@@ -326,15 +325,31 @@ class AttemptPreparer:
             next_phase = await self.attempts.phase_handlers.starter.next_phase(task, spec)
             if isinstance(next_phase, TaskUpdate):
                 return next_phase
-            next_phase = await self.attempts.base_selector.select(task, spec, next_phase, tips)
-            if not self.local.board.adapters.is_running(task):  # cancelled in the meantime
+            based = await self.attempts.base_selector.select(task, spec, next_phase, tips)
+            if based is None:  # offered again when one of its needs has landed, or is built again
+                self.local.board.pause(task, keeps_paths=False)
+            if based is None or not self.local.board.adapters.is_running(task):  # cancelled in the meantime
                 return None
             board = self.local.board
             is_probe = board.adapters.is_probe(task)
-            return await self.attempts.prepare(task, spec, next_phase, board.adapter_of(task), is_probe=is_probe)
+            return await self.attempts.prepare(task, spec, based, board.adapter_of(task), is_probe=is_probe)
         except (RefusedError, HandoffCorrupted) as error:  # an invalid template, condition or handoff
             await self._refuse(task, Failed(FailureClass.INVALID, str(error)))
             return None
+
+    async def _waits(self, task: str, spec: TaskSpec) -> bool:
+        """Return True, and update the board, if a task must wait for others that changed since it was chosen."""
+        ledger = self.attempts.ledger
+        met = LANDING_STATUSES | SUCCESS_STATUSES
+        missing = [need for need in spec.built_needs if ledger.task(need).status not in met]
+        if self.local.has_open_subtasks(task):  # subtasks that another process created
+            await ledger.tasks.load_new()
+        elif not missing:
+            return False
+        for name in (*missing, task):
+            self.local.show(name)
+        self.local.wake()
+        return True
 
     async def prepare_attached(self, task: str, terminal: UserTerminal) -> ActiveAttempt:
         """Return the attempt in which a user continues the last conversation of a task.
@@ -348,7 +363,15 @@ class AttemptPreparer:
         if conversation is None or isinstance(next_phase, TaskUpdate):
             raise no_conversation(ledger.run.id, task)
         if next_phase.start is None or next_phase.base is None:
-            next_phase = await attempts.base_selector.select(task, spec, next_phase, {})
+            based = await attempts.base_selector.select(task, spec, next_phase, {})
+            if based is None:
+                raise RefusedError(
+                    f"task {task!r} starts on the work of {join_names(spec.built_needs)}, which can't be merged",
+                    "wait until these tasks have landed",
+                )
+            next_phase = based
+        else:
+            next_phase = replace(next_phase, stacked_on=ledger.task(task).stack_of(next_phase.base))
         following = replace(next_phase, earlier=conversation.number, is_newest=False)
         return await attempts.prepare(task, spec, following, conversation.adapter, terminal=terminal)
 

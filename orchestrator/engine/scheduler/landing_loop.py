@@ -44,13 +44,13 @@ class LandingLoop:
     @property
     def is_pending(self) -> bool:
         """Whether tasks will land or be retried."""
-        return bool(self._queue.tasks.ready) or any(
+        return self._queue.tasks.has_work or any(
             self._final_tries[task] < MAX_FINAL_LANDINGS for task in self._queue.tasks.deferred
         )
 
     def next_times(self) -> list[float | None]:
         """Return the times when the queue may land (monotonic seconds)."""
-        waits = bool(self._queue.tasks.ready) and not self.is_landing
+        waits = self._queue.tasks.has_work and not self.is_landing
         return [self._deferred_until if self._queue.tasks.deferred else None, self._batch_until if waits else None]
 
     def tick(self, group: TaskGroup, now: float) -> None:
@@ -63,11 +63,12 @@ class LandingLoop:
                 self._final_tries.update(self._queue.tasks.deferred)
             self._queue.tasks.add_deferred()
         self._queue.tasks.sort()
-        if not self._queue.tasks.ready:
+        has_work = self._queue.tasks.has_work
+        if not has_work:
             self._batch_until = max(self._batch_until, now + (self._merge.wait or 0.0))
         is_batch = len(self._queue.tasks.ready) >= self._merge.batch > 1
         is_due = self.is_full or is_batch or not self._local.active_attempts or now >= self._batch_until
-        if self._queue.tasks.ready and is_due and not self.is_landing:
+        if has_work and is_due and not self.is_landing:
             self.is_landing = True
             group.start_soon(self._land, group)
 

@@ -16,11 +16,11 @@ from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.engine.attaching import AttachedTask
 from orchestrator.engine.landing.base_checks import BaseChecks
 from orchestrator.engine.landing.base_commands import BaseCommands
-from orchestrator.engine.landing.base_selection import BaseSelector
 from orchestrator.engine.landing.check_runs import CheckRuns
 from orchestrator.engine.landing.conflict_prediction import ConflictPredictor
 from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.landing.repository_guard import RepositoryGuard
+from orchestrator.engine.phases.base_selection import BaseSelector
 from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, AttemptEnd
@@ -72,7 +72,7 @@ class Scheduler:
         checks = CheckRuns(ledger, context, pool)
         base_commands = BaseCommands(ledger, context, checks)
         self._base_checks = BaseChecks(ledger, context, base_commands, base_selector, board.entries)
-        self._merge_queue = MergeQueue(ledger, context, base_commands, self._give_up, board.entries)
+        self._merge_queue = MergeQueue(ledger, context, base_commands, base_selector, self._give_up, board)
         self._repository_guard = RepositoryGuard(ledger, context, self._merge_queue)
         self._local = LocalWork(ledger, board, self._merge_queue, clock, unavailable_adapters)
         self._landings = LandingLoop(ledger, context, self._local, capacity)

@@ -55,6 +55,7 @@ def build_merge_run(
         "id": MERGE_TASK,
         "prompt": f"Merge the branch {run.target} into {run.base}.",
         "needs": (),
+        "built_needs": (),
         "owns": (),
         "attempts": 1,
         "on_checks_failed": "fail",

@@ -106,7 +106,8 @@ def _changed(then: TaskSpec, now: TaskSpec, adapters: Collection[str]) -> Sequen
     keys = []
     if then != now:
         old, new = then.model_dump(mode="json"), now.model_dump(mode="json")
-        keys = [key for key in old if old[key] != new[key]]
+        names = ("needs" if key == "built_needs" else key for key in old if old[key] != new[key])
+        keys = list(dict.fromkeys(names))
     return [*keys, *(f"{_ADAPTERS_PREFIX}{name}" for name in now.adapters if name in adapters)]
 
 

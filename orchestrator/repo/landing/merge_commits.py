@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,6 +11,14 @@ from orchestrator.repo.git.command import Git
 
 #: The message of a commit that another attempt starts from; `salvage list` shows the task for work that ends there.
 RETRY_BASE_MESSAGE = "Work merged into the target, for the next attempt to fix\n"
+
+
+@dataclass(frozen=True, slots=True)
+class RebaseConflict:
+    """The conflicting paths of a rebase, and the commit that the work conflicts with."""
+
+    paths: tuple[str, ...]
+    ours: str
 
 
 async def commit_merge(git: Git, tree: str, first: str, second: str, message: str) -> str:
@@ -52,6 +61,35 @@ async def renew_retry_base(git: Git, work: str, onto: str, ref: str) -> str | tu
         return work
     tree, paths = await git.merge_tree(onto, work)
     return paths or await _keep_retry_base(git, tree, onto, work, ref)
+
+
+async def stack_work(git: Git, onto: str, works: Mapping[str, str], ref: str) -> str | tuple[str, ...]:
+    """Return a commit with the unlanded work of tasks merged onto `onto`, or the conflicting paths.
+
+    The commit is kept by `ref`.
+    """
+    for task, work in works.items():
+        tree, paths = await git.merge_tree(onto, work)
+        if paths:
+            return paths
+        onto = await commit_merge(git, tree, onto, work, f"Unlanded work of {task}, for a task that needs it\n")
+    await git("update-ref", ref, onto)
+    return onto
+
+
+async def rebase_work(git: Git, base: str, work: str, onto: str, ref: str) -> str | RebaseConflict:
+    """Return the changes from `base` to `work` as one commit on `onto`, or the conflict.
+
+    Unlike a merge, the commit does not have `base` in its history, which may never land. It is kept by `ref`.
+    """
+    ours = await git.line("commit-tree", f"{onto}^{{tree}}", "-p", base, input_=b"merge base\n")
+    tree, paths = await git.merge_tree(ours, work)
+    if paths:
+        return RebaseConflict(paths, ours)
+    message = (await git("log", "-1", "--format=%B", work)).stdout
+    commit = await git.line("commit-tree", tree, "-p", onto, input_=message)
+    await git("update-ref", ref, commit)
+    return commit
 
 
 async def _keep_retry_base(git: Git, tree: str, first: str, second: str, ref: str) -> str:

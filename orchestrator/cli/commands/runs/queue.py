@@ -123,7 +123,7 @@ def _to_json(one: QueuedTask) -> JsonObject:
 def _lines(queue: Sequence[QueuedTask], now: float) -> Iterator[str]:
     rows: list[Sequence[str]] = []
     for one in queue:
-        state = "held" if one.held or one.waits_for else one.status
+        state = "held" if one.held or (one.waits_for and not one.stacked) else one.status
         rows.append((f"{one.position}", one.task, state, _describe_check(one, now), one.reason))
     yield from align_columns(rows)
 

@@ -128,7 +128,7 @@ def _head(details: TaskDetails, now: float) -> Iterator[list[str]]:
         "expanded to": ", ".join(details.subtasks),
         "adapter": details.adapter or "",
         "attempts": str(details.attempts),
-        "needs": ", ".join(details.needs),
+        "needs": ", ".join(f"{one} (built)" if one in details.built_needs else one for one in details.needs),
         "reason": one_line(details.reason or ""),
         "activity": ""
         if details.latest_activity is None
