@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -87,6 +88,18 @@ def make_folder(directory: Path) -> None:
     for folder in missing:
         with suppress(PermissionError):  # a folder that is writable but not readable
             sync_folder(folder.parent)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder of files and folders to a new one; links are followed.
+
+    Unlike `shutil.copytree`, stops at the first error, which has an errno: a full disk is recognized by it.
+    """
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        copy = copy_folder if path.is_dir() else shutil.copy
+        copy(path, target / path.name)
+    shutil.copymode(source, target)
 
 
 def sync_folder(directory: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from orchestrator.repo.landing.target_branch import DeferredLanding
+from orchestrator.system.files import copy_folder
 from tests import small_disk as small_disks
 from tests.conftest import Repository, hermetic_environ
 from tests.faults import SHELL_ADAPTER
@@ -89,6 +90,18 @@ async def test_run_on_a_full_disk_waits_and_lands_everything(small_disk: Reposit
     ended = small_disk.council("status", "--json")
     assert set(ended.states.values()) == {"landed"}
     await small_disk.assert_invariants()
+
+
+def test_folder_copied_to_a_full_disk_reports_it(tmp_path: Path) -> None:
+    """By its errno. Otherwise a session whose folder can't be created fails, and costs an attempt."""
+    source = tmp_path / "source"
+    (source / "below").mkdir(parents=True)
+    (source / "below/file").write_bytes(bytes(1 << 20))
+    copy_folder(source, tmp_path / "copies" / "copy")
+    assert (tmp_path / "copies/copy/below/file").stat().st_size == 1 << 20
+    with mounted(tmp_path / "disk", "64k") as disk, pytest.raises(OSError, match="No space left") as raised:
+        copy_folder(source, disk / "copy")
+    assert raised.value.errno == errno.ENOSPC
 
 
 async def test_landing_on_a_full_disk_leaves_the_checkout_unchanged(small_disk: Repository) -> None:

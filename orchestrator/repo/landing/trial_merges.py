@@ -27,6 +27,7 @@ import anyio.to_thread
 from orchestrator.repo.git.command import IDENTITY, Git, is_at_least, printable_name, read_version, split_nul
 from orchestrator.repo.intake.live_files import FileState
 from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.system.files import copy_folder
 
 _TIMEOUT: Final = 60.0
 #: The number of packs, one for each `git fast-import`, after which they are replaced by one.
@@ -76,7 +77,7 @@ class TrialMerges:
         )
         try:
             folder = parent / _REPOSITORY
-            await anyio.to_thread.run_sync(shutil.copytree, hub.session_template, folder)
+            await anyio.to_thread.run_sync(copy_folder, hub.session_template, folder)
             await anyio.to_thread.run_sync(_empty_results, parent)
             own = replace(git, git_dir=folder, flags=(*git.flags, *(part for item in _CONFIG for part in ("-c", item))))
             confined = own.confined(readable=(hub.objects,), writable=(folder, parent / _RESULTS))

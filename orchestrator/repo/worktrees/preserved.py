@@ -20,6 +20,7 @@ from orchestrator.errors import GitError
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.worktrees.files.file_trees import is_folder, walk_folders
 from orchestrator.repo.worktrees.worktrees import Worktree, copy_sparse_checkout
+from orchestrator.system.files import copy_folder
 
 _SUFFIX: Final = ".disabled-by-council"
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -119,7 +120,7 @@ async def _add_repository(git: Git, worktree: Worktree, base: str) -> None:
 
     def lay_out() -> None:
         shutil.rmtree(made, ignore_errors=True)
-        shutil.copytree(worktree.hub.session_template, made)
+        copy_folder(worktree.hub.session_template, made)
         (made / "HEAD").write_text(f"{base}\n")
         if slot is not None and slot.is_sparse:
             copy_sparse_checkout(slot, made)

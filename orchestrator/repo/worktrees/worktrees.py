@@ -34,6 +34,7 @@ from orchestrator.repo.worktrees.hub import Hub, work_branch_name
 from orchestrator.repo.worktrees.slots import WorktreeSlot, move_to_trash, read_session_slot, read_slot_session
 from orchestrator.system import untrusted_files
 from orchestrator.system.failpoints import failpoint
+from orchestrator.system.files import copy_folder
 
 # Listing leftovers must be fast and needs no pool.
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _lay_out(worktree: Worktree, held: HeldSlot, prompt: str) -> None:
     make_root(worktree.root)
     (worktree.root / "slot").symlink_to(slot.root)
     failpoint("worktree.partly_made")
-    shutil.copytree(worktree.hub.session_template, worktree.git_dir)
+    copy_folder(worktree.hub.session_template, worktree.git_dir)
     (worktree.git_dir / "HEAD").write_text(f"ref: refs/heads/{worktree.branch}\n")
     ref = worktree.git_dir / "refs" / "heads" / worktree.branch
     ref.parent.mkdir(parents=True)

@@ -44,6 +44,7 @@ from orchestrator.sessions.setup.shell import (
 )
 from orchestrator.sessions.supervision.supervisor_client import stop_supervised
 from orchestrator.system import untrusted_files
+from orchestrator.system.files import copy_folder
 
 #: Seconds to wait for the commands of a killed orchestrator to end.
 _REAP_LIMIT = 30.0
@@ -228,7 +229,7 @@ async def _temporary_git(slot: WorktreeSlot, commit: str) -> AsyncIterator[None]
 def _add_git(slot: WorktreeSlot, commit: str) -> None:
     folder = slot.scratch / "git"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(slot.hub.session_template, folder)
+    copy_folder(slot.hub.session_template, folder)
     (folder / "HEAD").write_text(f"{commit}\n")
     shutil.copyfile(slot.index, folder / "index")
     untrusted_files.write_file(slot.tree, ".git", os.fsencode(f"gitdir: {folder}\n"), 0o644)
