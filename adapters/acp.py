@@ -106,7 +106,15 @@ class AgentAdapter:
     def command(self, request: SessionRequest) -> SessionCommand:
         """Return the bridge's command line, followed by `--` and the agent's."""
         own = replace(
-            request, resume=None, read_only=False, instructions=None, mcp_servers=(), max_cost=None, stop_gate=()
+            request,
+            resume=None,
+            interactive=False,
+            read_only=False,
+            instructions=None,
+            mcp_servers=(),
+            max_cost=None,
+            post_tool=(),
+            stop_gate=(),
         )
         started = self._cli.agent_command(own)
         return replace(

@@ -206,6 +206,25 @@ export const Council = async ({ directory }) => ({
 """
 
 
+#: A plugin that runs a command after each tool call, and adds its text to the result.
+_MESSAGES_FILE: Final = "council-messages.js"
+_MESSAGES: Final = """\
+import { spawnSync } from "node:child_process"
+const [program, ...args] = ARGV
+const subagents = new Set()
+export const CouncilMessages = async ({ directory }) => ({
+  event: async ({ event }) => {
+    if (event.type === "session.created" && event.properties.info.parentID) subagents.add(event.properties.info.id)
+  },
+  "tool.execute.after": async ({ tool, sessionID }, result) => {
+    if (subagents.has(sessionID) || typeof result?.output !== "string") return
+    const call = { hook_event_name: "PostToolUse", cwd: directory, tool_name: tool }
+    const done = spawnSync(program, args, { input: JSON.stringify(call), encoding: "utf8" })
+    if (done.stdout) result.output += "\\n\\n" + JSON.parse(done.stdout).hookSpecificOutput.additionalContext
+  },
+})
+"""
+
 #: A plugin that ends opencode when it would silently wait longer than this for a usage limit, possibly for hours. It
 # first prints a line to standard error, for `parse_limit`.
 _LIMIT_FILE: Final = "council-limit.js"
@@ -255,7 +274,7 @@ class OpencodeAdapter:
 
     def capabilities(self) -> frozenset[Capability]:
         """Return the capabilities. Only a task's own home keeps conversations."""
-        can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.PRE_EDIT}
+        can = {Capability.INSTRUCTIONS, Capability.MCP, Capability.PRE_EDIT, Capability.POST_TOOL}
         return frozenset(can | {Capability.RESUME, Capability.ATTACH} if self._options.has_own_home else can)
 
     def programs(self) -> Sequence[Program]:
@@ -276,6 +295,8 @@ class OpencodeAdapter:
             files[INSTRUCTIONS_FILE] = request.instructions
         if request.pre_edit:
             files[_HOOK_FILE] = _HOOK.replace("ARGV", json.dumps([*request.pre_edit]))
+        if request.post_tool:
+            files[_MESSAGES_FILE] = _MESSAGES.replace("ARGV", json.dumps([*request.post_tool]))
         home = SessionHome(files)
         if options.has_own_home:
             home = SessionHome({**files, **_PACKAGE_FILES}, _LINKS, (_LOGIN,), folders=_MOVED)
@@ -368,7 +389,11 @@ def _merge(config: JsonObject, over: JsonObject) -> JsonObject:
 
 
 def _config(options: OpencodeOptions, request: SessionRequest) -> JsonObject:
-    plugins = (_LIMIT_FILE, _HOOK_FILE) if request.pre_edit else (_LIMIT_FILE,)
+    plugins = [_LIMIT_FILE]
+    if request.pre_edit:
+        plugins.append(_HOOK_FILE)
+    if request.post_tool:
+        plugins.append(_MESSAGES_FILE)
     own: JsonObject = {"plugin": [(request.home / name).as_uri() for name in plugins]}
     if request.instructions is not None:
         own["instructions"] = [str(request.home / INSTRUCTIONS_FILE)]

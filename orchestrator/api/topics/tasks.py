@@ -193,7 +193,9 @@ class Tasks(Topic):
         name = task.attempt.adapter
         able = (await find_run_adapters(self._context, run))[name].capabilities()
         if run.coordination.tools and Capability.POST_TOOL in able:
-            return Receiver.SESSION, "its running session receives the message after its agent's next tool call"
+            otherwise = "at the end of its turn" if Capability.STOP_GATE in able else "another session receives it"
+            text = f"its running session receives the message after its agent's next tool call, or else {otherwise}"
+            return Receiver.SESSION, text
         if run.coordination.tools and Capability.STOP_GATE in able:
             return Receiver.SESSION, "its running session receives the message when it is about to end its turn"
         how = "in the same conversation" if Capability.RESUME in able else "with the whole prompt"
