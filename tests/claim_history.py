@@ -10,10 +10,18 @@ from dataclasses import dataclass, field
 
 from orchestrator.domain.events.runs import RunRemoved
 from orchestrator.domain.scheduling.claims import Claim, OrchestratorLease
-from orchestrator.protocols import CommitRecord, JsonObject, Key
+from orchestrator.locking.claims import CLAIM_KIND
+from orchestrator.protocols import CommitRecord, JsonObject, Key, Store
+from orchestrator.state.documents.validation import filter_readable
 
 #: Returns the claim under which a document's new value was written: (task, epoch, orchestrator), or None.
 Authorship = Callable[[Key, JsonObject], tuple[str, int, str] | None]
+
+
+async def read_claims(store: Store, run: str) -> dict[str, Claim]:
+    """Return the claims on a run's tasks, including released ones, keyed by task."""
+    documents = filter_readable(await store.list(CLAIM_KIND, f"{run}/"))
+    return {document.key.id.partition("/")[2]: Claim.model_validate_json(document.encoded) for document in documents}
 
 
 @dataclass

@@ -162,9 +162,7 @@ class SessionTeam:
 
     async def context(self, session: SessionName) -> SessionContext:
         """Return the context of a session."""
-        found = await self.contexts.read(session)
-        assert found is not None
-        return found
+        return next(one for one in await self.contexts.all() if one.session == session)
 
     async def owned(self) -> dict[str, tuple[str, ...]]:
         """Return the registered paths of each session."""

@@ -24,7 +24,6 @@ from orchestrator.domain.scheduling.claims import (
 from orchestrator.errors import CouncilError, LeaseLost, VersionConflict
 from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.protocols import Commit, Document, Event, Guard, Key, Store, Write
-from orchestrator.state.documents.validation import filter_readable
 from orchestrator.system.clock import Clock
 
 CLAIM_KIND = "claim"
@@ -35,12 +34,6 @@ _log = logging.getLogger("orchestrator.claims")
 def claim_key(run: str, task: str) -> Key:
     """Return the key of the claim on a task."""
     return Key(CLAIM_KIND, f"{run}/{task}")
-
-
-async def read_claims(store: Store, run: str) -> dict[str, Claim]:
-    """Return the claims on a run's tasks, including released ones, keyed by task."""
-    documents = filter_readable(await store.list(CLAIM_KIND, f"{run}/"))
-    return {document.key.id.partition("/")[2]: Claim.model_validate_json(document.encoded) for document in documents}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +48,6 @@ class PlannedClaim:
     claim: Claim
     is_takeover: bool = False
     """Whether another owner, now gone or overridden, had the claim."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimHolder:
-    """A claim that can't be taken, and its owner's status (None if unknown)."""
-
-    claim: Claim
-    owner_status: OwnerStatus | None
 
 
 class Claims:
@@ -111,8 +96,8 @@ class Claims:
 
     async def plan(
         self, task: str, *, override: bool = False, is_requested: bool = False, retries: int | None = None
-    ) -> PlannedClaim | ClaimHolder:
-        """Return a plan to claim a task, or its current holder.
+    ) -> PlannedClaim | None:
+        """Return a plan to claim a task; None if another orchestrator has it.
 
         Call `mark_claimed` after the commit. If the owner is gone, this takes only this task and does not fence the
         owner as `sweep` does. With `override`, a leader takes the claim from a non-leader or, if a user asked for it
@@ -124,7 +109,7 @@ class Claims:
             assert before is not None, "a task without a claim is free"  # noqa: S101  (for the type checker)
             self._others.count(conflicts=1)
             _log.info("claim refused: run %s, task %s is %s's", self._others.run, task, before.owner.id)
-            return ClaimHolder(before, holder)
+            return None
         count = count_earlier_attempts(before) if retries is None else retries
         claim = Claim(owner=self._others.me, epoch=version + 1, since=self._clock.now(), retries=count)
         is_takeover = before is not None and before.released is None
@@ -141,15 +126,15 @@ class Claims:
         self._others.count(claims=1, retries=int(planned.claim.retries > 0), takeovers=int(planned.is_takeover))
         _log.info("claim taken: run %s, task %s, epoch %d", self._others.run, task, planned.guard.epoch)
 
-    async def claim(self, task: str, *, override: bool = False, is_requested: bool = False) -> Guard | ClaimHolder:
+    async def claim(self, task: str, *, override: bool = False, is_requested: bool = False) -> Guard | None:
         """Claim a task in a separate commit; later writes must carry the returned guard.
 
         Read the state of the task only afterwards, because it may have changed since the last read.
         """
         while True:
             planned = await self.plan(task, override=override, is_requested=is_requested)
-            if isinstance(planned, ClaimHolder):
-                return planned
+            if planned is None:
+                return None
             acquired = ClaimAcquired(
                 run=self._others.run, task=task, owner=self._others.me.id, epoch=planned.claim.epoch
             )

@@ -15,10 +15,10 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -57,10 +57,6 @@ class FileLockRecord:
     pid: int
     """The process that takes the lock for the session."""
     state: Literal["held", "waiting"] = "held"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON representation."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

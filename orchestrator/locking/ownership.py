@@ -115,10 +115,6 @@ class OwnershipView:
             if waiter.waiting is not None
         }
 
-    async def owner(self, session: SessionName, path_pattern: str) -> OwnershipConflict | None:
-        """Return another owner of paths that a pattern matches, or None."""
-        return find_ownership_conflict(session, [path_pattern], await self._live())
-
     async def _last(self, session: SessionName) -> PathOwnership | None:
         """Return the last recorded ownership of a session, valid or not."""
         for version in await self._store.history(self.key(session)):

@@ -17,7 +17,7 @@ from orchestrator.domain.runs.statuses import ReleaseReason
 from orchestrator.domain.scheduling.claims import Role
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import LeaseLost
-from orchestrator.locking.claims import ClaimHolder, Claims
+from orchestrator.locking.claims import Claims
 from orchestrator.locking.orchestrators import RunMembership, create_owner
 from orchestrator.locking.takeovers import ClaimTakeovers
 from orchestrator.protocols import Commit, Guard, Key, Store, Write
@@ -126,7 +126,7 @@ class Worker:
                     continue
                 if task not in claims:
                     is_held = claim is not None and claim.released is None  # the reaper notices the end of its owner
-                    if is_held or isinstance(await claims.claim(task), ClaimHolder):
+                    if is_held or await claims.claim(task) is None:
                         rest.append(task)
                         continue
                 if await self.store.get(work_key(task)) is not None:  # done between the read and the claim
@@ -143,7 +143,7 @@ class Worker:
 
     async def _claim_group(self, claims: Claims) -> None:
         async def claim(task: str) -> None:
-            if not isinstance(await claims.claim(task), ClaimHolder):
+            if await claims.claim(task) is not None:
                 self._meet_fate(task)
 
         queue = await self.store.get(QUEUE)

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.locking.claims import read_claims
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
+from tests.claim_history import read_claims
 from tests.command_server import StartedCommand
 from tests.conftest import Repository
 from tests.integration.test_shared_runs import assert_each_landed_once, ended, states

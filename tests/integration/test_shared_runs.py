@@ -22,12 +22,12 @@ from orchestrator.engine.reports.report import RunReport
 from orchestrator.engine.scheduler import peers
 from orchestrator.engine.state.change_feed import ExternalChange, follow_changes
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.locking.claims import read_claims
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import Event, Store
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from tests import postgres_server, redis_server
+from tests.claim_history import read_claims
 from tests.command_server import StartedCommand
 from tests.conftest import FAKE_CLI, Repository
 from tests.faults import SHELL_ADAPTER

@@ -21,7 +21,7 @@ from orchestrator.domain.runs.statuses import ReleaseReason
 from orchestrator.domain.scheduling.claims import ClaimVerdict, OrchestratorIdentity, Role
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.errors import LeaseLost, StoreUnavailable, VersionConflict
-from orchestrator.locking.claims import ClaimHolder, Claims
+from orchestrator.locking.claims import Claims
 from orchestrator.locking.merge_lease import MergeLeaseQueue, merge_lease_key
 from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.locking.ownership import ownership_scope
@@ -275,7 +275,7 @@ class SimulatedOrchestrator:
             verdict = await self.claims.verdict(task)
             if verdict is not ClaimVerdict.TRY and not override:
                 return
-            if isinstance(await self.claims.claim(task, override=override), ClaimHolder):
+            if await self.claims.claim(task, override=override) is None:
                 return
         guard = self.claims.guard(task)
         assert guard is not None

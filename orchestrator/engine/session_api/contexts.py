@@ -172,11 +172,6 @@ class SessionContexts:
         finally:
             self._own.pop(session, None)
 
-    async def read(self, session: SessionName) -> SessionContext | None:
-        """Return the record of a session of any process; None if there is none."""
-        document = await self.store.get(context_key(session))
-        return None if document is None or document.damaged else SessionContext.model_validate_json(document.encoded)
-
     async def all(self, run: str | None = None) -> list[SessionContext]:
         """Return records of this scope's sessions, of all processes, in one or all runs."""
         return [context for context in await read_contexts(self.store, run) if context.scope == self._scope]

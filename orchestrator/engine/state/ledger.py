@@ -23,7 +23,7 @@ from orchestrator.engine.state.tasks import LoadedRun, TaskDefinitions, TaskTabl
 from orchestrator.engine.state.transitions import TaskUpdate, build_transition
 from orchestrator.engine.state.writer import RunWriter
 from orchestrator.errors import ClaimLost, LeaseLost, RefusedError, VersionConflict
-from orchestrator.locking.claims import ClaimHolder, Claims
+from orchestrator.locking.claims import Claims
 from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.locking.takeovers import ClaimTakeovers
 from orchestrator.protocols import Commit, Event, Guard, Store, Write
@@ -207,7 +207,7 @@ class Ledger:
         version = self.tasks.version(task)
         while True:
             plan = await claims.plan(task, override=True)  # the task has not started: a worker loses nothing
-            if isinstance(plan, ClaimHolder):
+            if plan is None:
                 await self.tasks.refresh(task)
                 return False
             if (extra_writes := [] if also is None else await also(plan.guard)) is None:
@@ -241,7 +241,7 @@ class Ledger:
                 status = self.tasks[task].status
                 if status not in CLAIMED_STATUSES or (is_requested and status is TaskStatus.LANDING):
                     return False  # nothing to claim, now or later
-                if isinstance(await self.claims.claim(task, is_requested=is_requested), ClaimHolder):
+                if await self.claims.claim(task, is_requested=is_requested) is None:
                     return False
             await self.tasks.refresh(task, released=False)
             if (status := self.tasks[task].status) in CLAIMED_STATUSES:

@@ -14,7 +14,7 @@ from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.settings.run_settings import SandboxSettings, TaskSpec
 from orchestrator.engine.state.records import run_key, spec_key
 from orchestrator.errors import RefusedError, raise_combined_refusal
-from orchestrator.protocols import Document, Event, JsonObject, Write
+from orchestrator.protocols import Document, Event, Write
 
 #: Keys that an active process has read at its start.
 _READ_AT_START: Final = frozenset({"adapter", "fallback", "priority"})
@@ -55,10 +55,6 @@ class FileChanges:
     def __bool__(self) -> bool:
         """Return True if anything differs."""
         return bool(self.tasks or self.keys)
-
-    def to_json(self) -> JsonObject:
-        """Return the differences as JSON."""
-        return {"file": self.file, "tasks": {name: [*keys] for name, keys in self.tasks.items()}, "keys": [*self.keys]}
 
 
 def compare_with_file(run: RunDocument, specs: Mapping[str, TaskSpec], config: RunConfig) -> FileChanges:

@@ -146,11 +146,6 @@ class Worktree:
         """The session's branch, which also preserves its work in the trusted repository."""
         return work_branch_name(self.run, self.task, "check" if self.is_check else str(self.attempt))
 
-    @property
-    def env(self) -> dict[str, str]:
-        """The environment for our git commands on this checkout."""
-        return {"GIT_WORK_TREE": str(self.tree), "GIT_INDEX_FILE": str(self.index)}
-
 
 async def create_worktree(worktree: Worktree, held: HeldSlot, prompt: str) -> Worktree:
     """Create a session's folder for its slot; return the worktree with that slot."""

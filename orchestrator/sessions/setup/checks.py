@@ -6,7 +6,7 @@ Only their exit status and output leave the sandbox.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -78,11 +78,6 @@ class CheckRunner:
     redactor: Redactor
     logs: Path
     environ: Mapping[str, str]
-    _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
-
-    def stop(self) -> None:
-        """Stop the running command and its processes; `run` then returns ChecksNotRun."""
-        self._running.cancel()
 
     async def run(self, commit: str, base: str, ended: Callable[[EndedCheck], Awaitable[None]]) -> CheckResult:
         """Check out `commit`, run the commands in order until one fails, and clean up.
@@ -91,14 +86,13 @@ class CheckRunner:
         """
         checkout = None
         try:
-            with self._running:
-                checkout = await self.pool.acquire(commit, base, self.worktree.root)
-                with anyio.CancelScope(shield=True):
-                    self.worktree = await worktrees.create_worktree(self.worktree, checkout, "")
-                prepared = await self.worktree_setup.prepare(checkout)
-                if not isinstance(prepared, PreparedWorktree):
-                    return ChecksNotRun(f"the checks could not be set up: {prepared.reason}")
-                return await self._run_all(prepared, ended)
+            checkout = await self.pool.acquire(commit, base, self.worktree.root)
+            with anyio.CancelScope(shield=True):
+                self.worktree = await worktrees.create_worktree(self.worktree, checkout, "")
+            prepared = await self.worktree_setup.prepare(checkout)
+            if not isinstance(prepared, PreparedWorktree):
+                return ChecksNotRun(f"the checks could not be set up: {prepared.reason}")
+            return await self._run_all(prepared, ended)
         except SetupFailed as failed:
             # The merge may have broken a file that the setup depends on.
             return failed.result if isinstance(failed.result, CommandFailed) else ChecksNotRun(str(failed))
@@ -107,7 +101,6 @@ class CheckRunner:
         finally:
             with anyio.CancelScope(shield=True):
                 await self._release(checkout)
-        return CHECKS_STOPPED
 
     async def _release(self, checkout: HeldSlot | None) -> None:
         if checkout is not None:

@@ -137,10 +137,6 @@ class DocumentError(NamedTuple):
     key: Key
     reason: str
 
-    def error(self) -> UnreadableDocument:
-        """Return an error that names the document."""
-        return UnreadableDocument(str(self.key), self.reason)
-
 
 def find_document_error(found: Document) -> str | None:
     """Return why a council document is invalid; None if it is valid.
