@@ -269,6 +269,49 @@ def test_unlanded_merge_is_continued(repository: Repository) -> None:
     assert len(repository.council("runs", "--json").result["runs"]) == 2
 
 
+def _has_landed(repository: Repository) -> bool:
+    tasks = repository.council("status", "--json").result.get("tasks", [])  # absent until the run is created
+    return any(task["status"] == "landed" for task in tasks)
+
+
+@pytest.mark.extended
+async def test_merge_does_not_merge_a_branch_while_its_work_is_queued(repository: Repository) -> None:
+    """The exit code is 1 and the base is unchanged until the queued work has landed."""
+    gate = repository.spawns.parent / "gate"
+    write_config(repository, [CHAIN[0], {"id": "d", "prompt": f"await {gate}\nwrite d.txt d"}])
+    repository.commit({".gitignore": "council.yaml\n", "README.md": "read me\n"})
+    before = repository.git("rev-parse", "main")
+    with repository.start("run") as child:
+        wait_for(lambda: _has_landed(repository))
+        repository.git("switch", "--quiet", repository.council("status", "--json").result["target"])
+        (repository.top / "README.md").write_text("my own change\n")
+        gate.touch()
+        assert child.wait(60) == 1
+    for _ in range(2):
+        merged = repository.council("merge", "--json")
+        assert (merged.code, merged.states) == (1, {"a": "landed", "d": "queued"}), merged
+        assert repository.git("rev-parse", "main") == before
+    repository.git("checkout", "--quiet", "README.md")
+    repository.git("switch", "--quiet", "main")
+    landed = repository.council("merge", "--json")
+    assert (landed.code, landed.states) == (0, {"merge": "landed"}), landed
+    assert (repository.top / "d.txt").exists()
+    await repository.assert_invariants()
+
+
+@pytest.mark.extended
+async def test_merge_of_an_interrupted_run_names_the_resume_of_its_unfinished_tasks(repository: Repository) -> None:
+    write_config(repository, [CHAIN[0], {"id": "d", "prompt": "hang"}])
+    repository.commit({".gitignore": "council.yaml\n"})
+    with repository.start("run") as child:
+        wait_for(lambda: _has_landed(repository))
+        child.terminate()
+    run = repository.council("status", "--json").result["run"]
+    merged = repository.council("merge")
+    assert (merged.code, f"`council resume {run}` continues them" in merged.stderr) == (0, True), merged
+    await repository.assert_invariants()
+
+
 @pytest.mark.extended
 async def test_merge_into_a_dirty_checkout_is_rejected_before_a_run(repository: Repository) -> None:
     write_config(repository, [CHAIN[0]])

@@ -272,7 +272,8 @@ async def merge(context: CouncilContext, run: str | None) -> int:
 
     Work is queued while the target cannot be updated, for example because its checkout has changes. If the run landed
     on council/RUN, that branch is merged into the base with the checks of all tasks, as a separate run with one task.
-    No session is started. A merge that could not land is continued. The exit code is 0 if there is nothing to merge.
+    The branch is merged once no work is queued. No session is started. A merge that could not land is continued. The
+    exit code is 0 if there is nothing to merge.
 
     \b
     Examples:
@@ -290,13 +291,16 @@ async def merge(context: CouncilContext, run: str | None) -> int:
     after = await council.history.position()
     if waiting:
         code = await _execute(context, name, after, lambda: council.runs.land(name))
-        if not own_branch(await council.runs.status(name)):
-            return code
+        report = await council.runs.status(name)
+        if not own_branch(report) or any(task.status in LANDING_STATUSES for task in report.tasks):
+            return code  # the next `council merge` merges the branch with the work that is still queued
         after = await council.history.position()
     try:
         made = await council.runs.create_merge(name)
     except NothingToMerge as nothing:
         return _show_nothing(context.output, report, str(nothing))
+    if report.has_unfinished_tasks:
+        context.output.notice(f"run {name} has unfinished tasks: `council resume {name}` continues them")
     return await _execute(context, made, after, lambda: council.runs.resume(made))
 
 
