@@ -126,6 +126,23 @@ async def test_message_that_no_session_received_keeps_work_from_landing(reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
+async def test_message_to_an_interrupted_session_names_the_resume_that_delivers_it(claude: Repository) -> None:
+    """No session is running, although the task was recorded as running when its process was killed."""
+    go = claude.top.parent / "go"
+    path = configured(claude, f"attempt 1 await {go}\nattempt 2 tell input.json")
+    with claude.start("run", str(path)) as child:
+        wait_for(lambda: list((claude.top / ".council/logs").glob("*/one.1.stdout")))
+        child.kill()
+    run = claude.council("status", "--json").result["run"]
+    sent = send(claude, "and be quick")
+    assert (sent.code, sent.result["receiver"]) == (0, "next_session"), sent
+    assert f"`council resume {run}`" in sent.result["delivery"]
+    assert claude.council("resume", "--json").states == {"one": "landed"}
+    assert [one["attempts"] for one in claude.council("show", "one", "--json").result["messages"]] == [[2]]
+    await claude.assert_invariants()
+
+
 async def test_message_to_finished_work_is_refused_and_not_kept(repository: Repository) -> None:
     """With what to do instead."""
     path = repository.configure([{"id": "one", "prompt": "write a.txt 1"}])

@@ -190,6 +190,9 @@ class Tasks(Topic):
         if task.status is not TaskStatus.RUNNING:
             text = "its next session receives the message at its start; the task does not land before that"
             return Receiver.NEXT_SESSION, text
+        if not await self._index.is_live(run):  # the session was killed with its process
+            text = f"its next session receives the message at its start: `council resume {run.id}` starts it"
+            return Receiver.NEXT_SESSION, text
         name = task.attempt.adapter
         able = (await find_run_adapters(self._context, run))[name].capabilities()
         if run.coordination.tools and Capability.POST_TOOL in able:
