@@ -72,7 +72,7 @@ def _lines(starter: Starter) -> Iterator[str]:
     yield "version: 1"
     yield _commented(f"repo: {scalar(starter.repo)}", "the repository, relative to this file")
     yield _commented(f"base: {scalar(starter.base)}", "the branch that tasks start from")
-    yield "# target: main                # the branch to land on; default: council/<run>"
+    yield _commented(f"# target: {scalar(starter.base)}", "the branch to land on; default: council/<run>")
     yield _commented("capacity: 4", "concurrent sessions")
     yield from _worktrees(starter)
     yield ""

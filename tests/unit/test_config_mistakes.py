@@ -63,6 +63,8 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "not UTF-8 behind a mark": (b"\xef\xbb\xbf# \xff", 1, 3, "0xff is not UTF-8: save"),
     "UTF-16": ("version: 1".encode("utf-16"), 1, 1, "is not UTF-8: save"),
     "too deep": (HEAD + "tasks: " + "[" * 100 + "]" * 100, 3, 8 + 63, "more than 64 nested collections"),
+    "word for a number": (HEAD + TASKS + "budget: {cost: ten}\n", 4, 16, "'ten': use a number, without quotes"),
+    "unknown failure class": (adapter("    argv: [x]\n    failures: {oth: x}\n"), 6, 16, "unknown key 'oth': use 'tr"),
     "alias": (HEAD + TASKS + "repo: *x\n", 4, 7, "aliases are not supported: repeat the value of *x in full"),
     "anchor": (HEAD + TASKS + "repo: &x .\n", 4, 7, "anchors are not supported: remove &x"),
     "tag": (HEAD + TASKS + "repo: !!str .\n", 4, 7, "tags are not supported"),

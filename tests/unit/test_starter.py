@@ -67,7 +67,7 @@ def test_starter_without_an_adapter_loads(tmp_path: Path) -> None:
 
 def test_hinted_lines_load(tmp_path: Path) -> None:
     """Commented keys at the top become valid by removing the `#`."""
-    text = starter_text(Starter(".", "main", [], None, None, None, (), None, None)).replace("\n# target", "\ntarget")
+    text = starter_text(Starter(".", "trunk", [], None, None, None, (), None, None)).replace("\n# target", "\ntarget")
     (tmp_path / "council.yaml").write_text(text.replace("\n# worktrees", "\nworktrees"))
     config = load_config(tmp_path / "council.yaml", load_plugins().adapters)
-    assert (config.target, config.worktrees.copied) == ("main", (".env",))
+    assert (config.target, config.worktrees.copied) == ("trunk", (".env",))

@@ -22,6 +22,7 @@ _REMEDIES: Final = {
     "string_type": "use text, in quotes if it looks like another type",
     "int_type": "use a whole number, without quotes",
     "float_type": "use a number, without quotes",
+    "float_parsing": "use a number, without quotes",
     "bool_type": "use true or false",
     "list_type": "use a list, such as [one, two]",
     "tuple_type": "use a list, such as [one, two]",
@@ -79,7 +80,9 @@ def _note(details: ErrorDetails, model: type[BaseModel], root: Node, problems: P
     # pydantic appends this part for an error in the key itself.
     elif key == "[key]":
         name = str(location[-2])
-        problems.add(found.key_at, *_explain(details, name, f"the key {quote_text(name)}"))
+        problem, remedy = _explain(details, name, f"the key {quote_text(name)}")
+        is_unknown = details["type"] in {"enum", "literal_error"}
+        problems.add(found.key_at, f"unknown key {quote_text(name)}" if is_unknown else problem, remedy)
     else:
         problems.add(found.node.at, *_explain(details, found.node.value, found.label))
 
