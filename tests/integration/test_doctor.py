@@ -211,6 +211,19 @@ def test_missing_script_of_an_adapter_is_reported(repository: Repository, argv: 
     assert "files" not in doctor(repository, str(file))
 
 
+@pytest.mark.extended
+def test_program_of_an_adapter_that_is_not_executable_is_reported(repository: Repository) -> None:
+    """An interpreter can run it nevertheless."""
+    repository.commit({"tools/fix": "#!/bin/sh\n"})
+    direct, by_shell = (
+        doctor(repository, str(repository.configure(TASKS, adapters={"fix": {"use": "command", "argv": argv}})))
+        for argv in (["./tools/fix"], ["sh", "tools/fix"])
+    )
+    finding = ("warning", "tools/fix is not executable in main, where sessions start")
+    assert direct["files"] == [(*finding, "`chmod +x tools/fix` and commit it")]
+    assert "files" not in by_shell
+
+
 def test_server_is_checked(repository: Repository, tmp_path: Path) -> None:
     """A URL is queried for its branch, and nothing is fetched."""
     url = repository.top.as_uri()

@@ -152,7 +152,9 @@ async def check_files(
     programs = {name for check in checks for name in find_programs(check)}  # see `_check_programs`
     words = [*chain.from_iterable(argvs), *chain.from_iterable(map(str.split, checks))]
     scripts = [name for argv in argvs if (name := find_script(argv)) is not None]
-    return await check_referenced_files(run, (word for word in words if word not in programs), scripts, top, environ)
+    named = [word for word in words if word not in programs]
+    executed = [argv[0] for argv in argvs if is_in_worktree(argv[0])]
+    return await check_referenced_files(run, named, scripts, executed, top, environ)
 
 
 async def _check_programs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Awaitable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import anyio.to_thread
 
 from orchestrator.config.model import RunConfig
-from orchestrator.domain.sessions.shell_commands import is_of_environment
+from orchestrator.domain.sessions.shell_commands import is_of_environment, make_chmod_hint
 from orchestrator.domain.settings.run_settings import WorktreeSettings
 from orchestrator.domain.wording import join_names
 from orchestrator.engine.diagnostics.facts import RepositorySize, measure_repository
@@ -30,6 +31,7 @@ _REMOTE_TIMEOUT = 20.0  # seconds for a server to answer
 #: Placeholder for the branch that a run creates if the file has no target.
 _OWN_TARGET = "council/run"
 _MOST_NAMED = 3  # files
+_NOT_EXECUTABLE = "100644 "  # the mode of an entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +115,20 @@ async def _inspect_remote(run: RunConfig, environ: Mapping[str, str]) -> Finding
 
 
 async def check_referenced_files(
-    run: RunConfig, words: Iterable[str], scripts: Iterable[str], top: Path, environ: Mapping[str, str]
+    run: RunConfig,
+    words: Iterable[str],
+    scripts: Iterable[str],
+    programs: Iterable[str],
+    top: Path,
+    environ: Mapping[str, str],
 ) -> list[Finding]:
-    """Return warnings about files that sessions can't see, as the base lacks them.
+    """Return warnings about files that the base lacks, and about programs that are not executable there.
 
-    Checked are all `scripts`, and those of `words` that are files in the checkout.
+    Checked are all `scripts`, and those of `words` and `programs` that are files in the checkout.
     """
     provided = (*run.worktrees.copied, *run.worktrees.linked)
-    there, absent = await anyio.to_thread.run_sync(_files_of, words, scripts, top, provided)
+    executed = {posixpath.normpath(program) for program in programs}
+    there, absent = await anyio.to_thread.run_sync(_files_of, [*words, *executed], scripts, top, provided)
     absent = [] if run.worktrees.setup else absent  # setup may create them
     git = Git(None, as_user=True, environ=environ)
     try:
@@ -140,6 +148,10 @@ async def check_referenced_files(
         if named := [printable_name(file) for file in missing if file in files]:
             message = f"{join_names(named, _MOST_NAMED)}: {where} {run.base}, where sessions start"
             found.append(Finding("files", Level.WARNING, message, remedy))
+    for file in sorted(executed & committed.keys()):
+        if committed[file].startswith(_NOT_EXECUTABLE):
+            message = f"{printable_name(file)} is not executable in {run.base}, where sessions start"
+            found.append(Finding("files", Level.WARNING, message, make_chmod_hint(file)))
     return found
 
 
