@@ -15,11 +15,11 @@ from orchestrator.engine.diagnostics.state_findings import (
     SilentSession,
     check_documents,
     check_integrity,
+    check_interrupted_runs,
     check_latency,
     check_log,
     check_server,
     check_silent_sessions,
-    check_unfinished_runs,
 )
 from orchestrator.protocols import (
     Damage,
@@ -141,7 +141,8 @@ def test_idle_sessions_are_rated() -> None:
 
 def test_interrupted_runs_are_rated() -> None:
     """With the command to resume the first."""
-    assert check_unfinished_runs([]).level is Level.OK
-    reported = check_unfinished_runs(["r1", "r2"])
-    assert reported.message == "unfinished: r1, r2"
+    healthy = check_interrupted_runs([])
+    assert (healthy.level, healthy.message) == (Level.OK, "no interrupted runs")
+    reported = check_interrupted_runs(["r1", "r2"])
+    assert reported.message == "interrupted: r1, r2"
     assert reported.remedy == "`council resume r1`"

@@ -280,7 +280,7 @@ class Health:
             findings.check_expired(statistics),
             *findings.check_server(statistics.server),
             latency,
-            findings.check_unfinished_runs([run.id for run in runs if await self._is_left(run, open_runs)]),
+            findings.check_interrupted_runs([run.id for run in runs if await self._is_left(run, open_runs)]),
             *findings.check_silent_sessions(sessions),
             findings.check_conflicts(len(await list_pending(store))),
         ]

@@ -169,11 +169,11 @@ def check_silent_sessions(sessions: Sequence[SilentSession]) -> Iterator[Finding
             yield Finding(title, Level.WARNING, f"no output for {long} (limit: {limit})", remedy)
 
 
-def check_unfinished_runs(runs: Sequence[str]) -> Finding:
+def check_interrupted_runs(runs: Sequence[str]) -> Finding:
     """Check for runs with unfinished tasks and no active process."""
     if not runs:
-        return Finding("runs", Level.OK, "no unfinished runs")
-    return Finding("runs", Level.WARNING, f"unfinished: {', '.join(runs)}", f"`council resume {runs[0]}`")
+        return Finding("runs", Level.OK, "no interrupted runs")
+    return Finding("runs", Level.WARNING, f"interrupted: {', '.join(runs)}", f"`council resume {runs[0]}`")
 
 
 def check_conflicts(waiting: int) -> Finding:
