@@ -108,6 +108,26 @@ async def test_only_the_culprit_of_a_batch_is_sent_back(repository: Repository, 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
+async def test_task_sent_back_from_a_batch_does_not_start_from_the_task_before_it(repository: Repository) -> None:
+    """That task fails its check; its work would be part of the next attempt, and fail it too."""
+    tasks = [
+        {"id": "bad", "prompt": "write src/bad x", "priority": 1},
+        {"id": "good", "prompt": "attempt 1 write out.txt x\nwrite src/good x", "owns": ["src/**"]},
+    ]
+    defaults = {"checks": ["! test -e src/bad"], "on_checks_failed": "fail", "backoff": {"initial": "10ms"}}
+    config = repository.configure(tasks, defaults=defaults, capacity=2, merge={"batch": 2})
+    readme = repository.top / "README.md"
+    before = readme.read_text()
+    readme.write_text("not committed, so nothing lands\n")
+    killed = repository.council("run", str(config), "--allow-deferred", failpoints="work.recorded=kill@2")
+    assert killed.code == -signal.SIGKILL, killed
+    readme.write_text(before)
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"bad": "failed", "good": "landed"}, ended
+    await repository.assert_invariants()
+
+
 async def test_queue_waits_for_a_full_batch(repository: Repository, log: CheckLog) -> None:
     """The first of two tasks waits for the second one, which is built later."""
     gate = log.folder / "gate"

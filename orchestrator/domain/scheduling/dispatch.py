@@ -202,10 +202,7 @@ class DispatchBoard:
         self._graph.set_needs(task, self.entries[task].needs, self.entries[task].built_needs)
 
     def built(self, task: str) -> None:
-        """Queue a task to land: release its capacity, but not its paths.
-
-        Dependents for which built work suffices may start.
-        """
+        """Queue a task to land: release its capacity, not its paths; dependents on built work may start."""
         if self._state[task] is _RUNNING:
             self.adapters.free(task)
         self._state[task] = _BUILT

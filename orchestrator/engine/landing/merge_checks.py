@@ -16,7 +16,7 @@ from orchestrator.engine.landing.base_checks import describe_check_fix
 from orchestrator.engine.landing.base_commands import BaseCommands
 from orchestrator.engine.landing.check_runs import CheckedTree, CheckRequest
 from orchestrator.engine.landing.outcomes import LandingOutcomes
-from orchestrator.engine.landing.ownership_check import OwnershipCheck
+from orchestrator.engine.landing.ownership_check import OwnershipCheck, OwnershipViolation
 from orchestrator.engine.phases.conflict_resolution import resolves_conflict
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
@@ -58,14 +58,29 @@ class MergeChecks:
         self.runs = base_commands.runs
         self._give_up = give_up
 
+    async def judged_alone(self, merges: Mapping[str, PreparedMerge]) -> list[str]:
+        """Return the tasks of a chain from the first one that may be sent back, but not if it is the first of all.
+
+        Another attempt would start from the unlanded merges before it, which may never land.
+        """
+        for index, (task, merge) in enumerate(merges.items()):
+            if index and (self._is_resolution(task, merge) or await self._find_violation(task, merge) is not None):
+                return list(merges)[index:]
+        return []
+
+    def _is_resolution(self, task: str, merge: PreparedMerge) -> bool:
+        return bool(merge.resolved_by) or resolves_conflict(self._ledger.task(task))
+
+    async def _find_violation(self, task: str, merge: PreparedMerge) -> OwnershipViolation | None:
+        return await self._ownership.find_violation(task, await self._ledger.definitions.spec(task), merge)
+
     async def is_allowed(self, task: str, merge: PreparedMerge) -> bool:
         """Return True if a task may land its paths now; otherwise the reason is recorded."""
         spec = await self._ledger.definitions.spec(task)
         # First: other rejections let a session continue this work.
-        is_resolution = bool(merge.resolved_by) or resolves_conflict(self._ledger.task(task))
-        if is_resolution and not await self._is_verified(task, spec, merge):
+        if self._is_resolution(task, merge) and not await self._is_verified(task, spec, merge):
             return False
-        if (violation := await self._ownership.find_violation(task, spec, merge)) is not None:
+        if (violation := await self._find_violation(task, merge)) is not None:
             await self._outcomes.reject_for_ownership(task, spec, merge, violation)
             return False
         return not await self._is_locked(task, merge)

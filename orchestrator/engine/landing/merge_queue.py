@@ -159,20 +159,11 @@ class MergeQueue:
     async def _settle_stacks(self) -> list[str]:
         """Settle stacked work whose base has changed; return the tasks that left the queue."""
         self.landing = tuple(self.tasks.take(self.tasks.unsettled))
-        again, left = list[str](), list[str]()
-        for task in self.landing:
-            is_settled = False
-            try:
-                await self._stacked.settle(task)
-                is_settled = self._status(task) is TaskStatus.QUEUED
-            except ClaimLost:
-                continue
-            except LANDING_ERRORS as error:
-                await self.outcomes.postpone(task, str(error))
-            (again if is_settled and task not in self.tasks.cancelled else left).append(task)
+        settled, left = await self._stacked.settle(self.landing)
+        again = [task for task in settled if task not in self.tasks.cancelled]
         self.tasks.add_first(again)
         self.landing = ()
-        return left
+        return [*left, *(task for task in settled if task not in again)]
 
     async def _land_head(self, lease: HeldMergeLease, group: TaskGroup) -> list[str]:
         tasks = await self._take()
@@ -263,7 +254,9 @@ class MergeQueue:
         later: list[str] = []
         while True:
             merges, postponed = await self._chains.prepare(lease, tasks)
-            later = postponed + later
+            alone = await self._checks.judged_alone(merges)
+            merges = {task: merge for task, merge in merges.items() if task not in alone}
+            later = [*alone, *postponed, *later]
             tasks = [task for task, merge in merges.items() if await self._is_allowed(task, merge)]
             if len(tasks) == len(merges):  # otherwise later merges include one that will not land
                 break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Final
 
 from orchestrator.domain.events.tasks import TaskRebased, TaskWithdrawn
@@ -13,6 +13,7 @@ from orchestrator.engine.landing.outcomes import LandingOutcomes
 from orchestrator.engine.phases.base_selection import BaseSelector, StackedBase
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
+from orchestrator.errors import ClaimLost, GitError, RefusedError
 from orchestrator.repo.landing.merge_commits import commit_conflict, rebase_work
 from orchestrator.repo.landing.target_branch import MergeConflict
 from orchestrator.repo.worktrees.hub import internal_ref_name
@@ -57,8 +58,25 @@ class StackedWork:
     def _needs(self, stack: Mapping[str, str]) -> tuple[TaskDocument, ...]:
         return tuple(self._ledger.task(need) for need in stack)
 
-    async def settle(self, task: str) -> None:
-        """Rebase a queued task onto work that has changed, or let it wait for a task that has ended."""
+    async def settle(self, tasks: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Rebase queued tasks onto work that has changed, or let them wait for a task that has ended.
+
+        Return those that are still queued, and the others, without those that another orchestrator owns.
+        """
+        settled, others = list[str](), list[str]()
+        for task in tasks:
+            is_queued = False
+            try:
+                await self._settle(task)
+                is_queued = self._ledger.task(task).status is TaskStatus.QUEUED
+            except ClaimLost:
+                continue
+            except (GitError, RefusedError) as error:
+                await self._outcomes.postpone(task, str(error))
+            (settled if is_queued else others).append(task)
+        return settled, others
+
+    async def _settle(self, task: str) -> None:
         verdict = self.judge(task)
         match verdict.state:
             case StackState.ABANDONED:
