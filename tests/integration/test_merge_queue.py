@@ -111,7 +111,7 @@ async def test_only_the_culprit_of_a_batch_is_sent_back(repository: Repository, 
 @pytest.mark.extended
 async def test_task_sent_back_from_a_batch_does_not_start_from_the_task_before_it(repository: Repository) -> None:
     """That task fails its check; its work would be part of the next attempt, and fail it too."""
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {"id": "bad", "prompt": "write src/bad x", "priority": 1},
         {"id": "good", "prompt": "attempt 1 write out.txt x\nwrite src/good x", "owns": ["src/**"]},
     ]
