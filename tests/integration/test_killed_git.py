@@ -103,6 +103,14 @@ async def test_lock_of_a_killed_command_stops_no_other(
     assert not place.exists()
 
 
+async def test_command_over_its_limit_is_reported_without_its_arguments(repository: Repository) -> None:
+    """They would hide the reason, in which a task's failure is shortened."""
+    git = Git(None, environ=repository.environ)
+    with pytest.raises(GitError) as raised:
+        await git("-c", "alias.wait=!sleep 60", "wait", cwd=repository.top, limit=0.5)
+    assert raised.value.stderr == "git was killed: it ran longer than 0.5 s"
+
+
 def install_killed_git(repository: Repository, tmp_path: Path, command: str, condition: str = "true") -> Path:
     """Put a git on PATH of which one command is killed while a shell condition is true; return its folder."""
     programs = tmp_path / "programs"

@@ -240,8 +240,9 @@ class Git:
         )
         try:
             done = await command
-        except TimeoutError as error:
-            raise GitError(["git", *args], -9, str(error)) from None
+        except TimeoutError as error:  # its message begins with all arguments, which would hide the reason
+            reason = str(error).rpartition("` was killed: ")[2]
+            raise GitError(["git", *args], -9, f"git was killed: {reason}") from None
         except (FileNotFoundError, NotADirectoryError):
             folder = cwd or self.git_dir
             if folder is None or folder.is_dir():
