@@ -145,6 +145,13 @@ def test_text_for_people_is_complete() -> None:
     assert "x" * 500 not in shown
 
 
+def test_unread_handoff_of_a_landed_task_is_not_awaited() -> None:
+    document, handoffs = reviewed()
+    landed = document.model_copy(update={"status": TaskStatus.LANDED, "landed": COMMIT})
+    shown = text(details_of(landed, FOUR, *handoffs))
+    assert ("never: no later phase needs it" in shown, "not yet" in shown) == (True, False), shown
+
+
 def test_json_is_complete() -> None:
     """Handoffs are complete, and the object matches its schema."""
     document, handoffs = reviewed()

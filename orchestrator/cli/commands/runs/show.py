@@ -108,7 +108,10 @@ def task_detail_lines(details: TaskDetails, now: float, state: str) -> Iterator[
         yield "handoffs"
         rejected = {visit.handoff for visit in details.phases if visit.status == PhaseStatus.REJECTED}
         for handoff in details.handoffs:
-            yield from _handoff(handoff, is_rejected=handoff.id in rejected)
+            is_complete = details.status in {TaskStatus.LANDED, TaskStatus.DONE}
+            unread = "never: no later phase needs it" if is_complete else "not yet"
+            missing = "never: a user rejected it" if handoff.id in rejected else unread
+            yield from _handoff(handoff, missing)
     yield "landing"
     yield from _wrapped(_landing(details))
     if details.sessions:
@@ -252,7 +255,8 @@ def _check(session: AttemptDetails, check: CheckRecord, details: TaskDetails) ->
     yield from described([[name, value] for name, value in fields.items() if value], "    ")
 
 
-def _handoff(one: HandoffDetails, *, is_rejected: bool) -> Iterator[str]:
+def _handoff(one: HandoffDetails, missing: str) -> Iterator[str]:
+    """Yield the lines of a handoff; `missing` replaces its receipts if it has none."""
     where = f"from {one.phase}" if one.to is None else f"{one.phase} to {one.to}"
     state = "intact" if one.is_intact else "DAMAGED: the data does not match the digest"
     parts = [where, one.protocol, f"via {one.via}", f"{one.digest[: _SHORT_DIGEST + len('sha256:')]}, {state}"]
@@ -260,7 +264,6 @@ def _handoff(one: HandoffDetails, *, is_rejected: bool) -> Iterator[str]:
         parts.append(f"shared as {one.key}, version {one.version}")
     yield from _wrapped(f"{one.id}, {one.kind}: {'; '.join(parts)}")
     received = ", ".join(f"{receipt.phase} (session {receipt.attempt})" for receipt in one.receipts)
-    missing = "never: a user rejected it" if is_rejected else "not yet"
     taken = [["received", received or missing]] if received or one.to is not None else []
     yield from described([*taken, ["data", _short(one.data)]], "    ")
     if one.mediation is not None:
