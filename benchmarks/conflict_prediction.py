@@ -56,6 +56,8 @@ class Workload(NamedTuple):
 QUICK: Final = Workload(50, 3, 4.0, 0.5, 2)
 _COPIES: Final = 4
 """Checkouts that are created, or deleted, at the same time."""
+INTERVAL: Final = 2.0
+"""Seconds between two looks, as in `engine.landing.conflict_prediction`."""
 SHARE_LIMIT: Final = 2.0  # % of one core
 DELAY_LIMIT: Final = 5.0  # seconds
 
@@ -164,7 +166,7 @@ def _hold(slot: WorktreeSlot, commit: str, scanner: FileScanner) -> HeldSlot:
 async def _work(team: _Team, seconds: float, edit_interval: float) -> None:
     """Edit and look as in a run."""
     end, turn = time.monotonic() + seconds, 0
-    next_look, names = time.monotonic() + team.live.pause, list(team.trees)
+    next_look, names = time.monotonic() + INTERVAL, list(team.trees)
     pause = edit_interval / len(names)
     while time.monotonic() < end:
         await anyio.sleep(pause)
@@ -172,7 +174,7 @@ async def _work(team: _Team, seconds: float, edit_interval: float) -> None:
         turn += 1
         if time.monotonic() >= next_look:
             await team.look()
-            next_look = time.monotonic() + team.live.pause
+            next_look = time.monotonic() + INTERVAL
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.domain.sessions.predicted_conflicts import ChangedPaths, choose_pause
+from orchestrator.domain.sessions.predicted_conflicts import ChangedPaths
 
 
 def changes(present: str = "", removed: str = "") -> ChangedPaths:
@@ -28,8 +28,3 @@ def test_causes_of_new_changes_include_possible_renames(
 ) -> None:
     """Of all files, as any of them may be the other name of a file."""
     assert after.select_causes({new}, before, are_edits=are_edits) == causes
-
-
-@pytest.mark.parametrize(("cost", "pause"), [(0.0, 2.0), (0.03, 2.0), (0.045, 3.0), (1.0, 4.0)])
-def test_expensive_look_delays_the_next_one_within_the_limit(cost: float, pause: float) -> None:
-    assert choose_pause(cost) == pytest.approx(pause)

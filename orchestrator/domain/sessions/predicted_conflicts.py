@@ -12,10 +12,6 @@ from orchestrator.domain.wording import join_names
 
 #: The maximum number of recorded paths of a conflict; the others are only counted.
 MAX_PATHS: Final = 20
-#: Seconds between two looks for conflicts.
-MIN_PAUSE, MAX_PAUSE = 2.0, 4.0
-#: The share of one core above which looks become less frequent.
-_LOOK_SHARE: Final = 0.015
 
 
 @dataclass(frozen=True)
@@ -82,14 +78,6 @@ def _parents(files: Iterable[str]) -> Iterable[str]:
             found.add(folder)
             folder = folder.rpartition("/")[0]
     return found
-
-
-def choose_pause(cost: float) -> float:
-    """Return the seconds until the next look for conflicts, if the last one took `cost` seconds of processor time.
-
-    Conflicts are reported within five seconds, so expensive looks may not become arbitrarily rare.
-    """
-    return min(max(cost / _LOOK_SHARE, MIN_PAUSE), MAX_PAUSE)
 
 
 class PredictedConflict(NamedTuple):

@@ -1,7 +1,7 @@
 """Predict merge conflicts between the running sessions of this process.
 
-Every two to four seconds, sessions with new and overlapping changes are merged in memory. Each change of a prediction
-is recorded once: as an event and a note of both tasks, in the records of both sessions, and for the next call of their
+Every two seconds, sessions with new and overlapping changes are merged in memory. Each change of a prediction is
+recorded once: as an event and a note of both tasks, in the records of both sessions, and for the next call of their
 pre-edit hooks. If the later task of a conflict is held, its built work is compared as well, until the other task ends.
 """
 
@@ -20,7 +20,7 @@ from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.path_ownership import escape_path
-from orchestrator.domain.sessions.predicted_conflicts import MAX_PATHS, MIN_PAUSE, describe_conflict
+from orchestrator.domain.sessions.predicted_conflicts import MAX_PATHS, describe_conflict
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError, LeaseLost, RefusedError, StoreUnavailable
@@ -28,8 +28,9 @@ from orchestrator.repo.landing.live_conflicts import LiveConflicts, SessionPair
 from orchestrator.repo.landing.trial_merges import TrialMerges
 from orchestrator.sessions.session import Session
 
-#: Seconds between attempts after repeated failures, at most.
-_MAX_RETRY_PAUSE: Final = 60.0
+#: Seconds between two looks, and at most after repeated failures.
+_INTERVAL: Final = 2.0
+_MAX_PAUSE: Final = 60.0
 _MIN_SESSIONS: Final = 2
 _NOTE_TOPIC: Final = "conflict"
 
@@ -46,19 +47,19 @@ class ConflictPredictor:
 
     async def run(self) -> None:
         """Predict conflicts until cancelled. After an error of git or of the store, start again from scratch."""
-        context, pause = self._context, MIN_PAUSE
+        context, pause = self._context, _INTERVAL
         while True:
             await self._wait(pause)
             if not self._is_comparable() and not self._conflicts:
                 continue
-            pause = min(2 * pause, _MAX_RETRY_PAUSE)
+            pause = min(2 * pause, _MAX_PAUSE)
             with suppress(GitError, OSError, RefusedError, StoreUnavailable):
                 async with TrialMerges.open(context.git, context.hub, self._ledger.run.id) as trials:
                     live = LiveConflicts(context.git, trials, self._conflicts)
                     try:
                         while await self._look(live):
-                            await self._wait(live.pause)
-                            pause = MIN_PAUSE
+                            await self._wait(_INTERVAL)
+                            pause = _INTERVAL
                     finally:
                         live.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Final
 import anyio.to_thread
 
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.sessions.predicted_conflicts import MIN_PAUSE, ChangedPaths, choose_pause
+from orchestrator.domain.sessions.predicted_conflicts import ChangedPaths
 from orchestrator.repo.git.command import MISSING_MODE, Git, split_nul
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.live_files import FileState, LiveFiles
@@ -107,8 +106,6 @@ class LiveConflicts:
         `git` runs in the trusted repository. `watch_share` is the maximum share of the user's inotify watches.
         """
         self._watch_share = watch_share
-        self.pause = MIN_PAUSE
-        """Seconds until the next look."""
         self._git, self._trials, self.conflicts = git, trials, conflicts
         self._sessions: dict[SessionName, _Followed] = {}
         self._new: set[SessionName] = set()
@@ -180,9 +177,8 @@ class LiveConflicts:
     async def look(self) -> Mapping[SessionPair, frozenset[str]]:
         """Return the pairs with other conflicting paths than before; their paths are empty if they merge cleanly.
 
-        Sets `pause`. Raises GitError or OSError if git fails.
+        Raises GitError or OSError if git fails.
         """
-        before = sum(os.times()[:4])
         await self._read_changes()
         pairs = [pair for pair in combinations(sorted(self._sessions), 2) if await self._may_differ(*pair)]
         await self._commit_changes(set(chain.from_iterable(pairs)))
@@ -190,7 +186,6 @@ class LiveConflicts:
         for one in self._sessions.values():
             one.causes = None
         found = dict(zip(pairs, await self._merge(pairs), strict=True))
-        self.pause = choose_pause(sum(os.times()[:4]) - before)
         news = {pair: paths for pair, paths in found.items() if paths != self.conflicts.get(pair, frozenset())}
         for pair, paths in news.items():
             if paths:
