@@ -266,6 +266,14 @@ def test_models_are_frozen(tmp_path: Path) -> None:
     assert isinstance(config.adapters["fixer"], AdapterConfig)
 
 
+def test_need_at_built_is_a_need_too(tmp_path: Path) -> None:
+    """Also if the other one is listed by its id, or waits for the landing."""
+    tasks = "".join(f"  - {{id: {name}, prompt: x}}\n" for name in "pqr")
+    needs = "[p, {task: q, at: built}, {task: r, at: landed}]"
+    task = load(tmp_path, SMALLEST + tasks + f"  - {{id: s, prompt: x, needs: {needs}}}\n").tasks[-1]
+    assert (task.needs, task.built_needs) == (("p", "q", "r"), ("q",))
+
+
 def test_long_chain_of_needs_loads(tmp_path: Path) -> None:
     """Neither depth nor number of tasks reaches the recursion limit."""
     tasks = "".join(f"  - {{id: t{i}, prompt: x, needs: [t{i + 1}]}}\n" for i in range(3000))

@@ -133,6 +133,16 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
     "missing need": (HEAD + "tasks: [{id: abcd, prompt: p}, {id: b, prompt: p, needs: [abce]}]\n", 3, 59,
                      "there is no task 'abce': did you mean 'abcd'?"),
     "need twice": (HEAD + "tasks: [{id: a, prompt: p}, {id: b, prompt: p, needs: [a, a]}]\n", 3, 59, "listed twice"),
+    "unknown point of a need": (
+        HEAD + "tasks: [{id: a, prompt: p}, {id: b, prompt: p, needs: [{task: a, at: buit}]}]\n", 3, 70,
+        "at is the text 'buit': use 'built' or 'landed'"),
+    "missing built need": (
+        HEAD + "tasks: [{id: abcd, prompt: p}, {id: b, prompt: p, needs: [{task: abce, at: built}]}]\n", 3, 66,
+        "there is no task 'abce': did you mean 'abcd'?"),
+    "number as a need": (HEAD + "tasks: [{id: a, prompt: p, needs: [3]}]\n", 3, 36, "a need can't be the number 3"),
+    "circle of built needs": (
+        HEAD + "tasks:\n- {id: a, prompt: p, needs: [{task: b, at: built}]}\n- {id: b, prompt: p, needs: [a]}\n", 4, 37,
+        "dependency cycle: a -> b -> a: remove one"),
     "circle": (HEAD + "tasks:\n- {id: a, prompt: p, needs: [b]}\n- {id: b, prompt: p, needs: [c]}\n"
                "- {id: c, prompt: p, needs: [a]}\n", 4, 30, "dependency cycle: a -> b -> c -> a: remove one"),
     "no prompt": (HEAD + "tasks: [{id: a}]\n", 3, 9, "neither prompt nor prompt_file"),
