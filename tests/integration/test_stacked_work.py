@@ -303,3 +303,39 @@ async def test_checkpoint_before_a_rebase_is_restored_with_its_base(repository: 
     assert ended.states == {"base": "landed", "top": "landed"}, ended
     assert files(repository) == {"a.txt": "users\nfinal", "b.txt": "top"}
     assert "draft" not in repository.git("log", "--patch", "-m", "main")
+
+
+@pytest.mark.extended
+async def test_task_of_another_process_is_rebased_and_lands_after_the_one_below(
+    repository: Repository, gates: Gates
+) -> None:
+    """The leader starts nothing while its queue is full, so a worker starts the one that is built on the other."""
+    repository.commit({"a.txt": "old\n"}, "old")
+    draft = "echo draft > a.txt; echo draft > d.txt"
+    config = configure(
+        repository,
+        gates,
+        {
+            "id": "base",
+            "prompt": f"{gates.wait('base')}; if [ $attempt = 1 ]; then {draft}; else echo final >> a.txt; fi",
+            "checks": [gates.wait("go")],
+            "on_conflict": "rebase",
+        },
+        {"id": "top", "prompt": "echo top > b.txt", "needs": on("base")},
+        capacity=1,
+    )
+    with running(repository, "run", str(config)) as leader:
+        wait_for(lambda: states(repository).get("base") == "running", 60)
+        with running(repository, "work") as worker:
+            wait_for(lambda: len(repository.council("status", "--json").result["orchestrators"]) == 2, 60)
+            gates.open("base")
+            wait_for(lambda: is_queued(repository, "top"), 60)
+            repository.commit({"a.txt": "users\n"}, "users")
+            repository.remember()
+            gates.open("go")
+            leader.communicate(timeout=120)
+            worker.communicate(timeout=60)
+    assert set(states(repository).values()) == {"landed"}
+    assert files(repository) == {"a.txt": "users\nfinal", "b.txt": "top"}
+    assert "draft" not in repository.git("log", "--patch", "-m", "main")
+    await repository.assert_invariants()
