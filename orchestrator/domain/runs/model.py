@@ -107,8 +107,9 @@ class PreparedMerge(StoredDocument):
     new: str
     recorded: Instant = 0.0
     """When it was recorded as the landing intent of its task; 0 until then."""
-    resolved_by: tuple[str, ...] = ()
-    """The structural merge drivers that merged files that git could not merge."""
+    resolved_by: tuple[str, ...] = Field(default=(), exclude=True)
+    """The structural merge drivers that merged files that git could not merge; not stored, because each landing merges
+    again."""
 
 
 class RebasedWork(StoredDocument):
