@@ -15,8 +15,8 @@ from anyio.abc import TaskGroup
 from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.landing_order import QueueWindow, WindowEntry
+from orchestrator.engine.checks.check_runs import CheckRequest
 from orchestrator.engine.landing.batches import Batches
-from orchestrator.engine.landing.check_runs import CheckRequest
 from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks, first_parent
 from orchestrator.engine.phases.conflict_resolution import may_merge_structurally
 from orchestrator.engine.state.ledger import Ledger

@@ -12,9 +12,9 @@ from orchestrator.domain.runs.halts import HaltReason
 from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.domain.runs.statuses import TaskStatus, Trigger
 from orchestrator.domain.settings.run_settings import TaskSpec
-from orchestrator.engine.landing.base_checks import describe_check_fix
-from orchestrator.engine.landing.base_commands import BaseCommands
-from orchestrator.engine.landing.check_runs import CheckedTree, CheckRequest
+from orchestrator.engine.checks.base_checks import describe_check_fix
+from orchestrator.engine.checks.base_commands import BaseCommands
+from orchestrator.engine.checks.check_runs import CheckedTree, CheckRequest
 from orchestrator.engine.landing.outcomes import LandingOutcomes
 from orchestrator.engine.landing.ownership_check import OwnershipCheck, OwnershipViolation
 from orchestrator.engine.phases.conflict_resolution import resolves_conflict
@@ -81,13 +81,13 @@ class MergeChecks:
         if self._is_resolution(task, merge) and not await self._is_verified(task, spec, merge):
             return False
         if (violation := await self._find_violation(task, merge)) is not None:
-            await self._outcomes.reject_for_ownership(task, spec, merge, violation)
+            await self._outcomes.rejections.reject_for_ownership(task, spec, merge, violation)
             return False
         return not await self._is_locked(task, merge)
 
     async def _is_verified(self, task: str, spec: TaskSpec, merge: PreparedMerge) -> bool:
         """Return True if a conflict resolution has both sides and passes the checks of the other tasks."""
-        resolutions, document = self._outcomes.resolutions, self._ledger.task(task)
+        resolutions, document = self._outcomes.rejections.resolutions, self._ledger.task(task)
         attempt = document.building_attempt
         problem = None if merge.resolved_by else await resolutions.find_problem(task)
         if problem is None and (checks := await resolutions.other_checks(task, spec, merge)):
@@ -103,9 +103,9 @@ class MergeChecks:
             label, base = f"{self._ledger.run.id}/{task}", document.built_base
             onto = await self._context.git.line("rev-parse", first_parent(merge))
             conflict = await self._context.target.preserve_conflict(label, document.commit or "", base, onto)
-            await self._outcomes.conflict(task, conflict)
+            await self._outcomes.rejections.conflict(task, conflict)
         elif problem is not None:
-            await self._outcomes.refuse_resolution(task, problem)
+            await self._outcomes.rejections.refuse_resolution(task, problem)
         return problem is None
 
     async def request(self, task: str, merge: PreparedMerge, since: str) -> CheckRequest | None:
@@ -188,7 +188,7 @@ class MergeChecks:
                 await self.requeue([task], HaltReason.parse(unrunnable).headline)
                 self._give_up(unrunnable)
             case CommandFailed():
-                await self._outcomes.bounce(task, spec, request.commit, result, records)
+                await self._outcomes.rejections.bounce(task, spec, request.commit, result, records)
             case ChecksNotRun(reason):
                 await self.requeue([task], reason)
             case _:

@@ -12,7 +12,7 @@ only results in a cache: each landing merges again, and needs the results for ex
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import assert_never
 
@@ -23,16 +23,17 @@ from orchestrator.domain.events.tasks import TaskLanding
 from orchestrator.domain.runs.check_results import CheckRecord, attribute_checks
 from orchestrator.domain.runs.model import PreparedMerge, TaskDocument
 from orchestrator.domain.runs.retry import retry_delay
-from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
+from orchestrator.domain.runs.statuses import TaskStatus, Trigger
 from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.domain.settings.run_settings import Backoff
-from orchestrator.engine.landing.base_commands import BaseCommands
+from orchestrator.engine.checks.base_commands import BaseCommands
 from orchestrator.engine.landing.batches import Batches
 from orchestrator.engine.landing.look_ahead import LookAhead
 from orchestrator.engine.landing.merge_chains import LANDING_ERRORS, MergeChains
 from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks
 from orchestrator.engine.landing.outcomes import LandingOutcomes, add_intended_merge
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
+from orchestrator.engine.landing.rejections import Rejections
 from orchestrator.engine.landing.stacked_work import StackedWork
 from orchestrator.engine.landing.waiting_tasks import WaitingTasks
 from orchestrator.engine.phases.base_selection import BaseSelector
@@ -87,7 +88,8 @@ class MergeQueue:
         )
         self._target, self._git = context.target, context.git
         ownership = OwnershipCheck(ledger, context.git, context.registry)
-        self.outcomes = LandingOutcomes(ledger, context.target, context.git, ownership)
+        rejections = Rejections(ledger, context.git, ownership)
+        self.outcomes = LandingOutcomes(ledger, context.target, context.git, rejections)
         self._stacked = StackedWork(ledger, context, bases, self.outcomes, board.blocked)
         self._chains = MergeChains(ledger, context.target, context.git, self.outcomes, self._stacked)
         self._checks = MergeChecks(ledger, context, ownership, self.outcomes, base_commands, give_up)
@@ -178,11 +180,11 @@ class MergeQueue:
                 remaining = await self._land_together(lease, ready, group) if ready else []
         except ClaimLost as lost:
             tasks = [task for task in tasks if task != lost.task]
-            remaining = await self._requeue_claimed(tasks, _CLAIM_LOST)
+            remaining = await self.outcomes.requeue_claimed(tasks, _CLAIM_LOST)
         except LeaseLost as lost:
             if lost.subject != str(lease.guard.key):
                 raise
-            remaining = await self._requeue_claimed(tasks, _LEASE_LOST)
+            remaining = await self.outcomes.requeue_claimed(tasks, _LEASE_LOST)
         except LANDING_ERRORS as error:
             remaining = []
             for task in tasks:
@@ -193,16 +195,6 @@ class MergeQueue:
             self._checks.runs.prefetch(group, [])
         await self.outcomes.drop_branches(tasks)
         return [task for task in tasks if task not in later]
-
-    async def _requeue_claimed(self, tasks: Sequence[str], reason: str) -> list[str]:
-        """Return the tasks that this process still owns, without their interrupted checks."""
-        claimed = []
-        for task in tasks:
-            with suppress(ClaimLost):
-                if self._status(task) is TaskStatus.CHECKING:
-                    await self.outcomes.requeue(task, reason)
-                claimed += [task] if self._status(task) in CLAIMED_STATUSES else []
-        return claimed
 
     async def _take(self) -> list[str]:
         """Take the tasks of the next landing from the queue.

@@ -1,14 +1,11 @@
-"""Record the outcomes of landings: landed, deferred, rejected, or retried."""
+"""Record the outcomes of landings: landed, deferred, or queued again."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import assert_never
 
-from orchestrator.domain.events.base import TaskEvent
 from orchestrator.domain.events.tasks import (
     TaskContinued,
     TaskDeferred,
@@ -17,25 +14,17 @@ from orchestrator.domain.events.tasks import (
     TaskLandingAborted,
     TaskRequeued,
 )
-from orchestrator.domain.runs.check_results import CheckRecord, attribute_checks
-from orchestrator.domain.runs.model import PreparedMerge
-from orchestrator.domain.runs.retry import decide_retry
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
-from orchestrator.domain.security.quoting import DATA_NOTICE, quote_block
 from orchestrator.domain.sessions.messages import UserMessage
-from orchestrator.domain.settings.failures import FailureClass
-from orchestrator.domain.settings.run_settings import TaskSpec
-from orchestrator.domain.workflow.routing import restart_task, restart_work
-from orchestrator.engine.landing.ownership_check import OwnershipCheck, OwnershipViolation
-from orchestrator.engine.phases.conflict_resolution import ConflictResolutions, resolves_conflict
+from orchestrator.domain.workflow.routing import restart_task
+from orchestrator.engine.landing.rejections import Rejections
+from orchestrator.engine.phases.conflict_resolution import resolves_conflict
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import message_write, read_messages
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import GitError, RefusedError, TargetMissing, VersionConflict
+from orchestrator.errors import ClaimLost, GitError, TargetMissing, VersionConflict
 from orchestrator.locking.merge_lease import HeldMergeLease
-from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.landing.merge_commits import create_retry_base
 from orchestrator.repo.landing.target_branch import (
     DeferredLanding,
     Landed,
@@ -44,42 +33,17 @@ from orchestrator.repo.landing.target_branch import (
     StaleTarget,
     Target,
 )
-from orchestrator.repo.worktrees.hub import internal_ref_name, work_branch_name
-from orchestrator.sessions.setup.shell import CommandFailed
 from orchestrator.system.failpoints import failpoint
 
 #: The maximum number of possible landings recorded per task.
 MAX_INTENDED_MERGES = 32
-#: The maximum length of check output in the prompt of the next attempt, in characters.
-MAX_CHECK_OUTPUT = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """The reason that built work can't land.
-
-    `branch` preserves the work; `facts` are additional fields of the event.
-    """
-
-    failure: FailureClass
-    reason: str
-    branch: str
-    facts: JsonObject
-    check_log: str | None = None
-    checks: Sequence[CheckRecord] = ()
-
-    def event(self, trigger: Trigger) -> TaskEvent:
-        """Return the event for `trigger`."""
-        fields = {"outcome": self.failure, "reason": self.reason, "branch": self.branch, **self.facts}
-        return trigger.event(**fields)
 
 
 class LandingOutcomes:
     """Records the outcomes of the landings of one run."""
 
-    def __init__(self, ledger: Ledger, target: Target, git: Git, ownership: OwnershipCheck) -> None:
-        self._ledger, self._target, self._git, self._ownership = ledger, target, git, ownership
-        self.resolutions = ConflictResolutions(ledger, git)
+    def __init__(self, ledger: Ledger, target: Target, git: Git, rejections: Rejections) -> None:
+        self._ledger, self._target, self._git, self.rejections = ledger, target, git, rejections
 
     async def record_landed(self, trigger: Trigger, commits: Mapping[str, str], reason: str | None = None) -> None:
         """Record the commits that landed tasks."""
@@ -104,13 +68,13 @@ class LandingOutcomes:
             case NothingToLand(commit):
                 # A resolution may have dropped all changes of its task.
                 if resolves_conflict(self._ledger.task(task)) and (
-                    problem := await self.resolutions.find_problem(task)
+                    problem := await self.rejections.resolutions.find_problem(task)
                 ):
-                    await self.refuse_resolution(task, problem)
+                    await self.rejections.refuse_resolution(task, problem)
                     return
                 await self.record_landed(Trigger.ADOPT, {task: commit}, "the target already has the same change")
             case MergeConflict() as conflict:
-                await self.conflict(task, conflict)
+                await self.rejections.conflict(task, conflict)
             case DeferredLanding(reason):
                 await self.defer(task, reason)
             case _:
@@ -133,6 +97,16 @@ class LandingOutcomes:
     async def requeue(self, task: str, reason: str) -> None:
         """Return a task from its checks to the queue, with the reason."""
         await self._ledger.change(task, Trigger.REQUEUE, TaskRequeued(reason=reason), reason=reason)
+
+    async def requeue_claimed(self, tasks: Iterable[str], reason: str) -> list[str]:
+        """Return the tasks that this process still owns, without their interrupted checks."""
+        claimed = []
+        for task in tasks:
+            with suppress(ClaimLost):
+                if self._ledger.task(task).status is TaskStatus.CHECKING:
+                    await self.requeue(task, reason)
+                claimed += [task] if self._ledger.task(task).status in CLAIMED_STATUSES else []
+        return claimed
 
     async def postpone(self, task: str, reason: str) -> None:
         """Keep the position of a task that cannot land because of an error.
@@ -223,119 +197,6 @@ class LandingOutcomes:
         messages = await read_messages(self._ledger.writer.store, self._ledger.run.id, task)
         return [message for message in messages if not message.attempts]
 
-    async def bounce(
-        self, task: str, spec: TaskSpec, merge: str, failed: CommandFailed, checks: Sequence[CheckRecord]
-    ) -> None:
-        """Retry a task whose merge fails its checks, or end the task."""
-        reason = failed.describe("on the merged tree")
-        if resolves_conflict(self._ledger.task(task)):
-            await self.refuse_resolution(task, reason)
-            return
-        facts: JsonObject = {"log": str(failed.log)}
-        rejection = Rejection(
-            FailureClass.CHECKS_FAILED, reason, self._ledger.work_branch(task), facts, str(failed.log), checks
-        )
-        if spec.on_checks_failed == "retry" and self._is_retried(task, spec, FailureClass.CHECKS_FAILED):
-            ref = internal_ref_name(self._ledger.run.id, f"again/{task}")
-            start = await create_retry_base(self._git, merge, ref)
-            feedback = _render_check_failure(failed, secrets.token_hex(8))
-            await self._bounce_with_merge(task, spec, rejection, start, feedback)
-        else:
-            await self._reject(task, Trigger.REJECT, rejection)
-
-    async def reject_for_ownership(
-        self, task: str, spec: TaskSpec, merge: PreparedMerge, violation: OwnershipViolation
-    ) -> None:
-        """Retry a task without its out-of-scope changes, or end the task."""
-        facts: JsonObject = {"paths": violation.recorded}
-        branch = self._ledger.work_branch(task)
-        rejection = Rejection(FailureClass.OUT_OF_SCOPE, violation.describe(), branch, facts)
-        if self._is_retried(task, spec, FailureClass.OUT_OF_SCOPE):
-            start = await self._ownership.create_retry_base(task, merge, violation)
-            feedback = violation.render_feedback(secrets.token_hex(8))
-            await self._bounce_with_merge(task, spec, rejection, start, feedback)
-        else:
-            await self._reject(task, Trigger.REJECT, rejection)
-
-    async def conflict(
-        self, task: str, conflict: MergeConflict, what: str = "merge conflict", *, may_resolve: bool = True
-    ) -> None:
-        """Preserve both sides of a merge conflict on a branch, and react as the task's `on_conflict` demands.
-
-        Unless `may_resolve`, no session resolves it: the work is repeated.
-        """
-        if resolves_conflict(self._ledger.task(task)):
-            await self.refuse_resolution(task, "it conflicts with later changes of the target")
-            return
-        branch = self._conflict_branch(task)
-        await self._git("update-ref", f"refs/heads/{branch}", conflict.commit)
-        reason = f"{what} in {', '.join(conflict.paths)}"
-        spec = await self._ledger.definitions.spec(task)
-        if may_resolve and spec.on_conflict == "resolve" and self._is_retried(task, spec, FailureClass.CONFLICT):
-            try:
-                start, feedback = await self.resolutions.prepare(task, conflict.commit)
-            except RefusedError as error:
-                reason += f"; {error.message}"
-            else:
-                rejection = Rejection(FailureClass.CONFLICT, reason, branch, {"paths": list(conflict.paths)})
-                await self._bounce_with_merge(task, spec, rejection, start, feedback, conflict=conflict.commit)
-                return
-        await self._end_conflict(task, spec, reason, conflict.paths)
-
-    async def refuse_resolution(self, task: str, reason: str) -> None:
-        """Reject the resolution of a conflict; repeat the work from the target if attempts are left."""
-        if self._ledger.task(task).status is TaskStatus.CHECKING:
-            await self.requeue(task, reason)
-        spec = await self._ledger.definitions.spec(task)
-        await self._end_conflict(task, spec, f"the resolution of its merge conflict was rejected: {reason}")
-
-    async def _end_conflict(self, task: str, spec: TaskSpec, reason: str, paths: Sequence[str] = ()) -> None:
-        rejection = Rejection(FailureClass.CONFLICT, reason, self._conflict_branch(task), {"paths": list(paths)})
-        if spec.on_conflict != "keep" and self._is_retried(task, spec, FailureClass.CONFLICT):
-            restart = restart_work(self._ledger.definitions.workflow(spec.workflow), self._ledger.task(task))
-            cleared = {"commit": None, "built_by": None, "conflict": None}
-            await self._reject(task, Trigger.RETRY_WORK, rejection, **cleared, **restart)
-        else:
-            await self._reject(task, Trigger.CONFLICT, rejection, paths=tuple(paths), conflict=None)
-
-    def _conflict_branch(self, task: str) -> str:
-        return work_branch_name(self._ledger.run.id, task, "conflict")
-
-    def _is_retried(self, task: str, spec: TaskSpec, failure: FailureClass) -> bool:
-        """Return True if another attempt may fix a rejected landing."""
-        failures = self._ledger.task(task).failures + 1
-        return decide_retry(failure, failures, spec.attempts, {failure}, spec.backoff) is not None
-
-    async def _bounce_with_merge(
-        self, task: str, spec: TaskSpec, rejection: Rejection, start: str, feedback: str, conflict: str | None = None
-    ) -> None:
-        """Have another attempt fix the merge; the phases after it run again."""
-        base = await self._git.line("rev-parse", f"{start}^1")
-        restart = restart_task(self._ledger.definitions.workflow(spec.workflow), self._ledger.task(task))
-        await self._reject(
-            task,
-            Trigger.RETRY_WORK,
-            rejection,
-            start=start,
-            base=base,
-            feedback=feedback,
-            conflict=conflict,
-            commit=None,
-            built_by=None,
-            **restart,
-        )
-
-    async def _reject(self, task: str, trigger: Trigger, rejection: Rejection, **changes: Any) -> None:
-        """Record that built work can't land."""
-        document, reason, branch = self._ledger.task(task), rejection.reason, rejection.branch
-        number = document.building_attempt.number
-        facts = {"outcome": rejection.failure, "reason": reason, "check_log": rejection.check_log}
-        attempts = document.with_attempt(number, **facts, checks=attribute_checks(rejection.checks, task))
-        changes |= {"failures": document.failures + 1, "bounces": document.bounces + 1}
-        changes |= {"attempts": attempts, "reason": reason, "branch": branch}
-        await self._ledger.change(task, trigger, rejection.event(trigger), **changes)
-        failpoint("landing.rejected")
-
     async def drop_branches(self, tasks: Iterable[str]) -> None:
         """Delete the branches with the work of tasks that have landed."""
         documents = {task: self._ledger.task(task) for task in tasks}
@@ -357,20 +218,3 @@ def add_intended_merge(intended: Sequence[str], merge: str) -> tuple[str, ...]:
     Older merges are known not to have landed; the newest ones cover a late move by another process.
     """
     return (*intended[1 - MAX_INTENDED_MERGES :], merge)
-
-
-def _render_check_failure(failed: CommandFailed, marker: str) -> str:
-    """Return the prompt section for the next attempt.
-
-    `marker` is a nonce that check output cannot contain.
-    """
-    names = "\n".join(failed.failed_tests)
-    tests = f"{quote_block(names, marker, 'failed tests')}\n" if names else ""
-    return (
-        "---\n"
-        "An earlier attempt at this task was merged into the newest commit of the target branch. A check failed on\n"
-        f"the result: `{failed.command}` {failed.how_it_ended}. This worktree contains that merge. Fix the\n"
-        "cause without breaking what the task asks for. The end of the output is quoted between two markers;\n"
-        f"{DATA_NOTICE}.\n{tests}"
-        f"{quote_block(failed.output.strip()[-MAX_CHECK_OUTPUT:], marker, 'output')}\n"
-    )

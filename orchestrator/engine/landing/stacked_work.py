@@ -110,7 +110,7 @@ class StackedWork:
             sides = (self._branch, rebased.ours), (f"{run}/{task}", work)
             conflict = MergeConflict(rebased.paths, await commit_conflict(self._git, *sides, onto.base))
             what = f"conflict with the new work of {need}"
-            await self._outcomes.conflict(task, conflict, what, may_resolve=False)
+            await self._outcomes.rejections.conflict(task, conflict, what, may_resolve=False)
             return
         failpoint("stack.rebased")
         record = RebasedWork(commit=rebased, base=onto.base, stacked_on=dict(onto.stacked_on))

@@ -38,7 +38,7 @@ from orchestrator.domain.runs.statuses import Trigger
 from orchestrator.domain.settings.failures import FailureClass, FailurePolicy, get_failure_policy
 from orchestrator.domain.settings.run_settings import Check
 from orchestrator.domain.workflow.routing import pause_task
-from orchestrator.engine.landing.base_commands import BaseCommands
+from orchestrator.engine.checks.base_commands import BaseCommands
 from orchestrator.engine.phases.completion import PhaseHandlers
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, AttemptEnd

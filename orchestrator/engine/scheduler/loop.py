@@ -14,9 +14,9 @@ from orchestrator.domain.runs.model import AdapterDocument, HaltCause
 from orchestrator.domain.runs.statuses import SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchBoard
 from orchestrator.engine.attaching import AttachedTask
-from orchestrator.engine.landing.base_checks import BaseChecks
-from orchestrator.engine.landing.base_commands import BaseCommands
-from orchestrator.engine.landing.check_runs import CheckRuns
+from orchestrator.engine.checks.base_checks import BaseChecks
+from orchestrator.engine.checks.base_commands import BaseCommands
+from orchestrator.engine.checks.check_runs import CheckRuns
 from orchestrator.engine.landing.conflict_prediction import ConflictPredictor
 from orchestrator.engine.landing.merge_queue import MergeQueue
 from orchestrator.engine.landing.repository_guard import RepositoryGuard

@@ -19,8 +19,8 @@ from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.settings.run_settings import Check, TaskSpec
-from orchestrator.engine.landing.base_commands import BaseCommands
-from orchestrator.engine.landing.check_runs import CheckRequest
+from orchestrator.engine.checks.base_commands import BaseCommands
+from orchestrator.engine.checks.check_runs import CheckRequest
 from orchestrator.engine.phases.base_selection import BaseSelector
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger

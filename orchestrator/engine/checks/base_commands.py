@@ -20,7 +20,7 @@ from orchestrator.domain.sessions.shell_commands import (
     may_create,
 )
 from orchestrator.domain.settings.run_settings import Check, TaskSpec
-from orchestrator.engine.landing.check_runs import CheckRequest, CheckRuns
+from orchestrator.engine.checks.check_runs import CheckRequest, CheckRuns
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import LockHeld

@@ -1,0 +1,1 @@
+"""Run the commands that decide whether work may land: on the base before the first session, and on merges."""
