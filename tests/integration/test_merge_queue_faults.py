@@ -29,6 +29,7 @@ def wrap_git(repository: Repository, folder: Path, script: str) -> str:
     return f"{folder}:{repository.environ['PATH']}"
 
 
+@pytest.mark.extended
 async def test_task_is_checked_at_once_after_a_check_ahead_of_its_turn(repository: Repository, log: CheckLog) -> None:
     """The check ahead included a task that fails: it is stopped, and the new check waits until it has ended."""
     begun = log.folder / "begun"

@@ -178,6 +178,7 @@ async def warnings(store: Store) -> list[JsonObject]:
     return [one for one in reported if one["about"] != "latency"]  # hours pass between commits
 
 
+@pytest.mark.extended
 def test_health_of_a_running_run_has_no_findings(repository: Repository) -> None:
     """Everything is reported with exit code 0, and the run's own events stay unchanged."""
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])

@@ -124,6 +124,7 @@ async def test_moving_target_is_merged(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_two_concurrent_runs_do_not_interfere(repository: Repository, tmp_path: Path) -> None:
     """Two commands on one repository and one target land all tasks of both."""
     tasks = [{"id": f"t{index}", "prompt": f"write {{}}/{index}.txt {index}"} for index in range(5)]

@@ -193,7 +193,8 @@ def failing(repository: Repository, gates: Gates) -> Path:
     return configure(repository, gates, base, {"id": "top", "prompt": "echo top > b.txt", "needs": on("base")})
 
 
-@pytest.mark.parametrize("failpoint", ["", pytest.param("stack.withdrawn=kill", marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("failpoint", ["", "stack.withdrawn=kill"])
 async def test_work_waits_for_the_retry_of_a_failed_task_below(
     repository: Repository, gates: Gates, failpoint: str
 ) -> None:

@@ -135,6 +135,7 @@ async def test_agent_plans_starts_approves_and_merges(repository: Repository) ->
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_run_outlives_the_server(repository: Repository, tmp_path: Path) -> None:
     """After kill -9 of the server during a run, the run lands, and another server continues at the cursor."""
     gate, pid_file = repository.spawns.parent / "gate", tmp_path / "pid"
