@@ -175,7 +175,7 @@ class ClaudeCodeAdapter:
             self._options.program(
                 *("npm install -g @anthropic-ai/claude-code", ">=2.1,<3", _KEYS, _LOG_IN),
                 ready=("auth", "status"),
-                verified=("2.1.197", "2.1.300", "2.1.330", "2.1.331"),
+                verified=("2.1.197", "2.1.300", "2.1.330", "2.1.331", "2.1.332"),
             ),
         )
 

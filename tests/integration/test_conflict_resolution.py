@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import Repository
 from tests.faults import SHELL_ADAPTER
+from tests.sandboxes import needs_sandbox
 
 BASE = "import os\n\n\ndef test_old():\n    assert os\n\n\n# end\n"
 
@@ -224,14 +225,16 @@ async def test_merge_of_a_driver_that_fails_the_checks_of_the_other_task_goes_to
     assert "on the merged tree" in ended.result["tasks"][1]["reason"]
 
 
+@needs_sandbox
 @pytest.mark.sandbox
 @pytest.mark.extended
 async def test_structural_driver_reaches_only_the_three_versions(repository: Repository) -> None:
     """A file that takes over the driver's parser gets neither the user's files nor the network."""
     secret = repository.top.parent / "secret"
     secret.write_text("x")
-    attack = f"cat {secret} || echo x > {secret}2 || ls {repository.top}/.git"
-    attack = f'if {attack}; then echo evil >> "$4"; fi >/dev/null 2>&1\n'
+    # With bubblewrap, writing elsewhere may succeed, but only inside of the sandbox.
+    attack = f'if cat {secret} || ls {repository.top}/.git; then echo evil >> "$4"; fi >/dev/null 2>&1\n'
+    attack += f"(echo x > {secret}2) 2>/dev/null\n"
     install_driver(repository, "mergiraf", MERGIRAF.replace("exec", f"{attack}exec"))
     ended = run(repository, RIGHT)
     assert ended.states == {"left": "landed", "right": "landed"}, ended
