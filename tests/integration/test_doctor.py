@@ -224,6 +224,13 @@ def test_program_of_an_adapter_that_is_not_executable_is_reported(repository: Re
     assert "files" not in by_shell
 
 
+def test_argument_with_a_long_prompt_is_no_file(repository: Repository) -> None:
+    """Also if a part of it up to a slash is longer than any file name."""
+    tasks = [{"id": "t", "prompt": f"{'fix it ' * 60}in src/a.py"}]
+    file = repository.configure(tasks, adapters={"fix": {"use": "command", "argv": ["sh", "-c", "true", "{prompt}"]}})
+    assert "files" not in doctor(repository, str(file))
+
+
 def test_server_is_checked(repository: Repository, tmp_path: Path) -> None:
     """A URL is queried for its branch, and nothing is fetched."""
     url = repository.top.as_uri()

@@ -187,7 +187,8 @@ def is_generated(top: Path, path: str) -> bool:
     Blocks.
     """
     folders = [top / parent for parent in Path(path).parents][:-1]
-    return is_of_environment(path) or any((folder / "pyvenv.cfg").exists() for folder in folders)
+    # Unlike Path.exists, this returns False for names that are too long or contain NUL.
+    return is_of_environment(path) or any(os.path.exists(folder / "pyvenv.cfg") for folder in folders)  # noqa: PTH110
 
 
 def covers(folder: str, path: str) -> bool:
