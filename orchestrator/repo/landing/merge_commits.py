@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -125,12 +125,18 @@ async def revert_paths(git: Git, commit: str, paths: Collection[str], message: s
     changes = [change for change in await git.changes(first, commit) if change.path in paths]
     # Removals first: a file may replace a folder.
     removals_first = sorted(changes, key=lambda change: change.old_mode)
-    lines = [f"{change.old_mode} {change.old_id}\t{change.path}" for change in removals_first]
-    with TemporaryDirectory(prefix="council-index-") as folder:
-        env = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
-        await git("read-tree", commit, env=env)
-        entries = "".join(f"{line}\0" for line in lines).encode(errors="surrogateescape")
-        await git("update-index", "--replace", "-z", "--index-info", env=env, input_=entries)
-        tree = await git.line("write-tree", env=env)
+    entries = ((change.old_mode, change.old_id, change.path) for change in removals_first)
+    tree = await replace_entries(git, commit, entries)
     parents = [word for parent in (first, *other_parents) for word in ("-p", parent)]
     return await git.line("commit-tree", tree, *parents, input_=message.encode())
+
+
+async def replace_entries(git: Git, tree: str, entries: Iterable[tuple[str, str, str]]) -> str:
+    """Return a tree like `tree`, but with these entries (mode, id and path), added in this order."""
+    lines = "".join(f"{mode} {blob}\t{path}\0" for mode, blob, path in entries)
+    with TemporaryDirectory(prefix="council-index-") as folder:
+        env = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
+        await git("read-tree", tree, env=env)
+        listed = lines.encode(errors="surrogateescape")
+        await git("update-index", "--replace", "-z", "--index-info", env=env, input_=listed)
+        return await git.line("write-tree", env=env)

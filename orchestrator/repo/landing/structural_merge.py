@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from orchestrator.domain.runs.conflict_resolution import find_resolution_problem
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.conflicting_files import read_conflict
+from orchestrator.repo.landing.merge_commits import replace_entries
 from orchestrator.sandbox.confinement import Confinement
 from orchestrator.system.process import run
 
@@ -99,19 +100,6 @@ async def merge_structurally(
                 break
         else:
             return None
-    return StructuralMerge(await _replace_files(git, conflict.tree, conflict.modes, merged), tuple(used))
-
-
-async def _replace_files(git: Git, tree: str, modes: Mapping[str, str], texts: Mapping[str, bytes]) -> str:
-    """Return a tree with the content of some files replaced."""
-    ids = {name: await git.line("hash-object", "-w", "--stdin", input_=text) for name, text in texts.items()}
-
-    def entries() -> Iterator[str]:
-        for name, blob in ids.items():
-            yield f"{modes[name]} {blob}\t{name}\0"
-
-    with TemporaryDirectory(prefix="council-index-") as folder:
-        env = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
-        await git("read-tree", tree, env=env)
-        await git("update-index", "-z", "--index-info", env=env, input_="".join(entries()).encode())
-        return await git.line("write-tree", env=env)
+    blobs = {name: await git.line("hash-object", "-w", "--stdin", input_=text) for name, text in merged.items()}
+    entries = ((conflict.modes[name], blob, name) for name, blob in blobs.items())
+    return StructuralMerge(await replace_entries(git, conflict.tree, entries), tuple(used))
