@@ -10,7 +10,7 @@ import click
 import pytest
 
 from orchestrator import Council
-from orchestrator.api.topics.state import Health
+from orchestrator.api.topics.health import Health
 from orchestrator.cli.commands.state.state import state
 from orchestrator.protocols import Commit, Event
 from tests.conftest import Repository

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.api.topics.logs import LogEntry
-from orchestrator.cli.commands.runs.logs import LogFormatter
+from orchestrator.cli.render.session_log import LogFormatter
 from orchestrator.sessions.output.entries import OutputEntryKind
 
 TOOL, TEXT = OutputEntryKind.TOOL, OutputEntryKind.TEXT

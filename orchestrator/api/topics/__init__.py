@@ -11,14 +11,16 @@ from orchestrator.lazy import lazy_names
 
 if TYPE_CHECKING:
     from orchestrator.api.topics.changes import TaskChanges
+    from orchestrator.api.topics.checkpoints import Checkpoints
     from orchestrator.api.topics.checks import Checks
     from orchestrator.api.topics.cleanup import Cleaner
-    from orchestrator.api.topics.history import Checkpoints, StateHistory
+    from orchestrator.api.topics.history import StateHistory
     from orchestrator.api.topics.locks import Locks
     from orchestrator.api.topics.logs import TaskLogs
+    from orchestrator.api.topics.notes import Notes
     from orchestrator.api.topics.reports import RunReports
     from orchestrator.api.topics.runs import Runs
-    from orchestrator.api.topics.sessions import Notes, Sessions
+    from orchestrator.api.topics.sessions import Sessions
     from orchestrator.api.topics.state import State
     from orchestrator.api.topics.tasks import Tasks
 
@@ -45,12 +47,14 @@ if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown
             "changes": ["TaskChanges"],
             "checks": ["Checks"],
             "cleanup": ["Cleaner"],
-            "history": ["Checkpoints", "StateHistory"],
+            "checkpoints": ["Checkpoints"],
+            "history": ["StateHistory"],
             "locks": ["Locks"],
             "logs": ["TaskLogs"],
             "reports": ["RunReports"],
             "runs": ["Runs"],
-            "sessions": ["Notes", "Sessions"],
+            "notes": ["Notes"],
+            "sessions": ["Sessions"],
             "state": ["State"],
             "tasks": ["Tasks"],
         },

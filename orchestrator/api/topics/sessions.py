@@ -19,14 +19,11 @@ from orchestrator.domain.sessions.contexts import (
     find_file_conflicts,
     summarize_task,
 )
-from orchestrator.domain.sessions.notes import Note
 from orchestrator.domain.sessions.predicted_conflicts import PredictedConflict, list_conflicts
 from orchestrator.engine.session_api.contexts import clean_contexts, read_contexts
 from orchestrator.engine.session_api.details import SessionDetails, find_workspace, read_session_details
-from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.shared_values import SharedValues
 from orchestrator.engine.state.records import check_task, read_run
-from orchestrator.locking.ownership import ownership_scope
 
 
 class Sessions(Topic):
@@ -94,31 +91,3 @@ class Sessions(Topic):
 
     def _redactor(self) -> Redactor:
         return Redactor(secret_values(self._context.environ))
-
-
-class Notes(Topic):
-    """The notes of sessions. Available as `council.notes`.
-
-    `run` is a name that `council.runs.find` accepts; all runs with the same target share their notes.
-    """
-
-    async def list(
-        self,
-        run: str | None = None,
-        *,
-        task: str | None = None,
-        topic: str | None = None,
-        paths: Sequence[str] = (),
-    ) -> Sequence[Note]:
-        """Return notes, oldest first, filtered by task, topic and overlapping paths."""
-        return await (await self._store(run)).find(task=task, topic=topic, paths=paths)
-
-    async def drop(self, note: str, run: str | None = None) -> None:
-        """Delete a note by its id. Raises RefusedError if there is none."""
-        await (await self._store(run)).drop(note)
-
-    async def _store(self, run: str | None) -> NoteStore:
-        context = self._context
-        document = await read_run(context.store, await self._find(run))
-        redactor = Redactor(secret_values(context.environ))
-        return NoteStore(context.store, context.clock, ownership_scope(document.repo, document.target), redactor)
