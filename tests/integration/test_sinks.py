@@ -8,6 +8,12 @@ from typing import Any
 
 import pytest
 
+from orchestrator import Council
+from orchestrator.domain.events.runs import RunFinished
+from orchestrator.domain.events.state import OutageEnded, OutageStarted
+from orchestrator.errors import StoreFull
+from orchestrator.protocols import Commit
+from orchestrator.state.documents.log_reader import read_range
 from tests.conftest import CommandResult, Repository
 from tests.distributions import REGISTER, install
 from tests.small_disk import fill, mounted
@@ -89,6 +95,35 @@ async def test_sink_gets_the_printed_events(repository: Repository, tmp_path: Pa
     ends = [json.loads(line)["event"] for line in (tmp_path / "ends.jsonl").read_text().splitlines()]
     assert sorted(ends) == ["run.finished", "task.failed", "task.landed"]
     await repository.assert_invariants()
+
+
+async def test_sink_gets_the_events_of_an_outage_at_the_end(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are recorded only after the event of the run's end, which waited for the outage's end."""
+    sinks = {"all": {"use": "jsonlines", "file": "all.jsonl"}}
+    path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], sinks=sinks)
+    async with Council.open(path, environ=repository.environ) as council:
+        run, failures = await council.runs.create(), [StoreFull("disk", "it is full", "free space on it")]
+        store = council._context.store
+        commit_intact = store.commit
+
+        async def commit(commit: Commit) -> int:
+            if failures and any(event.type == RunFinished.type for event in commit.events):
+                raise failures.pop()
+            return await commit_intact(commit)
+
+        monkeypatch.setattr(store, "commit", commit)
+        await council.runs.resume(run)
+        recorded = [
+            event.type
+            async for record in read_range(store, 0, await store.position())
+            for event in record.events
+            if "run" in event.data
+        ]
+    received = [json.loads(line)["event"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert received == recorded
+    assert received[-3:] == [RunFinished.type, OutageStarted.type, OutageEnded.type]
 
 
 @pytest.mark.slow

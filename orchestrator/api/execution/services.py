@@ -25,7 +25,7 @@ from orchestrator.plugins import Plugins
 from orchestrator.protocols import Commit, Event
 from orchestrator.state.documents.validation import DOCUMENT_KINDS
 from orchestrator.state.offline.fork import survive_outages
-from orchestrator.state.offline.outage import end_pauses, is_full, is_outage, log_event
+from orchestrator.state.offline.outage import end_pauses, flush_outage_events, is_full, is_outage, log_event
 
 #: Seconds to update the views at the end of a run.
 _VIEWS_TIMEOUT = 10.0
@@ -40,6 +40,7 @@ async def background_services(context: ProjectContext, run: RunDocument) -> Asyn
     )
     async with forwarding:
         yield
+        await flush_outage_events(context.store)
     await _update_views(context, run.id)
 
 

@@ -683,11 +683,16 @@ async def survive_outages(
     commit that is then refused (`OutageCommitRejected`). It may commit to the yielded store, which waits like any other
     commit; an error that it raises ends the block.
     """
-    send_stream, receive_stream = anyio.create_memory_object_stream[TypedEvent](math.inf)
+    send_stream, receive_stream = anyio.create_memory_object_stream[TypedEvent | anyio.Event](math.inf)
 
     def on_event(event: TypedEvent) -> None:
         with suppress(anyio.ClosedResourceError):  # an outage while the last events are being sent
             send_stream.send_nowait(event)
+
+    async def flush_events() -> None:
+        earlier_sent = anyio.Event()
+        send_stream.send_nowait(earlier_sent)
+        await earlier_sent.wait()
 
     sender = partial(_send_events, receive_stream, send_event)
     async with AsyncExitStack() as stack:
@@ -699,13 +704,20 @@ async def survive_outages(
         async with run_in_background(sender, grace=_FLUSH_TIMEOUT), send_stream:
             try:
                 # If the local disk is full, the fork can't be written either, so `continue` also waits.
-                yield PausingStore(store, Outage(clock, intervals, on_event, "pause", is_temporary, gives_up))
+                outage = Outage(clock, intervals, on_event, "pause", is_temporary, gives_up)
+                yield PausingStore(store, outage, flush_events)
             finally:
                 if forking_store is not None:
                     forking_store.report_preserved()
 
 
-async def _send_events(receive_stream: MemoryObjectReceiveStream[TypedEvent], send_event: EventSink) -> None:
+async def _send_events(
+    receive_stream: MemoryObjectReceiveStream[TypedEvent | anyio.Event], send_event: EventSink
+) -> None:
+    """Send the events in a stream, and set those of `anyio` when all events before them are sent."""
     with receive_stream:
         async for event in receive_stream:
-            await send_event(event)
+            if isinstance(event, anyio.Event):
+                event.set()
+            else:
+                await send_event(event)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 import anyio
+import anyio.lowlevel
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from orchestrator.domain.events.base import TypedEvent
@@ -237,9 +238,11 @@ class PausingStore(StoreWrapper):
     Commits are not lost and keep their order.
     """
 
-    def __init__(self, inner: Store, outage: Outage) -> None:
+    def __init__(
+        self, inner: Store, outage: Outage, flush_events: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint
+    ) -> None:
         super().__init__(inner)
-        self.inner, self.outage = inner, outage
+        self.inner, self.outage, self.flush_events = inner, outage, flush_events
         self._commit_lock = anyio.Lock()
         """Held by the commit that is being retried; other commits queue in order of arrival."""
         self._waiting = 0
@@ -299,6 +302,12 @@ def end_pauses(store: Store) -> Store:
         return store
     store.outage.is_temporary = lambda _: False
     return store.inner
+
+
+async def flush_outage_events(store: Store) -> None:
+    """Wait until the events of the outages so far are sent, if the store is from `survive_outages`."""
+    if isinstance(store, PausingStore):
+        await store.flush_events()
 
 
 def waiting_store(store: Store, clock: Clock) -> Store:
