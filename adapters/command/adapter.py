@@ -32,6 +32,7 @@ from adapters.command.placeholders import fill_placeholders, placeholder_names
 from adapters.json_output import bridge_command, bridge_readable_paths, concluded_failure
 from adapters.options import INSTRUCTIONS_FILE, own_home_variables
 from adapters.rate_limits import with_reset_time
+from orchestrator.client.commands import MCP_SERVER_NAME
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.errors import RefusedError
@@ -260,11 +261,13 @@ def _files(options: CommandOptions, request: SessionRequest, values: Mapping[str
 def _server(server: McpServer) -> JsonObject:
     """Return a server in the usual format; it inherits the program's variables.
 
-    Some programs expect `httpUrl`, because they use `url` for an older protocol.
+    Some programs expect `httpUrl`, because they use `url` for an older protocol. Without `alwaysLoadTools`, the model
+    of Qwen Code would have to search for a tool before it can submit a handoff.
     """
     if server.url is not None:
         return {"type": "http", "url": server.url, "httpUrl": server.url}
-    return {"command": server.argv[0], "args": [*server.argv[1:]]}
+    loaded = {"alwaysLoadTools": True} if server.name == MCP_SERVER_NAME else {}
+    return {"command": server.argv[0], "args": [*server.argv[1:]], **loaded}
 
 
 def _check_size(name: str, text: str, times: int) -> None:

@@ -36,7 +36,8 @@ from orchestrator.protocols import (
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
 from tests.contract.verdicts import SESSION, TRANSCRIPTS, end, get_verdict
 
-AIDER = load_plugins({"COUNCIL_PLUGINS": ""}).adapters["aider"]
+TYPES = load_plugins({"COUNCIL_PLUGINS": ""}).adapters
+AIDER = TYPES["aider"]
 
 
 def claude(type_: str, **fields: Any) -> str:
@@ -254,18 +255,20 @@ def test_invalid_options_are_rejected(adapter_type: AdapterType, options: dict[s
 
 
 @pytest.mark.parametrize(
-    ("adapter_type", "options"),
+    ("name", "options"),
     [
-        (ClaudeCodeAdapter, {"permission_mode": "bypassPermissions"}),
-        (ClaudeCodeAdapter, {}),
-        (CodexAdapter, {}),
-        (GeminiAdapter, {"approval_mode": "yolo"}),
-        (OpencodeAdapter, {}),
+        ("claude-code", {"permission_mode": "bypassPermissions"}),
+        ("claude-code", {}),
+        ("cline", {}),
+        ("codex", {}),
+        ("gemini", {"approval_mode": "yolo"}),
+        ("opencode", {}),
+        ("qwen-code", {}),
     ],
 )
-def test_reader_has_the_tools_of_a_writer(adapter_type: AdapterType, options: dict[str, Any], tmp_path: Any) -> None:
-    """A mode that only plans has no shell: a reviewer could run neither `git diff` nor the tests."""
-    adapter = adapter_type(adapter_type.Options.model_validate(options))
+def test_reader_has_the_tools_of_a_writer(name: str, options: dict[str, Any], tmp_path: Any) -> None:
+    """In a mode that only plans, a reviewer could run neither `git diff` nor the tests."""
+    adapter = TYPES[name](TYPES[name].Options.model_validate(options))
     assert Capability.READ_ONLY not in adapter.capabilities()
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home")
     writer, reader = (adapter.command(replace(request, read_only=flag)) for flag in (False, True))
@@ -273,15 +276,16 @@ def test_reader_has_the_tools_of_a_writer(adapter_type: AdapterType, options: di
     assert "plan" not in reader.argv
 
 
-def test_council_tools_are_not_deferred_behind_a_search(tmp_path: Any) -> None:
-    """Tools of the user's servers are deferred if Claude Code does so."""
+@pytest.mark.parametrize(("name", "key"), [("claude-code", "alwaysLoad"), ("qwen-code", "alwaysLoadTools")])
+def test_council_tools_are_not_deferred_behind_a_search(name: str, key: str, tmp_path: Any) -> None:
+    """Tools of the user's servers are deferred if the program does so."""
     servers = (McpServer(MCP_SERVER_NAME, ("council", "mcp")), McpServer("docs", ("docs",)))
     request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home", mcp_servers=servers)
-    home = ClaudeCodeAdapter(ClaudeCodeAdapter.Options()).command(request).home  # type: ignore[arg-type]
+    home = TYPES[name](TYPES[name].Options()).command(request).home
     assert home is not None
     (written,) = home.files.values()
     known = json.loads(written)["mcpServers"]
-    assert {name for name, one in known.items() if one.get("alwaysLoad")} == {MCP_SERVER_NAME}
+    assert {server for server, one in known.items() if one.get(key)} == {MCP_SERVER_NAME}
 
 
 def test_variable_in_the_file_overrides_the_adapter(tmp_path: Any) -> None:

@@ -83,7 +83,6 @@ RECORDED: Final[Mapping[str, Mapping[str, ExpectedResult]]] = {
             text="Both are there.",
             tokens=(2 * 120 + 2 * 20, 2 * 34 + 2 * 4),
         ),
-        "read-only": ExpectedResult(tokens=(3 * 100, 3 * 10)),
         "tool": ExpectedResult(text="Both done."),
         "limited-then-well": ExpectedResult(text="Done."),
         "no-login": ExpectedResult(FailureClass.AUTH),
@@ -128,9 +127,9 @@ def test_arguments_of_a_profile_are_in_order(tmp_path: Path) -> None:
     adapter_type = contract.adapter_type
     adapter = adapter_type(adapter_type.Options.model_validate({"bin": "/opt/qwen", **contract.options}))
     request = replace(contract.plain_requests(tmp_path)[0], resume="0c5b2f3e-1d")
-    common, own = ("/opt/qwen", "--output-format", "stream-json"), ("--model", "large", "--verbose")
-    resumed = ("--resume", "0c5b2f3e-1d", "--approval-mode", "yolo")
-    assert adapter.command(request).argv == (*common, *resumed, *own)
+    common = ("/opt/qwen", "--output-format", "stream-json", "--approval-mode", "yolo")
+    own = ("--model", "large", "--verbose")
+    assert adapter.command(request).argv == (*common, "--resume", "0c5b2f3e-1d", *own)
 
 
 @pytest.mark.parametrize(
@@ -143,3 +142,17 @@ def test_long_line_is_searched_quickly(use: str, text: str) -> None:
     began = time.process_time()
     adapter.verdict(SessionEnd(1, None, 1_000_000.0, line, line))
     assert time.process_time() - began < 0.5
+
+
+@pytest.mark.parametrize(
+    ("use", "stderr", "failure"),
+    [
+        ("copilot", "GitHub Copilot native binary at /opt/copilot was terminated by signal SIGKILL.", None),
+        ("copilot", "TypeError: terminated", FailureClass.TRANSIENT),
+    ],
+)
+def test_last_line_is_classified(use: str, stderr: str, failure: FailureClass | None) -> None:
+    """None: by the exit code, as a crash."""
+    adapter = _TYPES[use](_TYPES[use].Options.model_validate({}))
+    found = adapter.verdict(SessionEnd(1, None, 1_000_000.0, "", stderr))
+    assert (found and found.failure) == failure

@@ -21,7 +21,7 @@ QWEN_CODE: Final = Program(
     cases={
         # It retries a rate limit for minutes.
         **{name: case for name, case in CASES.items() if name != "limited"},
-        **ASKED,
+        "resumed": ASKED["resumed"],
         "invalid": Case("fail 400\nwrite hello.txt hi"),
         "no-key": Case("write hello.txt hi", environ={"OPENAI_API_KEY": ""}),
     },
