@@ -87,9 +87,9 @@ def _install_from_npm(package: Package, wanted: str, folder: Path) -> str:
 
 
 def _install_from_pypi(package: Package, wanted: str, folder: Path) -> str:
-    found = next(filter(None, (shutil.which(f"python{version}") for version in package.pythons)), None)
+    found = next((name for name in (f"python{version}" for version in package.pythons) if _runs(name)), None)
     if found is None:
-        raise NotInstalledError(f"{package.name} needs Python {' or '.join(package.pythons)}, which is not on PATH")
+        raise NotInstalledError(f"{package.name} needs Python {' or '.join(package.pythons)}, none of which runs")
     _run(found, "-m", "venv", str(folder))
     python = str(folder / "bin/python")
     requirement = f"{package.name}=={wanted}" if wanted else package.name
@@ -98,6 +98,13 @@ def _install_from_pypi(package: Package, wanted: str, folder: Path) -> str:
     return subprocess.run(
         [python, "-c", asked, package.name], capture_output=True, text=True, check=True
     ).stdout.strip()
+
+
+def _runs(python: str) -> bool:
+    """Return whether it is on PATH and starts: a version manager has launchers of versions that are not enabled."""
+    if shutil.which(python) is None:
+        return False
+    return subprocess.run([python, "-c", ""], check=False, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def _check_node() -> None:
