@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from glob import glob
 from pathlib import Path
 from secrets import randbelow
 
@@ -100,6 +101,12 @@ def copy_folder(source: Path, target: Path) -> None:
         copy = copy_folder if path.is_dir() else shutil.copy
         copy(path, target / path.name)
     shutil.copymode(source, target)
+
+
+def find_paths(folder: Path, pattern: str) -> list[Path]:
+    """Return the sorted paths in a folder that match a pattern, without those in folders removed meanwhile. Blocks."""
+    # Path.glob raises FileNotFoundError if a folder that it has listed is removed.
+    return sorted(folder / name for name in glob(pattern, root_dir=folder, include_hidden=True))  # noqa: PTH207
 
 
 def sync_folder(directory: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from orchestrator.repo.git.stale_files import list_locks, list_partial_objects
 from orchestrator.system import untrusted_files
 from orchestrator.system.background import run_in_background
 from orchestrator.system.files import StagedFile, atomic_write, opened
@@ -131,3 +132,25 @@ async def test_background_task_within_grace_period_completes() -> None:
     async with run_in_background(finish, grace=10):
         go.set()
     assert done.is_set()
+
+
+def test_git_locks_are_listed_while_git_removes_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Git removes the empty folders of a deleted ref, perhaps between the listing of their parent and their own."""
+    refs, objects = tmp_path / "refs" / "heads" / "run", tmp_path / "objects"
+    gone = [refs / "task", objects / "ab"]
+    for folder in (*gone, refs / "other", objects / "cd"):
+        folder.mkdir(parents=True)
+    lock, partial = refs / "other" / "1.lock", objects / "cd" / "tmp_obj_1"
+    lock.touch()
+    partial.touch()
+    list_folder = os.scandir
+
+    def list_after_removal(folder: str | Path) -> object:
+        if Path(folder) in gone and Path(folder).exists():
+            Path(folder).rmdir()
+        return list_folder(folder)
+
+    monkeypatch.setattr(os, "scandir", list_after_removal)
+    assert [one.path for one in list_locks(tmp_path)] == [lock]
+    assert [one.path for one in list_partial_objects(tmp_path)] == [partial]
+    assert not any(folder.exists() for folder in gone)

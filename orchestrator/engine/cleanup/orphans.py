@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from stat import S_ISDIR
 
 import anyio.to_thread
 
@@ -43,6 +45,7 @@ from orchestrator.repo.worktrees.worktrees import Worktree, list_lock_files
 from orchestrator.state.documents.validation import is_readable
 from orchestrator.system.clock import Clock
 from orchestrator.system.file_lock import FileLock
+from orchestrator.system.files import find_paths
 
 _KILLED = "left by a killed command"
 _HUB = re.compile(r".+-[0-9a-f]{12}")
@@ -211,7 +214,7 @@ class OrphanFinder:
             refs = len(await salvage.list_unmerged_work(Git(hub.trusted, environ=self._environ)))
         except GitError:
             refs = None
-        left = await anyio.to_thread.run_sync(lambda: len(list(hub.sessions.glob("*/*"))))
+        left = await anyio.to_thread.run_sync(lambda: len(find_paths(hub.sessions, "*/*")))
         status, reason = assess_hub(known.name, refs, left)
         return Leftover(LeftoverKind.HUB, str(hub.root), status, reason, str(hub.root))
 
@@ -336,14 +339,19 @@ async def _is_active(hub: Hub, run: str) -> bool:
 
 async def run_locks(hub: Hub) -> list[FileLock]:
     """Return the locks of all runs that have used a hub, and of their orchestrators."""
-    found = await anyio.to_thread.run_sync(lambda: sorted((hub.root / "locks").glob("run-*")))
+    found = await anyio.to_thread.run_sync(lambda: find_paths(hub.root / "locks", "run-*"))
     return [FileLock(path) for path in found]
 
 
 def _folders(parent: Path) -> dict[str, float]:
     """Return subfolders by name, with modification times (wall-clock seconds)."""
-    found = sorted(parent.iterdir()) if parent.is_dir() else []
-    return {path.name: path.stat().st_mtime for path in found if path.is_dir()}
+    found = {}
+    for path in find_paths(parent, "*"):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            status = path.stat()
+            if S_ISDIR(status.st_mode):
+                found[path.name] = status.st_mtime
+    return found
 
 
 def list_hubs(home: Path) -> list[Hub]:
@@ -366,7 +374,7 @@ def _has_only_hub_parts(folder: Path) -> bool:
 
 def list_trash(hub: Hub) -> list[Path]:
     """Return the folders in a hub's trash, even while they are deleted. Blocks."""
-    return [path for path in sorted(hub.trash.glob("*")) if is_inside_hub(hub, path)]
+    return [path for path in find_paths(hub.trash, "*") if is_inside_hub(hub, path)]
 
 
 def list_stale_files(hub: Hub, now: float) -> list[Path]:
@@ -388,7 +396,7 @@ def list_stale_files(hub: Hub, now: float) -> list[Path]:
 def _temporaries(hub: Hub) -> Iterator[Path]:
     yield from hub.trusted.glob("objects.*")  # temporary objects of an interrupted `council salvage apply`
     yield from hub.root.glob("*.json.new")
-    sessions = {f"{path.parent.name}-{path.name}" for path in hub.sessions.glob("*/*")}
+    sessions = {f"{path.parent.name}-{path.name}" for path in find_paths(hub.sessions, "*/*")}
     for path in hub.indexes.glob("*"):
         if (path.is_dir() and _LIVE_DIFF.fullmatch(path.name)) or not _owners(path.name) & sessions:
             yield path

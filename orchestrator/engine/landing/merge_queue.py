@@ -96,7 +96,7 @@ class MergeQueue:
         self._batches = Batches(ledger)
         self._look_ahead = LookAhead(ledger, context.target, self._checks, self._batches)
         self.is_moving = False
-        """Whether the target is being moved; during the move its refs and checkouts may be inconsistent."""
+        """Whether the target is being moved; its refs and checkouts may then be inconsistent."""
         self.tasks = WaitingTasks(ledger, board.entries, self._stacked)
         self.landing: tuple[str, ...] = ()
         """Tasks that `land` is processing."""
@@ -138,10 +138,9 @@ class MergeQueue:
     async def land(self, group: TaskGroup) -> list[str]:
         """Land the head of the queue; return the tasks that left the queue.
 
-        `group` runs checks of later merges, which may continue after this call.
-
-        A returned task that is still `QUEUED` (or `LANDING`, if it is unknown whether the target moved) is cancelled,
-        or can't land now for the recorded reason.
+        `group` runs checks of later merges, which may continue after this call. A returned task that is still `QUEUED`
+        (or `LANDING`, if it is unknown whether the target moved) is cancelled, or can't land now for the recorded
+        reason.
         """
         self._lease_wait = anyio.CancelScope()
         if self._stopping:
@@ -173,7 +172,7 @@ class MergeQueue:
             return []
         self._target.must_exist |= self._ledger.tasks.has_moved_target(self._ledger.run.start)
         try:
-            if self._status(tasks[0]) is TaskStatus.LANDING:
+            if self._ledger.task(tasks[0]).status is TaskStatus.LANDING:
                 remaining = await self.outcomes.recover_interrupted(lease, tasks)
             else:
                 ready = [task for task in tasks if not await self.outcomes.continue_for_messages(task)]
@@ -208,9 +207,6 @@ class MergeQueue:
                 batch = await anext(batches, list[str]())
         self.landing = tuple(self.tasks.take(batch))  # without those that were cancelled in the meantime
         return list(self.landing)
-
-    def _status(self, task: str) -> TaskStatus:
-        return self._ledger.task(task).status
 
     async def _land_together(self, lease: HeldMergeLease, tasks: Sequence[str], group: TaskGroup) -> list[str]:
         """Land tasks with one move of the target; return the tasks to queue again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -59,8 +59,7 @@ class Scheduler:
     ) -> None:
         """Create a scheduler for a run whose interrupted attempts are queued again.
 
-        `board` reflects the documents of the run. `unavailable_adapters` maps each adapter that only this process
-        cannot use to the reason.
+        `board` reflects the run's documents. `unavailable_adapters`: why only this process can't use an adapter.
         """
         self._unavailable_adapters = unavailable_adapters
         self._ledger, self._context, self._board, self._capacity = ledger, context, board, capacity
@@ -127,17 +126,14 @@ class Scheduler:
         self._only_lands = only_lands or attached is not None
         await self._local.restore_adapters(adapters)
         statuses = self._ledger.statuses()
-        for queued_status in (TaskStatus.LANDING, TaskStatus.QUEUED):
-            own_tasks = (
-                task
-                for task, status in statuses.items()
-                if status is queued_status and not self._ledger.is_claimed_elsewhere(task)
-            )
-            self._merge_queue.tasks.add(*own_tasks)
+        landing, queued = (_own_tasks(self._ledger, status) for status in (TaskStatus.LANDING, TaskStatus.QUEUED))
+        self._merge_queue.tasks.add(*landing, *queued)
         async with anyio.create_task_group() as services:
-            services.start_soon(self._peers.follow)
-            services.start_soon(self._peers.requests.run)
-            services.start_soon(self._run_monitor_as_leader)
+            peers = self._peers
+            for service in (peers.follow, peers.requests.run, peers.renew, peers.sweep, peers.detect_dead_peers):
+                services.start_soon(service)
+            services.start_soon(process.resume_stopped_programs)
+            services.start_soon(_monitor_as_leader, self._ledger)
             if self._context.session_service is not None:
                 services.start_soon(self._context.session_service.follow_user_changes)
             if self._ledger.run.merge.on_predicted_conflict != "off":
@@ -146,10 +142,6 @@ class Scheduler:
                     self._ledger, self._context, lambda: [attempt.session for attempt in attempts.values()]
                 )
                 services.start_soon(predictor.run)
-            services.start_soon(self._peers.renew)
-            services.start_soon(self._peers.sweep)
-            services.start_soon(self._peers.detect_dead_peers)
-            services.start_soon(process.resume_stopped_programs)
             async with anyio.create_task_group() as group:
                 successful = [task for task, status in statuses.items() if status in SUCCESS_STATUSES]
                 group.start_soon(self._landings.remove_homes, successful)
@@ -168,7 +160,10 @@ class Scheduler:
             services.cancel_scope.cancel()
         is_finished = not any(self._board.remaining_adapters(self._ledger.statuses()))
         was_stopped = self._stopping or self.halted is not None
-        if not is_finished and (was_stopped or attached is not None or self._is_unavailable_work_left()):
+        others_can_continue = _is_unavailable_work_left(
+            self._board, self._unavailable_adapters, self._ledger.statuses()
+        )
+        if not is_finished and (was_stopped or attached is not None or others_can_continue):
             return False
         self.halted = None
         await self._repository_guard.compare()
@@ -181,20 +176,6 @@ class Scheduler:
         except GitError as error:
             await self._ledger.note(RunTargetUnreachable(reason=str(error)))
         return True
-
-    def _is_unavailable_work_left(self) -> bool:
-        """Return True if another process could run tasks that this one can't.
-
-        Then this process does not record the end of the run.
-        """
-        unavailable = {
-            name
-            for name, reason in self._unavailable_adapters.items()
-            if self._board.adapters.disabled.get(name) == reason
-        }
-        return any(
-            unavailable.intersection(adapters) for adapters in self._board.remaining_adapters(self._ledger.statuses())
-        )
 
     async def _tick(self, group: TaskGroup) -> None:
         if self._stopping:
@@ -255,10 +236,8 @@ class Scheduler:
     def _idle(self) -> bool:
         if self._is_active():
             return False
-        if self._stopping:
-            return True
-        if self._landings.is_pending:
-            return False
+        if self._stopping or self._landings.is_pending:
+            return self._stopping
         # Checked last, because it searches all tasks.
         awaits_user = self._local.awaiting_user() or self._merge_queue.tasks.held or self._local.attached
         is_open = self._board.forecast.has_work() or self._local.is_waiting_for_peers() or awaits_user
@@ -315,7 +294,24 @@ class Scheduler:
         if end.unrunnable is not None:
             self._give_up(end.unrunnable)
 
-    async def _run_monitor_as_leader(self) -> None:
-        """Monitor the state store once this orchestrator leads the run."""
-        await self._ledger.writer.became_leader.wait()
-        await Monitor(self._ledger).watch()
+
+def _own_tasks(ledger: Ledger, status: TaskStatus) -> Iterator[str]:
+    """Yield the tasks with a status that no other orchestrator has claimed."""
+    return (task for task, one in ledger.statuses().items() if one is status and not ledger.is_claimed_elsewhere(task))
+
+
+def _is_unavailable_work_left(
+    board: DispatchBoard, unavailable: Mapping[str, str], statuses: Mapping[str, TaskStatus]
+) -> bool:
+    """Return True if another process could run tasks that this one can't.
+
+    Then this process does not record the end of the run. `unavailable` maps adapters to the reason.
+    """
+    names = {name for name, reason in unavailable.items() if board.adapters.disabled.get(name) == reason}
+    return any(names.intersection(adapters) for adapters in board.remaining_adapters(statuses))
+
+
+async def _monitor_as_leader(ledger: Ledger) -> None:
+    """Monitor the state store once this orchestrator leads the run."""
+    await ledger.writer.became_leader.wait()
+    await Monitor(ledger).watch()

@@ -6,6 +6,7 @@ was found have exited, an unchanged file has no owner. There is no need to wait 
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from orchestrator.system.files import find_paths
 
 _PROCESSES: Final = Path("/proc")
 _POLL_INTERVAL: Final = 0.02  # seconds
@@ -32,12 +35,14 @@ class GitTempFile:
 
 def list_locks(git_dir: Path) -> list[GitTempFile]:
     """Return the lock files in a repository, with or without a living owner. Blocks."""
-    return [GitTempFile(path, _variable("GIT_DIR", git_dir)) for path in git_dir.rglob("*.lock") if path.is_file()]
+    # Not Path.rglob, which fails if git removes a folder meanwhile.
+    paths = (Path(folder, name) for folder, _, names in os.walk(git_dir) for name in names if name.endswith(".lock"))
+    return [GitTempFile(path, _variable("GIT_DIR", git_dir)) for path in paths]
 
 
 def list_partial_objects(git_dir: Path) -> list[GitTempFile]:
     """Return the partial objects in a repository, with or without a writer. Blocks."""
-    paths = [path for pattern in _OBJECTS for path in (git_dir / "objects").glob(pattern)]
+    paths = [path for pattern in _OBJECTS for path in find_paths(git_dir / "objects", pattern)]
     return [GitTempFile(path, _variable("GIT_DIR", git_dir)) for path in paths]
 
 

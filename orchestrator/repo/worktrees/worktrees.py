@@ -34,7 +34,7 @@ from orchestrator.repo.worktrees.hub import Hub, work_branch_name
 from orchestrator.repo.worktrees.slots import WorktreeSlot, move_to_trash, read_session_slot, read_slot_session
 from orchestrator.system import untrusted_files
 from orchestrator.system.failpoints import failpoint
-from orchestrator.system.files import copy_folder
+from orchestrator.system.files import copy_folder, find_paths
 
 # Listing leftovers must be fast and needs no pool.
 if TYPE_CHECKING:
@@ -261,17 +261,10 @@ def list_worktrees(hub: Hub, run_id: str, tasks: Collection[str] | None) -> list
     """
     folder = hub.sessions / run_id
     is_ours = folder.is_dir() and folder.resolve().is_relative_to(hub.root.resolve())  # else a link leads elsewhere
-    names = _names_in(folder) if is_ours else []
-    parsed = (_parse_name(hub, run_id, name, tasks) for name in names)
+    paths = find_paths(folder, "*") if is_ours else []
+    parsed = (_parse_name(hub, run_id, path.name, tasks) for path in paths)
     worktrees = [worktree for worktree in parsed if worktree is not None]
     return sorted(worktrees, key=lambda worktree: (worktree.task, worktree.attempt, worktree.is_check))
-
-
-def _names_in(folder: Path) -> list[str]:
-    """Return the names in a folder; empty if it has just been removed."""
-    with suppress(FileNotFoundError):
-        return [path.name for path in folder.iterdir()]
-    return []
 
 
 def _parse_name(hub: Hub, run_id: str, name: str, tasks: Collection[str] | None) -> Worktree | None:
@@ -302,5 +295,5 @@ def _remove_stale_files(hub: Hub, run_id: str, *, is_alone: bool) -> None:
 
 def list_lock_files(hub: Hub) -> list[GitTempFile]:
     """Return git's lock files in our repository, with or without an owner. Blocks."""
-    indexes = [path.with_suffix("") for path in hub.indexes.glob("*/index.lock")]
+    indexes = [path.with_suffix("") for path in find_paths(hub.indexes, "*/index.lock")]
     return [*list_locks(hub.trusted), *(lock for index in indexes for lock in list_index_locks(index))]
