@@ -73,12 +73,13 @@ class Stage:
         adapters = {name: json.loads(self._with_url(json.dumps(one.adapter))) for name, one in self.programs.items()}
         # All of this may be in `/tmp`, which is private in a session.
         readable = [sys.prefix, str(FAKE_CLI.parents[1]), str(CLIS), str(self.home)]
-        return self.repository.configure(tasks, adapters=adapters, readable=readable, **settings)
+        # mini-swe-agent changes the first line.
+        scripts = [{**task, "prompt": f"Follow the script.\n{task['prompt']}"} for task in tasks]
+        return self.repository.configure(scripts, adapters=adapters, readable=readable, **settings)
 
     def start(self, prompt: str, settings: Mapping[str, Any] | None = None, **more: Any) -> StartedCommand:
         """Start a run of one task; `settings` are of the run, other options of the task."""
-        task = {"id": "task", "adapter": next(iter(self.programs)), "timeout": "3m", **more}
-        task["prompt"] = f"Follow the script.\n{prompt}"  # mini-swe-agent changes the first line
+        task = {"id": "task", "adapter": next(iter(self.programs)), "timeout": "3m", "prompt": prompt, **more}
         path = self.configure([task], **(settings or {}))
         return self.repository.start("run", str(path), "--json")
 

@@ -50,7 +50,7 @@ def prompt(task: str, **faults: str) -> str:
     """Return the model's script for each phase, with the faults of some; each phase reports other tokens."""
     build = f"write {task}.txt MARMALADE\n" + answer({"artifacts": [], "summary": "It is there."})
     parts = {"scout": answer(SCOUT), "plan": answer(PLAN), "build": build, "review": answer(REVIEW)}
-    lines = ["Greet."]
+    lines: list[str] = []
     for number, (name, part) in enumerate(parts.items()):
         usage = f"usage {101 + 10 * number} {11 + number}"
         lines += [f"once your result ({name})", *filter(None, [faults.get(name)]), part, usage]

@@ -22,7 +22,7 @@ def prompt(review: str) -> str:
     """Return the model's script for each phase of `adw`, selected by the requested handoff."""
     build = "write hello.txt MARMALADE\n" + answer({"artifacts": [], "summary": "It is there."})
     parts = {"scout": answer(SCOUT), "plan": answer(PLAN), "build": build, "review": f"{review}\n{answer(REVIEW)}"}
-    return "Greet.\n" + "\n".join(f"once your result ({name})\n{part}" for name, part in parts.items())
+    return "\n".join(f"once your result ({name})\n{part}" for name, part in parts.items())
 
 
 def sent_texts(stage: Stage) -> list[str]:

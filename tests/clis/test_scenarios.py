@@ -218,7 +218,7 @@ async def test_read_only_phase_changes_nothing(stage: Stage) -> None:
 
 async def test_killed_program_is_a_crash_and_is_retried(stage: Stage) -> None:
     """The kill happens during a model request."""
-    started = stage.start("delay 2\nwrite hello.txt hi", attempts=2)
+    started = stage.start("delay 5\nwrite hello.txt hi", attempts=2)
     try:
         wait_for(lambda: any(one.dialect for one in stage.server.requests), 150)
         for process in stage.clients():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import SessionEnd
 from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
-from tests.contract.verdicts import TRANSCRIPTS
+from tests.contract.verdicts import TRANSCRIPTS, get_verdict
 
 _TYPES: Final = load_plugins({"COUNCIL_PLUGINS": ""}).adapters
 
@@ -144,15 +145,22 @@ def test_long_line_is_searched_quickly(use: str, text: str) -> None:
     assert time.process_time() - began < 0.5
 
 
+def mini_error(text: str) -> str:
+    info = {"exit_status": "InternalServerError", "submission": ""}
+    return json.dumps({"file": {"info": info, "messages": [{}, {"extra": {"exception_str": text}}]}})
+
+
 @pytest.mark.parametrize(
-    ("use", "stderr", "failure"),
+    ("use", "line", "failure"),
     [
         ("copilot", "GitHub Copilot native binary at /opt/copilot was terminated by signal SIGKILL.", None),
         ("copilot", "TypeError: terminated", FailureClass.TRANSIENT),
+        ("mini-swe-agent", mini_error("OpenAIException - Connection error."), FailureClass.TRANSIENT),
+        ("mini-swe-agent", mini_error("OpenAIException - Missing credentials. Pass an `api_key`"), FailureClass.AUTH),
+        ("mini-swe-agent", mini_error("OpenAIException - The server had an error"), FailureClass.OVERLOADED),
     ],
 )
-def test_last_line_is_classified(use: str, stderr: str, failure: FailureClass | None) -> None:
+def test_last_line_is_classified(use: str, line: str, failure: FailureClass | None) -> None:
     """None: by the exit code, as a crash."""
-    adapter = _TYPES[use](_TYPES[use].Options.model_validate({}))
-    found = adapter.verdict(SessionEnd(1, None, 1_000_000.0, "", stderr))
+    found = get_verdict(_TYPES[use], {}, line)
     assert (found and found.failure) == failure
