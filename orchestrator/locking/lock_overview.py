@@ -17,7 +17,7 @@ import anyio.to_thread
 
 from orchestrator.domain.events.coordination import LockBroken
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.claims import MergeParticipant
+from orchestrator.domain.scheduling.claims import LeaseParticipant
 from orchestrator.domain.scheduling.path_ownership import PathOwnership, is_current
 from orchestrator.errors import RefusedError
 from orchestrator.locking.file_locks import FileLockRecord, FileLocks, list_file_locks
@@ -208,5 +208,5 @@ async def release_broken_locks(record: CommitRecord, files: FileLocks, sessions:
     return released
 
 
-def _process(party: MergeParticipant) -> str:
+def _process(party: LeaseParticipant) -> str:
     return f"{party.id} (process {party.pid} on {party.host})"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import anyio
 
-from orchestrator.domain.scheduling.claims import MergeLease, MergeParticipant, OwnerStatus
+from orchestrator.domain.scheduling.claims import MergeLease
 from orchestrator.errors import StoreUnavailable, VersionConflict
 from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.locking.ownership import ownership_scope
@@ -72,17 +72,21 @@ class MergeLeaseQueue:
         me, begin = self._others.me.id, self._clock.monotonic()
         while True:
             document, lease = await self._read()
-            is_free = lease.holder is None or await self._is_gone(lease.holder)
-            while lease.waiting and lease.waiting[0].id != me and await self._is_gone(lease.waiting[0]):
+            is_free = lease.holder is None or await self._others.is_gone(lease.holder)
+            while lease.waiting and lease.waiting[0].id != me and await self._others.is_gone(lease.waiting[0]):
                 lease = lease.model_copy(update={"waiting": lease.waiting[1:]})
             is_first = not lease.waiting or lease.waiting[0].id == me
             if is_free and is_first:
                 rest = tuple(waiter for waiter in lease.waiting if waiter.id != me)
-                taken = lease.model_copy(update={"epoch": lease.epoch + 1, "holder": self._party(), "waiting": rest})
+                taken = lease.model_copy(
+                    update={"epoch": lease.epoch + 1, "holder": self._others.participant(), "waiting": rest}
+                )
                 if await self._write(document, taken):
                     return Guard(self._key, taken.epoch)
             elif all(waiter.id != me for waiter in lease.waiting):
-                await self._write(document, lease.model_copy(update={"waiting": (*lease.waiting, self._party())}))
+                await self._write(
+                    document, lease.model_copy(update={"waiting": (*lease.waiting, self._others.participant())})
+                )
             else:
                 now, (first, last) = self._clock.monotonic(), _PAUSES
                 await self._clock.wait(anyio.Event(), now + min(max(first, (now - begin) / 10), last))
@@ -109,16 +113,6 @@ class MergeLeaseQueue:
             return
         async with lock:
             await self._leave()
-
-    def _party(self) -> MergeParticipant:
-        me = self._others.me
-        return MergeParticipant(id=me.id, host=me.host, pid=me.pid, run=self._others.run, since=self._clock.now())
-
-    async def _is_gone(self, party: MergeParticipant) -> bool:
-        return (
-            party.id == self._others.me.id
-            or await self._others.peers.read_liveness(party.id, party.run) is not OwnerStatus.ALIVE
-        )
 
     async def _read(self) -> tuple[Document | None, MergeLease]:
         document = await self._store.get(self._key)

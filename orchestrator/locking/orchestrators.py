@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from orchestrator.domain.scheduling.claims import (
     MIN_WATCHED_HEARTBEATS,
     ClaimCounters,
+    LeaseParticipant,
     OrchestratorIdentity,
     OrchestratorLease,
     OwnerStatus,
@@ -313,6 +314,16 @@ class RunMembership:
         if document is None or record is None or record.epoch != self.guard.epoch:
             raise self._error(record)
         return document.version
+
+    def participant(self) -> LeaseParticipant:
+        """Return this orchestrator as the holder of a lease, or as a waiter, from now on."""
+        return LeaseParticipant(
+            id=self.me.id, host=self.me.host, pid=self.me.pid, run=self.run, since=self._clock.now()
+        )
+
+    async def is_gone(self, party: LeaseParticipant) -> bool:
+        """Return whether a participant has lost its lease or position: it is not alive, or an earlier one of ours."""
+        return party.id == self.me.id or await self.peers.read_liveness(party.id, party.run) is not OwnerStatus.ALIVE
 
     async def find_fencing_error(self) -> OrchestratorFenced | None:
         """Return the error of a fenced orchestrator, or None if it is not fenced."""

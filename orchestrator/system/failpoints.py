@@ -55,8 +55,9 @@ FAILPOINTS: Final = frozenset(
         "slot.clean",  # all of them are reverted, but this is not recorded yet
         "landing.merged",  # the merge commit exists, but nothing refers to it
         "landing.checking",  # the store records that the merge is being checked
+        "check.leased",  # checks are leased to this process, and have not begun
         "check.ended",  # a check's processes have exited, its worktree still exists
-        "check.recorded",  # a passed check is recorded, its worktree still exists
+        "check.recorded",  # a passed check is recorded and its lease released, its worktree still exists
         "landing.joined",  # the merges of a batch are one merge, no intent is recorded
         "landing.checked",  # the merge has passed its checks, not recorded in the store
         "base.checked",  # the checks of the base have ended, not recorded in the store

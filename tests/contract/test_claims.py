@@ -40,7 +40,8 @@ class Line:
 
     def __init__(self, store: Store) -> None:
         self.faults: list[str] = []
-        self.get, self.list, self._store = store.get, store.list, store
+        self.get, self.list, self.position, self.watch = store.get, store.list, store.position, store.watch
+        self._store = store
 
     async def commit(self, commit: Commit) -> int:
         """See `Store.commit`."""

@@ -31,6 +31,7 @@ QUEUE_FAILPOINTS = {
     "work.recorded": 9,
     "landing.merged": 7,
     "landing.checking": 2,
+    "check.leased": 3,
     "check.ended": 3,
     "check.recorded": 3,
     "landing.checked": 3,

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator import Council, RefusedError
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.scheduling.claims import MergeLease, MergeParticipant
+from orchestrator.domain.scheduling.claims import LeaseParticipant, MergeLease
 from orchestrator.errors import LeaseLost
 from orchestrator.locking.file_locks import FileLocks
 from orchestrator.locking.lock_overview import release_broken_locks
@@ -154,7 +154,7 @@ async def test_holder_of_a_broken_merge_lease_is_rejected(repository: Repository
     async with opened(repository) as store:
         key = Key("lease", "merge/" + "0" * 16)
         holder = {"id": "o1", "host": "box", "pid": 4711, "run": "r", "since": time.time() - 9}
-        lease = MergeLease(epoch=1, holder=MergeParticipant(**holder), repository="shop", target="main")
+        lease = MergeLease(epoch=1, holder=LeaseParticipant(**holder), repository="shop", target="main")
         await store.commit(Commit([Write(key, 0, lease.model_dump(mode="json"))]))
         (lock,) = listed(repository)
         assert (owners(lock["holders"]), lock["epoch"]) == (["o1 (process 4711 on box)"], 1)

@@ -350,7 +350,10 @@ async def test_changed_user_file_invalidates_a_recorded_result(repository: Repos
     "failpoint",
     [
         "landing.joined",
-        *(pytest.param(one, marks=pytest.mark.extended) for one in ("landing.checking", "check.recorded")),
+        *(
+            pytest.param(one, marks=pytest.mark.extended)
+            for one in ("landing.checking", "check.leased", "check.recorded")
+        ),
         *(pytest.param(one, marks=pytest.mark.extended) for one in ("landing.checked", "landing.pushed")),
         *(pytest.param(one, marks=pytest.mark.extended) for one in ("landing.intended", "landing.recorded")),
     ],

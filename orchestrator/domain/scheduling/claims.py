@@ -94,8 +94,8 @@ class Claim(StoredDocument):
     """The reason for its release or takeover."""
 
 
-class MergeParticipant(StoredDocument):
-    """An orchestrator that holds the merge lease or waits for it.
+class LeaseParticipant(StoredDocument):
+    """An orchestrator that holds the merge lease or waits for it, or that runs a check.
 
     `since` is in wall-clock seconds.
     """
@@ -111,8 +111,8 @@ class MergeLease(StoredDocument):
     """The lease to land on a target: its holder, and the queue of waiters."""
 
     epoch: int = 0
-    holder: MergeParticipant | None = None
-    waiting: tuple[MergeParticipant, ...] = ()
+    holder: LeaseParticipant | None = None
+    waiting: tuple[LeaseParticipant, ...] = ()
     """In queue order."""
     repository: str
     target: str

@@ -1,8 +1,8 @@
 """Run checks once for each tree: results are cached, and equal checks in progress are joined.
 
-A passed check is recorded in the store, so that no task, run or machine repeats it. The key covers the tree, the
-command, the values of its variables, the setup, the sandbox, and the user's files in the worktree. Failures are kept in
-memory only, because their cause may be outside of the key: a missing program, for example.
+A passed check is recorded in the store, so that no task, run or machine repeats it, and leased while it runs. The key
+covers the tree, the command, the values of its variables, the setup, the sandbox, and the user's files in the worktree.
+Failures are kept in memory only, because their cause may be outside of the key: a missing program, for example.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import check_key, read_check
 from orchestrator.errors import VersionConflict
+from orchestrator.locking.check_leases import CheckLeases
 from orchestrator.protocols import Commit, Write
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.sessions.setup.checks import CHECKS_STOPPED, CheckResult, ChecksPassed, EndedCheck
@@ -92,6 +93,7 @@ class CheckRuns:
 
     def __init__(self, ledger: Ledger, context: RunContext, pool: SlotPool) -> None:
         self._ledger, self._context, self._pool = ledger, context, pool
+        self._leases = CheckLeases(ledger.writer.store, ledger.writer.clock, ledger.orchestrators)
         self._running: dict[CheckKey, _Running] = {}
         self._known: dict[CheckKey, CheckedTree] = {}
         """Results of checks that ran ahead of their turn: a success counts once, also if it is not recorded."""
@@ -213,18 +215,28 @@ class CheckRuns:
         checker = request.key.tree[-6:] if _has_failed(earlier) else request.checker
         try:
             with running.scope:
-                async with self._worktrees[request.task, request.attempt, checker], self._context.check_slots:
-                    running.checked = await self._run_missing(request, checker, earlier)
+                running.checked = await self._run_leased(request, checker, earlier)
         finally:
             del self._running[request.key]
             running.ended.set()
             self.when_ended()
         return running.checked
 
+    async def _run_leased(self, request: CheckRequest, checker: str, earlier: CheckedTree) -> CheckedTree:
+        """Run checks unless they are running elsewhere; wait for these, without a slot."""
+        key = request.key
+        while True:
+            async with self._worktrees[request.task, request.attempt, checker], self._context.check_slots:
+                recorded = await self._read_recorded(key, earlier)
+                unrecorded = [check.run for check in key.checks if check.cache and check.run not in recorded]
+                async with self._leases.hold([*map(key.record_id, dict.fromkeys(unrecorded))]) as running:
+                    if not running:
+                        return await self._run_missing(request, checker, earlier)
+            await self._leases.wait(running)
+
     async def _run_missing(self, request: CheckRequest, checker: str, earlier: CheckedTree) -> CheckedTree:
         checks, before = request.key.checks, {record.command: record for record in earlier.records}
-        # What passed just before a failure is not shown as a result of the cache.
-        records = {name: before.get(name, record) for name, record in (await self._read_recorded(request.key)).items()}
+        records = await self._read_recorded(request.key, earlier)  # again, as the leases are held now
         missing = [check for check in checks if check.run not in records]
         result: CheckResult = ChecksPassed()
 
@@ -246,13 +258,19 @@ class CheckRuns:
             result = await runner.run(request.commit, request.base, record)
         return CheckedTree(result, tuple(records[check.run] for check in checks if check.run in records))
 
-    async def _read_recorded(self, key: CheckKey) -> dict[str, CheckRecord]:
-        """Return the recorded successes by command."""
+    async def _read_recorded(self, key: CheckKey, earlier: CheckedTree = _STOPPED) -> dict[str, CheckRecord]:
+        """Return the recorded successes by command, without commands that failed earlier.
+
+        What passed just before a failure is not shown as a result of the cache.
+        """
         store, found = self._ledger.writer.store, {}
+        before = {record.command: record for record in earlier.records}
         for check in key.checks:
-            record = (await read_check(store, key.record_id(check.run)))[1] if check.cache else None
-            if record is not None:
-                found[check.run] = record.model_copy(update={"source": CheckSource.CACHE})
+            ended = before.get(check.run)
+            if check.cache and (ended is None or ended.outcome is not CheckOutcome.FAILED):
+                _, record = await read_check(store, key.record_id(check.run))
+                if record is not None:
+                    found[check.run] = ended or record.model_copy(update={"source": CheckSource.CACHE})
         return found
 
     def _describe(self, request: CheckRequest, ended: EndedCheck, earlier: CheckRecord | None) -> CheckRecord:
@@ -311,7 +329,7 @@ class CheckRuns:
         version, _ = await read_check(writer.store, digest)
         write = Write(check_key(digest), version, writer.sanitize(record.model_dump(mode="json")), MAX_CHECK_AGE)
         with suppress(VersionConflict):  # another process recorded the same result
-            await writer.store.commit(Commit([write], durable=False))
+            await writer.store.commit(Commit([write, *await self._leases.release_writes([digest])], durable=False))
 
 
 def _has_failed(checked: CheckedTree) -> bool:

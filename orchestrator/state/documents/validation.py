@@ -33,7 +33,7 @@ from orchestrator.domain.runs.model import (
     TaskDocument,
 )
 from orchestrator.domain.runs.statuses import UNSUCCESSFUL_STATUSES, TaskStatus
-from orchestrator.domain.scheduling.claims import Claim, MergeLease, OrchestratorLease
+from orchestrator.domain.scheduling.claims import Claim, LeaseParticipant, MergeLease, OrchestratorLease
 from orchestrator.domain.scheduling.landing_order import QueueWindow
 from orchestrator.domain.scheduling.path_ownership import PathOwnership
 from orchestrator.domain.sessions.contexts import SessionContext
@@ -125,6 +125,7 @@ _KINDS: Final[Mapping[str, Callable[[Key, bytes], object]]] = {
     "message": _model(UserMessage),
     "queue": _model(QueueWindow),
     "check": _model(CheckRecord),
+    "checking": _model(LeaseParticipant),
     "attachment": _model(Attachment),
     "ports": _model(PortsRecord),
 }
