@@ -131,7 +131,7 @@ async def _measure(scratch: Path, workload: Workload) -> list[BenchmarkRow]:
         rows = [start_row, share_row]
         if team.delays:
             longest = percentile(team.delays, 0.95)
-            delay = f"{what}: delay of 95 % of {len(team.delays)} predictions"
+            delay = f"{what}: delay of 95% of {len(team.delays)} predictions"
             rows.append(BenchmarkRow(delay, longest, "s", limit=DELAY_LIMIT))
         await _call_each(_delete, slots)
         return rows

@@ -56,7 +56,7 @@ TASKS = [
         "id": "search",
         "needs": ["models"],
         "prompt": "write src/search.py def search(query):\nprint The index is next\npause 1.2\n"
-        "discard src/legacy_search.py\nprint src/legacy_search.py is not used any more, so I remove it\npause 1.8",
+        "discard src/legacy_search.py\nprint src/legacy_search.py is no longer used, so I remove it\npause 1.8",
     },
     {
         "id": "forms",

@@ -319,7 +319,8 @@ def _register(plugin: PluginInfo, kind: str, registry: dict[str, Any]) -> Callab
         missing = [one for one in names if not hasattr(registered, one)]
         if missing:
             names = ", ".join(missing)
-            raise PluginError(plugin.name, f"{name!r} has no {names}: it was made for another version of the contract")
+            reason = f"{name!r} has no {names}: it was written for another version of the contract"
+            raise PluginError(plugin.name, reason)
         options = getattr(registered, "Options", None)
         if "Options" in names and not (isinstance(options, type) and issubclass(options, BaseModel)):
             raise PluginError(plugin.name, f"the Options of {name!r} are not a pydantic model")

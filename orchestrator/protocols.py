@@ -558,7 +558,7 @@ class Capability(StrEnum):
     POST_TOOL = "post_tool"
     #: Runs a command when the agent is about to end, which may make it continue (`SessionRequest.stop_gate`).
     STOP_GATE = "stop_gate"
-    ATTACH = "attach"  #: opens an earlier conversation on a terminal (`SessionRequest.interactive`); needs RESUME
+    ATTACH = "attach"  #: opens an earlier conversation in a terminal (`SessionRequest.interactive`); needs RESUME
 
 
 @dataclass(frozen=True, slots=True)
@@ -593,7 +593,7 @@ class SessionRequest:
     home: Path
     resume: str | None = None
     interactive: bool = False
-    """Whether to open the conversation `resume` for a user, on a terminal, instead of sending the prompt."""
+    """Whether to open the conversation `resume` for a user, in a terminal, instead of sending the prompt."""
     read_only: bool = False
     instructions: str | None = None
     """Instructions in addition to the prompt, for the program's system prompt."""

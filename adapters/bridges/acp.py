@@ -382,7 +382,7 @@ async def _conclude(
 
 
 async def _stop_on_signal(agent: Any, client: _Client, scope: anyio.CancelScope) -> None:
-    """Cancel the agent's turn after a signal, so that it ends its tools and reports its usage."""
+    """Cancel the agent's turn after a signal, so that it stops its tools and reports its usage."""
     with anyio.open_signal_receiver(*_STOPS) as signals:
         async for number in signals:
             client.stopped_by = number

@@ -44,7 +44,7 @@ def _is_index(name: str, length: int) -> bool:
 def _check(path: str) -> str:
     for part in _PLUS.split(path):
         if not _PATH.fullmatch(part):
-            remedy = "separate names by dots, as in usage.input_tokens, and two paths by ' + '"
+            remedy = "separate names with dots, as in usage.input_tokens, and two paths with ' + '"
             raise ValueError(f"{part[:_LONGEST_SHOWN]!r} is not a path into a line of JSON: {remedy}")
         if part.startswith("$"):
             raise ValueError(f"{part[:_LONGEST_SHOWN]!r} begins with '$': begin with a key of the line")

@@ -117,7 +117,7 @@ class CommandOptions(AdapterOptions):
     resume: _Resume | None = None
     """Arguments, with {session}, that resume an earlier conversation."""
     attach: _Resume | None = None
-    """Arguments, with {session}, that open an earlier conversation on a terminal, instead of those in `argv`."""
+    """Arguments, with {session}, that open an earlier conversation in a terminal, instead of those in `argv`."""
     read_only: _Arguments | None = None
     """Arguments of a read-only session."""
     read_write: _Arguments | None = None
@@ -139,7 +139,7 @@ class CommandOptions(AdapterOptions):
     scratch: Annotated[tuple[Annotated[str, AfterValidator(_check_pattern)], ...], Field(strict=False)] = ()
     """Patterns (gitignore) of the program's own new files in the worktree, which are not part of its work."""
     interrupt: bool = False
-    """Whether to stop it by SIGINT first, because it then ends its tools and reports its usage."""
+    """Whether to stop it by SIGINT first, because it then stops its tools and reports its usage."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -45,7 +45,7 @@ class RunIndex:
             raise RefusedError(message, "start a new run; landed commits stay on their targets")
         if not runs:
             raise RefusedError("there is no run in this project", "start one with `council run`")
-        if len(runs) == 1:  # reading a run of thousands of tasks takes long
+        if len(runs) == 1:  # reading a run of thousands of tasks is slow
             return runs[0].key.id
         return max([one for one in runs if one.value.get("merges") is None] or runs, key=start_key).key.id
 
@@ -79,7 +79,7 @@ class RunIndex:
         # An attempt that was still active may have created its own folder again, but nothing else.
         if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
             remedy = "move it away and start a new run" if hub.root.exists() else "start a new run"
-            raise RefusedError(f"the repositories of run {run.id} are gone from {hub.root}", remedy)
+            raise RefusedError(f"the repositories of run {run.id} are missing from {hub.root}", remedy)
         await anyio.to_thread.run_sync(create_folders, hub.root)
         return hub
 
@@ -97,7 +97,7 @@ class RunIndex:
         return bool(await self.active_processes(document))
 
     async def active_processes(self, run: RunDocument) -> list[OrchestratorLease]:
-        """Return the processes that are active in a run, by the time when they joined.
+        """Return the processes that are active in a run, sorted by join time.
 
         Raises RefusedError if its repositories are missing.
         """

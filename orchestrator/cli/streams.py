@@ -56,4 +56,4 @@ def is_reader_gone(error: OSError) -> bool:
 
 def write_error_message(error: OSError) -> str:
     """Return the message for incomplete output."""
-    return f"standard output can't be written: {error.strerror}"
+    return f"can't write to standard output: {error.strerror}"

@@ -41,7 +41,7 @@ _GONE_REMEDY = "continue without it: changes are checked when they land"
 
 
 class SessionRequestError(Exception):
-    """A failed request: `message` happened, and the `remedy`.
+    """A failed request, with a message and a remedy.
 
     `is_refused` means that the orchestrator rejected the request; otherwise it could not be reached.
     """

@@ -38,7 +38,7 @@ VARIABLE_MARK: Final = "$"
 
 
 def account_secrets(configs: Iterable[AdapterConfig], environ: Mapping[str, str]) -> frozenset[str]:
-    """Return the secrets that sessions get from the user's variables, whatever these are called."""
+    """Return the secrets that sessions get from the user's variables, regardless of their names."""
     accounts = (variables for config in configs for variables in config.accounts.values())
     return frozenset[str]().union(
         *(

@@ -1,4 +1,4 @@
-"""Reserve a task for a user, who attaches to its conversation on a terminal."""
+"""Reserve a task for a user who attaches to its conversation from a terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POLL_INTERVAL: Final = 0.1
 
 
 class AttachedTask(NamedTuple):
-    """A task whose conversation a user has on a terminal."""
+    """A task to whose conversation a user is attached."""
 
     task: str
     terminal: UserTerminal
@@ -41,7 +41,7 @@ def find_conversation(run: str, task: str, document: TaskDocument) -> Attempt:
         elif status is TaskStatus.AWAITING_APPROVAL:
             remedy = f"`council approve {option}` or `council reject {option}`, then attach to it"
         elif not status.record.is_final:
-            remedy = "its work lands now; if that fails, retry it, then attach to it"
+            remedy = "its work is landing; if that fails, retry it, then attach to it"
         raise RefusedError(message, remedy)
     attempt = document.attempt if status is TaskStatus.RUNNING else document.last_conversation
     if attempt is None:
@@ -53,7 +53,7 @@ def check_attachable(run: str, task: str, document: TaskDocument, adapters: Mapp
     """Raise RefusedError if a user can't attach to the conversation of a task."""
     attempt = find_conversation(run, task, document)
     if Capability.ATTACH not in adapters[attempt.adapter].capabilities():
-        message = f"adapter {attempt.adapter!r} can't open a conversation on a terminal"
+        message = f"adapter {attempt.adapter!r} can't open a conversation in a terminal"
         option = f"{shlex.quote(task)} --run {run}"
         remedy = f"send a message: `council tell {option} MESSAGE`; or use an adapter with `attach` for the task"
         raise RefusedError(message, remedy)

@@ -1,4 +1,4 @@
-"""Run a short program, such as git on an agent's files, with minimal rights.
+"""Run a short program, such as git on an agent's files, with minimal permissions.
 
 The program can read and execute itself and the system libraries, and access the given paths. It has no home, network,
 capabilities or other programs, so filters, hooks and monitors in a hostile configuration can't start.
@@ -6,7 +6,7 @@ capabilities or other programs, so filters, hooks and monitors in a hostile conf
 Landlock is preferred because it takes a fraction of a millisecond: the thread that starts the program is restricted,
 and the program inherits the restrictions (landlock(7): a domain belongs to a thread, as do capabilities and seccomp
 filters). If the kernel lacks Landlock, bubblewrap mounts the same view. If neither works, sessions are not sandboxed
-either (`sandbox: off`), and the program runs with the rights of the user.
+either (`sandbox: off`), and the program runs with the permissions of the user.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ class _Queue:
         return waiter.fd
 
     def abandon(self, waiter: _Waiter) -> None:
-        """Release a lock that no task is requesting anymore."""
+        """Release a lock that tasks no longer request."""
         os.close(waiter.fd)
         self._waiter = None
 

@@ -1,4 +1,4 @@
-"""A user attaches to the conversation of a real CLI on a terminal."""
+"""A user attaches to the conversation of a real CLI from a terminal."""
 
 from __future__ import annotations
 

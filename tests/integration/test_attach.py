@@ -1,4 +1,4 @@
-"""A user attaches to the conversation of a task on a terminal (`council attach`)."""
+"""A user attaches to the conversation of a task from a terminal (`council attach`)."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def say(terminal: Terminal, line: str) -> None:
 async def test_user_finishes_the_work_of_a_running_session(
     claude: Repository, attach: Callable[..., Terminal], sandbox: str
 ) -> None:
-    """It is stopped; the user has its conversation in its worktree and sandbox, and the work lands."""
+    """It is stopped; the user continues its conversation in its worktree and sandbox, and the work lands."""
     with waiting_session(claude, "", sandbox=sandbox) as child:
         terminal = attach()
         say(terminal, "write second.txt 2")
@@ -310,7 +310,7 @@ def test_adapter_without_a_conversation_on_a_terminal_is_refused(repository: Rep
         wait_for(lambda: list((repository.top / ".council/logs").glob("*/one.1.stdout")), 60)
         terminal = Terminal(["attach", "one"], repository.top, repository.environ, columns=250)
         assert terminal.wait() == 2
-        assert "can't open a conversation on a terminal" in terminal.text
+        assert "can't open a conversation in a terminal" in terminal.text
         assert "council tell one" in terminal.text
         terminal.close()
         go.touch()

@@ -160,7 +160,7 @@ async def test_unusual_names_are_merged(fixture: HubFixture) -> None:
 
 
 async def test_no_link_leads_out_of_the_checkout(fixture: HubFixture, tmp_path: Path) -> None:
-    """A folder that an agent replaced by a link has no files, and pipes block nothing."""
+    """A folder that an agent replaced with a link has no files, and pipes block nothing."""
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "b.txt").write_text("secret\n")

@@ -173,7 +173,7 @@ IMPOSSIBLE: Mapping[str, Any] = {
     "bytes": {"annotations": {"x": b"x"}},
     "a name that is a number": {"annotations": {1: 2}},
     "a field that is a number": {1: 2},
-    "half a surrogate pair": {"annotations": {"x": "\ud800"}},
+    "an unpaired surrogate": {"annotations": {"x": "\ud800"}},
     "itself": {"annotations": ROUND},
     "more than fits": {"annotations": {"x": "x" * (5 << 20)}},
 }

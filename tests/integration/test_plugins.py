@@ -35,7 +35,7 @@ _BROKEN = {
     "twice": (ADAPTER + REGISTERS.format(kind="adapters", name="a", type="Echo") + '    register("a", Echo)', "twice"),
     "outdated": (
         ADAPTER + "\ndel Echo.parse\n" + REGISTERS.format(kind="adapters", name="old", type="Echo"),
-        "'old' has no parse: it was made for another version of the contract",
+        "'old' has no parse: it was written for another version of the contract",
     ),
     "optionless": (
         ADAPTER + "\nEcho.Options = dict\n" + REGISTERS.format(kind="adapters", name="loose", type="Echo"),

@@ -70,7 +70,7 @@ def own(agent: Agent, worktree: Worktree) -> list[Path]:
 
 
 def replaced(agent: Agent, worktree: Worktree) -> list[Path]:
-    """Replace the file `.git` by a repository."""
+    """Replace the file `.git` with a repository."""
     (agent.tree / ".git").unlink()
     agent.repository(agent.tree)
     agent.arm(agent.tree / ".git")
@@ -97,7 +97,7 @@ def by_file(agent: Agent, worktree: Worktree) -> list[Path]:
 
 
 def by_link(agent: Agent, worktree: Worktree) -> list[Path]:
-    """Replace `.git` by a link to a repository with another name."""
+    """Replace `.git` with a link to a repository with another name."""
     real = agent.repository(agent.tree / "real")
     agent.arm(real / ".git")
     (real / ".git").rename(agent.tree / "real/data")

@@ -252,7 +252,7 @@ async def test_missing_source_has_a_remedy(workspace: Workspace) -> None:
 
 
 async def test_link_in_the_path_of_the_source_is_rejected(workspace: Workspace, tmp_path: Path) -> None:
-    """A landing may have replaced a folder by a link to anywhere; a named link itself is the user's choice."""
+    """A landing may have replaced a folder with a link to anywhere; a named link itself is the user's choice."""
     top, elsewhere = workspace.provisions.checkout, tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "local.yaml").write_text("of somebody\n")

@@ -167,11 +167,11 @@ def gated_run(repository: Repository, kind: str) -> Iterator[tuple[Any, StartedC
 @pytest.mark.parametrize(
     ("kind", "fault", "what"),
     [
-        pytest.param("postgres", all_connections_used, "maximum of connections: end other", id="max_connections"),
+        pytest.param("postgres", all_connections_used, "maximum of connections: close other", id="max_connections"),
         pytest.param("postgres", statement("ALTER ROLE {user} CONNECTION LIMIT 0"), "for role", id="role limit"),
         pytest.param("postgres", statement("ALTER ROLE {user} NOLOGIN"), "not permitted to log in", id="no login"),
         pytest.param("postgres", statement(f"REVOKE {TABLES} FROM {{user}}"), "denied for table", id="tables"),
-        pytest.param("redis", all_clients_connected, "maximum of connections: end other", id="maxclients"),
+        pytest.param("redis", all_clients_connected, "maximum of connections: close other", id="maxclients"),
         pytest.param("redis", redis_command("ACL", "SETUSER", USER, "-xadd"), "lacks a privilege", id="command"),
         pytest.param("redis", redis_command("ACL", "SETUSER", USER, "off"), "user is disabled", id="disabled user"),
     ],

@@ -228,7 +228,7 @@ async def test_store_can_be_read_from_any_folder(project: Repository, tmp_path: 
     council = Repository(tmp_path / "off", project.environ, project.spawns).council
     assert council("state", "log", "--state", own).stdout == project.council("state", "log").stdout
     assert f"{RUN}  interrupted" in council("runs", "--state", own).stdout  # although its repositories are gone
-    for words, why in ((["state", "views"], "there is no run in"), (["resume"], "are gone from")):
+    for words, why in ((["state", "views"], "there is no run in"), (["resume"], "are missing from")):
         refused = council(*words, "--state", own)
         assert (refused.code, why in refused.stderr) == (2, True), refused
     assert not any((tmp_path / "off").iterdir())

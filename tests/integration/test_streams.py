@@ -50,7 +50,7 @@ def test_incomplete_output_is_reported(repository: Repository, command: str, cod
     """Output truncated by a full disk does not count as complete."""
     repository.configure([{"id": "one", "prompt": "write one.txt 1"}]).rename(repository.top / "council.yaml")
     ended = through_shell(repository, f"{command} >/dev/full")
-    assert ended == CommandResult(code, "", f"council: standard output can't be written: {os.strerror(errno.ENOSPC)}\n")
+    assert ended == CommandResult(code, "", f"council: can't write to standard output: {os.strerror(errno.ENOSPC)}\n")
 
 
 def test_terminal_without_unicode_works(repository: Repository) -> None:

@@ -99,7 +99,7 @@ def linked(repository: Repository, tmp_path: Path) -> str:
 
 
 def through_tracked_link(repository: Repository, tmp_path: Path) -> str:
-    """The folder is outside, but its path contains a tracked link, which a landing can replace by a folder."""
+    """The folder is outside, but its path contains a tracked link, which a landing can replace with a folder."""
     (tmp_path / "outside").mkdir()
     (repository.top / ".githooks").symlink_to(tmp_path / "outside")
     repository.git("add", ".githooks")

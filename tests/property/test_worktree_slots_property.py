@@ -93,7 +93,7 @@ def _map(top: Path, path: str, _: str) -> None:
 
 
 def _copy_folder(top: Path, path: str, _: str) -> None:
-    """Replace a folder by a copy with the same name."""
+    """Replace a folder with a copy of the same name."""
     if not path:
         return
     shutil.copytree(top / path, top / "copied", symlinks=True)
@@ -135,7 +135,7 @@ def _link_out(top: Path, path: str, _: str) -> None:
 
 
 def _link_in(top: Path, path: str, _: str) -> None:
-    """Replace a file by one from outside."""
+    """Replace a file with one from outside."""
     outside = top.parent / "tmp" / f"outside-{len(list((top.parent / 'tmp').iterdir()))}"
     outside.write_text("outside\n")
     (top / path).unlink(missing_ok=True)
@@ -232,7 +232,7 @@ def _lose_git(top: Path, _: str, __: str) -> None:
 
 
 def _own_git(top: Path, _: str, __: str) -> None:
-    """Replace the `.git` file by a repository."""
+    """Replace the `.git` file with a repository."""
     _remove(top, ".git", "")
     subprocess.run(["git", "init", "-q", str(top)], check=True, capture_output=True)
 

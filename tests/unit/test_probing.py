@@ -286,7 +286,7 @@ async def test_endless_output_is_stopped(program: MakeProgram, environ: dict[str
     program("angry", "exec yes >&2")
     adapters = {name: ProgramAdapter(Program(name, version=("-V",))) for name in ("loud", "angry")}
     found = await probe_adapters(adapters, environ)
-    assert {one.programs[0].error for one in found.values()} == {"its output is endless"}
+    assert {one.programs[0].error for one in found.values()} == {"it prints too much output"}
 
 
 async def test_child_processes_are_killed(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class RunExecutor:
             )
 
     async def attach(self, run: str, task: str, terminal: UserTerminal) -> RunReport:
-        """Let a user have a task's conversation on a terminal; see `Runs.attach`."""
+        """Open a task's conversation in a user's terminal; see `Runs.attach`."""
         context = self._context
         document = await read_run(context.store, run)
         document.check_not_imported()
@@ -318,7 +318,7 @@ def _max_sessions(wanted: int, run: RunDocument) -> int:
 
 @asynccontextmanager
 async def _raise_if_fenced(ledger: Ledger) -> AsyncIterator[None]:
-    """Replace an error of the body by OrchestratorFenced if the run removed us."""
+    """Replace an error of the body with OrchestratorFenced if the run removed us."""
     try:
         yield
     except Exception as error:  # any error may be a consequence of the takeover

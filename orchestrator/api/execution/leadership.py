@@ -165,5 +165,5 @@ def run_active_error(run: str, held: LockHeld, *, or_else: str = "") -> RefusedE
     wait = f"wait until it ends (`council watch {run}` shows it)"
     remedy = ", or ".join(filter(None, (wait, stop, or_else)))
     if not held.owner_lives:
-        remedy = f"end its leftover processes: `fuser {held.path}` lists them"
+        remedy = f"kill its leftover processes: `fuser {held.path}` lists them"
     return RefusedError(f"run {run} is active in {held.holder}", remedy)

@@ -55,7 +55,7 @@ class ActivityObserver(Protocol):
     def on_transcript(self, session: ObservedSession, transcript: Transcript) -> None:
         """Receive the transcript of a session.
 
-        After much output between two reads, only of its last 64 KiB.
+        If there was a lot of output between two reads, it covers only the last 64 KiB.
         """
 
     def on_changes(self, session: ObservedSession, changes: Changes) -> None:

@@ -133,7 +133,7 @@ async def find_landing_times(
 
 
 def mark_interrupted(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
-    """Return the tasks of an inactive run, with unended sessions interrupted. Blocks."""
+    """Return the tasks of an inactive run, with unfinished sessions as interrupted. Blocks."""
 
     def end(task: str, one: Attempt) -> Attempt:
         if one.ended is not None:

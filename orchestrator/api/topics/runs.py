@@ -156,7 +156,7 @@ class Runs(RunIndex):
         return await (await self._executor()).work(run, capacity, coordination)
 
     async def attach(self, task: str, terminal: UserTerminal, *, run: str | None = None) -> RunReport:
-        """Open the conversation of a task on a terminal, in its worktree and sandbox; return the report.
+        """Open the conversation of a task in a terminal, in its worktree and sandbox; return the report.
 
         A running session of the task is stopped first, and no other one starts. When the user leaves the conversation,
         the work lands if `terminal.is_complete()`; otherwise the next session continues the work and the conversation.

@@ -58,7 +58,7 @@ class State(Topic):
         expected_version: int | None = None,
         ttl: float | None = None,
     ) -> Document | None:
-        """Replace a document's value by `change(value)`, and return the new document.
+        """Replace a document's value with `change(value)`, and return the new document.
 
         `change` gets a copy of the value (None: no document), and returns None to delete it; `update` then also returns
         None. If another process commits first, `change` is called again with the newer value, at most five times in

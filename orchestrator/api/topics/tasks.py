@@ -97,7 +97,7 @@ class Tasks(Topic):
         return await self._request_named(run, RequestAction.RELEASE, tasks)
 
     async def bump(self, *tasks: str, run: str | None = None) -> RunReport:
-        """Move tasks to the front of the merge queue, now or once they are built; the first one is first."""
+        """Move tasks to the front of the merge queue, now or once they are built, in the given order."""
         return await self._request_named(run, RequestAction.BUMP, tuple(reversed(tasks)))
 
     async def file_changes(self, run: str | None = None) -> FileChanges:

@@ -181,7 +181,7 @@ async def open_council(
     """Open the council of a run or a folder, by default of the current folder.
 
     Without `source`, an explicit store must exist, so that a mistyped name is noticed; only commands that wait for a
-    server may be earlier than the first run.
+    server may run before the first run.
     """
     url = explicit_store_url() if source is None else ""
     if url:

@@ -139,9 +139,9 @@ def _describe(error: BaseException, write_log: Callable[[], Path | None], resume
 
 
 def name_failed_file(error: BaseException) -> None:
-    """Add to the error of a read or a write its file, if the frames that it has passed have it.
+    """Add the file name to an error of a read or write, if its traceback contains the file.
 
-    Unlike the error of an `open`, it names none: the innermost frame that has an open file or a path is where it began.
+    Unlike an error of `open`, such an error names no file: the innermost frame with an open file or a path raised it.
     """
     if not isinstance(error, OSError) or error.errno is None or error.filename is not None:
         return

@@ -196,7 +196,7 @@ def _next(report: RunReport) -> Iterator[_Entry]:
 
 
 def _halt(halted: HaltReason, room: int, more: str) -> list[str]:
-    """Return the reason of a halt in at most `room` lines.
+    """Return the reason for a halt in at most `room` lines.
 
     The output is shortened first; the path of the log is always kept. A remedy that does not fit is replaced by `more`.
     """

@@ -132,7 +132,7 @@ async def _read_resource(context: _Context, params: ReadResourceRequestParams) -
 
 
 def _parse_uri(uri: str) -> tuple[str, JsonObject]:
-    """Return the tool and the arguments of a resource; the URI itself if it is none."""
+    """Return the tool and the arguments of a resource; the URI itself if it is not one."""
     for kind in TOOLS.values():
         pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", kind.uri or "")
         if pattern and (match := re.fullmatch(pattern, uri)):

@@ -1,6 +1,6 @@
 """The tools of the steering server: each is a model of its arguments that performs a call.
 
-They use the Python API. Those with a `uri` read only, and are resources, too.
+They use the Python API. Those with a `uri` are read-only, and are also available as resources.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class TypedEvent:
     """
 
     type: ClassVar[str]
-    """Its name, as `run.created`."""
+    """Its name, such as `run.created`."""
     sentence: ClassVar[str]
     """The text that users read: a template with the names of fields and properties."""
     sentence_without: ClassVar[tuple[str, str] | None] = None

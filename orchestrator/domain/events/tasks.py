@@ -20,7 +20,7 @@ class TaskStarted(TaskEvent):
     phase: str = ""
     """The phase, if the task has a workflow."""
     reason: str = ""
-    """The reason for a start from scratch or for a new conversation, or that a user is attached."""
+    """The reason why the session starts from scratch or in a new conversation, or that a user is attached."""
 
 
 class TaskRetrying(AttemptEvent):
@@ -162,14 +162,14 @@ class TaskMessageWithdrawn(TaskEvent):
 
 
 class TaskAttached(TaskEvent):
-    """A user wants the conversation of the task on a terminal: its session stops, and no other one starts."""
+    """A user attaches to the conversation of the task: its session stops, and no other session starts."""
 
     type = "task.attached"
     sentence = "a user attaches to its conversation"
 
 
 class TaskDetached(TaskEvent):
-    """A user no longer has the conversation of the task on a terminal, and the task continues."""
+    """The user has left the conversation of the task, and the task continues."""
 
     type = "task.detached"
     sentence = "the user has left its conversation"

@@ -25,7 +25,7 @@ class CheckOutcome(StrEnum):
 
 
 class CheckSource(StrEnum):
-    """Where a task has the result of a check from."""
+    """The source of a task's check result."""
 
     RUN = "run"  #: it ran for the task
     JOINED = "joined"  #: it ran for another task of the run, at the same time or in the same batch

@@ -151,7 +151,7 @@ def is_unchanged(earlier: Leftover, now: Leftover) -> bool:
 
 
 def is_stale_file(modified: float, now: float) -> bool:
-    """Return True if a temporary file is so old that no process uses it any more.
+    """Return True if a temporary file is too old to be in use.
 
     Times are wall-clock seconds.
     """

@@ -77,11 +77,11 @@ class Attempt(StoredDocument):
     resumed: bool = False
     """Whether it continued the conversation of an earlier attempt."""
     attached: bool = False
-    """Whether a user had its conversation on a terminal."""
+    """Whether a user was attached to its conversation."""
     phase: str | None = None
     """Its phase of the workflow; None: the task has no workflow."""
     restart_reason: str = ""
-    """The reason for a start from scratch, although there was work to fix."""
+    """The reason why it started from scratch although there was work to fix."""
     discarded: tuple[str, ...] = ()
     """The first paths whose changes were discarded, because it was not allowed to change files."""
     denied_tools: ToolDenials = ToolDenials()
@@ -280,7 +280,7 @@ def apply_trigger(subject: str, task: TaskDocument, trigger: Trigger, **changes:
 
 
 class Attachment(StoredDocument):
-    """A task whose conversation a user has, or wants, on a terminal: only the process `orchestrator` may run it."""
+    """A task to whose conversation a user attaches, or is attached: only the process `orchestrator` may run it."""
 
     orchestrator: str
     since: Instant
@@ -325,7 +325,7 @@ class RunDocument(ResolvedSettings):
     tasks: tuple[str, ...]
     """Task ids in file order."""
     start: str
-    """The commit of the target (or of the base, without a target); landings are searched after this commit."""
+    """The commit of the target (or of the base, without a target); only later commits can be landings."""
     has_target: bool = False
     """Whether the target existed when the run was created; if so, no landing creates it."""
     hub: str

@@ -53,7 +53,7 @@ class ClaimCounters(StoredDocument):
     takeovers: int = Field(default=0, description="Tasks taken over from a dead orchestrator, or by override.")
     retries: int = Field(default=0, description="Claims that were not the first of their task.")
     sweeps: int = Field(default=0, description="Searches for dead orchestrators.")
-    refused: int = Field(default=0, description="Own writes rejected after a takeover.")
+    refused: int = Field(default=0, description="Writes of this process that were rejected after a takeover.")
 
     def plus(self, **more: int) -> ClaimCounters:
         """Return the counters plus `more`, by name."""

@@ -98,7 +98,7 @@ class DependencyGraph:
         return dependents
 
     def unbuild(self, task: str) -> Iterable[str]:
-        """Record that a task has no built work any more; return the dependents that miss it."""
+        """Record that a task no longer has built work; return the dependents that lack it."""
         if task not in self._built:
             return ()
         self._built.discard(task)

@@ -55,7 +55,7 @@ def order_landings(candidates: Iterable[LandingCandidate], bumped: Sequence[str]
 
 
 def describe_hold(reason: str, task: str) -> str:
-    """Return why a held task does not land, given the reason of the user, or an empty one."""
+    """Return why a held task does not land, given the user's reason, which may be empty."""
     return f"held by a user{f': {reason}' if reason else ''}; `council queue release {task}` lets it land"
 
 
@@ -192,7 +192,7 @@ def _describe_wait(task: str, facts: QueueFacts, check: WindowEntry | None, befo
     if check is not None and check.state == "passed":
         return f"its checks passed; it waits for {first or 'its turn'}"
     if check is not None or document.status is TaskStatus.CHECKING:
-        return f"its checks run{f'; it waits for {first}' if first else ''}"
+        return f"its checks are running{f'; it waits for {first}' if first else ''}"
     if document.reason is not None:
         return document.reason
     return f"it waits for {first}" if first else "it is next"

@@ -78,4 +78,4 @@ def describe_stack_wait(task: str, need: str, tasks: Mapping[str, TaskDocument])
         return f"it is built on the work of {need}, which has changed: it is rebased, and lands after {need}"
     if tasks[need].status in LANDING_STATUSES | SUCCESS_STATUSES:
         return f"it is built on the work of {need}, which has not landed yet"
-    return f"it is built on the work of {need}, which is built again: it lands after {need}"
+    return f"it is built on the work of {need}, which is being built again: it lands after {need}"

@@ -187,7 +187,7 @@ def _characters_meet(a: _Characters, b: _Characters) -> bool:
 
 
 def _meet(left: Sequence[object], right: Sequence[object], meet: Callable[[Any, Any], bool]) -> bool:
-    """Return whether two sequences can match the same; None matches any number."""
+    """Return whether two sequences can match the same path; None matches any number of segments."""
     rows = len(right)
     below = [all(one is None for one in right[at:]) for at in range(rows + 1)]
     for a in reversed(left):

@@ -278,7 +278,7 @@ class McpServerSettings(Settings):
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["command"]}, {"required": ["url"]}]})
 
     command: Annotated[tuple[NotEmpty, ...], Field(strict=False, min_length=1)] | None = None
-    """The program and its arguments, which uses standard input and output; or use `url`."""
+    """The program, which uses standard input and output, and its arguments; or use `url`."""
     env: EnvNames = ()
     """Names of environment variables that it gets; the session gets them too."""
     url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
@@ -323,8 +323,8 @@ class MergeSettings(Settings):
     """The merge queue."""
 
     batch: Annotated[int, Field(ge=1, le=64)] = 1
-    """The largest number of tasks with equal checks that are checked as one merge. If a check fails, the task that
-    causes it is searched, and only that task is sent back."""
+    """The largest number of tasks with equal checks that are checked as one merge. If a check fails, the task
+    that causes the failure is located, and only that task is sent back."""
     wait: OptionalDuration = None
     """How long to wait for a full batch while sessions are running; `off` lands what is ready."""
     window: Annotated[int, Field(ge=1, le=64)] = 4
@@ -476,7 +476,7 @@ class AdapterSettings(Settings):
     keep_ignored: KeptPaths = ()
     """Ignored files and folders to preserve for the adapter's next session, in addition to `worktrees.keep_ignored`."""
     accounts: dict[Name, dict[EnvName, AccountValue]] = Field(default_factory=dict)
-    """Accounts by name, each with variables: `$NAME`, which takes the value of yours, or a folder."""
+    """Accounts by name, each with variables, whose value is a folder, or `$NAME` for that of your variable."""
 
     @property
     def access(self) -> PathAccess:

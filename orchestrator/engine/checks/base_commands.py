@@ -70,7 +70,7 @@ class BaseCommands:
         """Return the commands that cannot run on a commit.
 
         Commands whose program a task may add (`may_be_added`) are omitted. Only checks with a missing program are run,
-        because other checks may take long.
+        because other checks may be slow.
         """
         failures = []
         for command in commands:

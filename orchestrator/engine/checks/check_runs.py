@@ -81,7 +81,7 @@ class _Running:
     task: str
     checked: CheckedTree = _STOPPED
     stopped_for: Container[str] = ()
-    """The tasks that need no result any more."""
+    """The tasks that no longer need a result."""
     waiters: int = 0
     """How many callers need the result."""
     ended: anyio.Event = field(default_factory=anyio.Event)

@@ -327,7 +327,7 @@ def _describe_failure(answer: CompletedCommand | str | None) -> str | None:
     if answer.returncode == 0:
         return "version unknown"
     if len(answer.stdout) + len(answer.stderr) >= _MAX_OUTPUT:
-        return "its output is endless"
+        return "it prints too much output"
     how = f"exit code {answer.returncode}" if answer.returncode > 0 else f"signal {-answer.returncode}"
     words = _last_line(answer.stderr) or _last_line(answer.stdout)
     return f"failed with {how}: {words}" if words else f"failed with {how}"

@@ -38,7 +38,7 @@ class LogGrowth:
 class SilentSession:
     """A running session, and the seconds since its last output.
 
-    If `limit` is None, it is unlimited.
+    If `limit` is None, there is no limit.
     """
 
     run: str

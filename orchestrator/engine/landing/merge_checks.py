@@ -130,7 +130,7 @@ class MergeChecks:
     ) -> CheckedMerges:
         """Check consecutive merges, whose tasks have the same checks; `whole` is the request for the last one.
 
-        If the last merge fails them, `search` is called, and the first merge that fails is searched: its task and later
+        If the last merge fails them, `search` is called, and the first failing merge is located: its task and later
         ones are queued again. The failure of a single merge is recorded as its outcome.
         """
         tasks = list(merges)

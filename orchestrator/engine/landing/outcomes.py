@@ -180,7 +180,7 @@ class LandingOutcomes:
         changes |= restart_task(workflow, document)
         due = await self._unreceived_messages(task)
         while due:
-            # Written again, so that `council tell` can't withdraw them any more.
+            # Written again, so that `council tell` can no longer withdraw them.
             writes = [message_write(run, task, message) for message in due]
             update = TaskUpdate(Trigger.CONTINUE_WORK, TaskContinued(), changes, writes)
             try:

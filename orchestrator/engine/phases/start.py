@@ -42,7 +42,7 @@ from orchestrator.engine.state.tasks import handoff_write
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.system.clock import Clock
 
-#: The maximum number of conflicting paths in the reason of a restart.
+#: The maximum number of conflicting paths in the reason for a restart.
 _MAX_NAMED_PATHS: Final = 10
 #: The template of a phase without its own.
 _DEFAULT_TEMPLATE: Final = "{{ task.prompt }}"
@@ -60,7 +60,7 @@ class ConflictingWork:
     """The conflicting paths, if known."""
 
     def describe(self) -> str:
-        """Return the reason for a session's start from scratch."""
+        """Return the reason why a session starts from scratch."""
         work = "the earlier work" if self.branch is None else f"the earlier work ({salvage_name(self.branch)})"
         paths = f" in {join_names(self.paths, _MAX_NAMED_PATHS)}" if self.paths else ""
         return f"{work} conflicts with the target{paths}: starting from scratch"

@@ -48,7 +48,7 @@ class PhaseValues:
         return tuple(dict.fromkeys((*needs, *mediated)))
 
     def received(self, inputs: Mapping[str, Any]) -> dict[str, tuple[int, Handoff]]:
-        """Return the source handoffs of inputs values, by id, with document versions."""
+        """Return the source handoffs of input values, by id, with document versions."""
         return {
             versioned[1].id: versioned
             for phase, versioned in self.handoffs.items()

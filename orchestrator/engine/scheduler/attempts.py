@@ -77,7 +77,7 @@ class AttemptRunner:
     ) -> ActiveAttempt:
         """Return the next attempt of a task, with one of its adapters.
 
-        Nothing is created yet. With a `terminal`, a user has its earlier conversation there, without a prompt.
+        Nothing is created yet. With a `terminal`, its earlier conversation opens there, without a prompt.
         `is_probe`: its session probes the adapter after a cooldown.
         """
         document = self.ledger.task(task)

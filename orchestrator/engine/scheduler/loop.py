@@ -65,7 +65,7 @@ class Scheduler:
         self._ledger, self._context, self._board, self._capacity = ledger, context, board, capacity
         clock = self._clock = context.tools.clock
         self.halted: tuple[HaltCause, str] | None = None
-        """The cause and the reason of an early stop; None otherwise."""
+        """The cause of an early stop and the reason for it; None otherwise."""
         budgets = Budgets(ledger, clock, context.accounting, partial(self._halt, HaltCause.BUDGET))
         base_selector = BaseSelector(ledger, context)
         checks = CheckRuns(ledger, context, pool)

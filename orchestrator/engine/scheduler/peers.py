@@ -114,7 +114,7 @@ class PeerSync:
             self._local.detach(task)
 
     async def _yield_slot(self, task: str) -> None:
-        """Let the process in which a user is attached have the worktree slot of its conversation."""
+        """Release the worktree slot of a conversation to the process in which a user is attached."""
         while task in self._local.active_attempts:  # noqa: ASYNC110  it is being stopped
             await anyio.sleep(_STOP_POLL_INTERVAL)
         conversation = self._ledger.task(task).last_conversation

@@ -207,7 +207,7 @@ class SessionContexts:
     def _fit(self, name: str, value: Any) -> Any:
         if name not in _TEXT_LIMITS or value is None:
             return value
-        # Programs that truncate text can leave half a surrogate pair, which no store accepts.
+        # Programs that truncate text can leave an unpaired surrogate, which no store accepts.
         text = self.redactor.text(str(value).encode(errors="replace").decode()).strip()
         return text if len(text) <= _TEXT_LIMITS[name] else f"{text[: _TEXT_LIMITS[name] - 1]}…"
 

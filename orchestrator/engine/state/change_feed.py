@@ -28,7 +28,7 @@ class ExternalChange(NamedTuple):
     """The adapter whose document changed."""
     request: RunRequest | None = None
     halted: tuple[HaltCause, str] | None = None
-    """The cause and the reason of an early stop of the run."""
+    """The cause of an early stop of the run and the reason for it."""
     attachment: str | None = None
     """The task to which a user attaches, or was attached."""
     has_new_tasks: bool = False

@@ -174,7 +174,7 @@ def _find_problems(
                 yield f"`{key}` of task {name!r} can't change: {FIXED_KEYS[key]}", "start a new run"
             elif is_live and not is_adoptable_while_active([key]):
                 message = f"`{key}` of task {name!r} can't change while the run is active"
-                yield message, "wait for its end, or stop it with SIGINT, then retry"
+                yield message, "wait for it to end, or stop it with SIGINT, then retry"
             elif key.startswith(_ADAPTERS_PREFIX) and (
                 problem := _other_type(run, config, key.removeprefix(_ADAPTERS_PREFIX))
             ):

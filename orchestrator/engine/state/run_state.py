@@ -67,7 +67,7 @@ class RunState:
         failpoint("run.finished")
 
     async def halt(self, cause: HaltCause, reason: str) -> None:
-        """Record the cause and the reason of an early stop; the run can be resumed."""
+        """Record the cause of an early stop and the reason for it; the run can be resumed."""
         await self.update(RunHalted(cause=cause, reason=reason), halted=reason, halt_cause=cause)
 
     async def allow_failing_base(self) -> None:

@@ -92,7 +92,7 @@ def sanitize(value: JsonObject, redactor: Redactor) -> JsonObject:
 
 
 def _item(key: str, item: Any, redactor: Redactor) -> Any:
-    if isinstance(item, str):  # truncated program output may end in half a surrogate pair, which no store accepts
+    if isinstance(item, str):  # truncated program output may end in an unpaired surrogate, which no store accepts
         item = item.encode(errors="replace").decode()
     if isinstance(item, float) and not math.isfinite(item):
         return None

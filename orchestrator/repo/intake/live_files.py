@@ -112,7 +112,7 @@ class LiveFiles:
             self._watch = None
 
     def _without_temporary(self, paths: set[str]) -> set[str]:
-        """Return the paths without new files that are already missing: many programs replace files by them. Blocks."""
+        """Return the paths without new files that are already gone: many programs replace files with them. Blocks."""
         new = (path for path in paths if path not in self.present and not self._is_tracked(path))
         missing = {path for path in new if not self._exists(path)}
         return paths - (missing - self._present_folders()) if missing else paths

@@ -66,7 +66,7 @@ class _Pool:
         finally:
             slots.waiting -= 1
             if not slots.waiting:
-                preparation.failures.clear()  # these slots have no waiters anymore
+                preparation.failures.clear()  # these slots no longer have waiters
             slots.notify_changed()
 
 
@@ -106,7 +106,7 @@ class SlotPool(_Pool):
             def create(options: SlotOptions) -> tuple[HeldSlots, SlotPreparation]:
                 checkouts = Checkouts(git, hub, options, scanner, has_size_limit=limits.bytes is not None)
                 slots = HeldSlots(checkouts, group, slots_by_pool, detects_all=detects_all)
-                stack.push_async_callback(slots.close)  # after the task group: no task uses the slots any more
+                stack.push_async_callback(slots.close)  # after the task group: no task still uses the slots
                 return slots, SlotPreparation(slots, capacity, clock, group)
 
             checks = CheckPool(*create(replace(options, keep=KeepRules(), is_check=True)), git)
@@ -136,7 +136,7 @@ class SlotPool(_Pool):
             await self.slots.adopt(tree)
             return
         if tree.parent.parent != self.slots.checkouts.hub.slots:
-            raise RefusedError(f"{tree} is not a worktree of this machine", "attach on the machine of the session")
+            raise RefusedError(f"{tree} is not on this machine", "attach on the machine where the session ran")
         held = None
         with anyio.move_on_after(_ADOPTION_TIMEOUT):
             while (held := await self.slots.adopt(tree) or await self.slots.reserve(tree, commit)) is None:  # noqa: ASYNC110  another process
@@ -147,7 +147,7 @@ class SlotPool(_Pool):
             await self.preparation.make(held)
 
     async def yield_slot(self, tree: Path) -> None:
-        """Let another process have the slot with this tree as soon as no session uses it."""
+        """Release the slot with this tree to another process as soon as no session uses it."""
         await self.slots.yield_to_others(tree)
 
     async def acquire(self, commit: str, session: Path, adapter: str = "", tree: Path | None = None) -> HeldSlot:

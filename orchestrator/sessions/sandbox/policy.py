@@ -308,7 +308,7 @@ def _landlock_rules(policy: SandboxPolicy) -> Iterator[tuple[str, str]]:
 
 
 def _grant(path: Path, access: _Access, accesses: Mapping[Path, _Access]) -> Iterator[tuple[str, str]]:
-    """Yield the rules for `path`, per entry if an entry beneath has fewer rights."""
+    """Yield the rules for `path`, per entry if an entry beneath has fewer permissions."""
     beneath = {other: right for other, right in accesses.items() if path in other.parents}
     if any(right < access for right in beneath.values()):
         for entry in sorted(_entries(path, beneath)):

@@ -204,7 +204,7 @@ class Proxy:
         except anyio.DelimiterNotFound:
             head = b" " * (MAX_HEAD_BYTES + 1)
         if len(head) > MAX_HEAD_BYTES:
-            message = f"the head of the request is larger than {MAX_HEAD_BYTES} bytes"
+            message = f"the request header is larger than {MAX_HEAD_BYTES} bytes"
             raise _RefusedRequest(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
         return head
 
@@ -280,7 +280,7 @@ def _read_request(head: bytes, token: str) -> _Request:
     try:
         first, *lines = head.decode("ascii").split("\r\n")
     except UnicodeDecodeError:
-        raise _bad_request("the head of the request is not ASCII") from None
+        raise _bad_request("the request header is not ASCII") from None
     request, matches = _REQUEST.fullmatch(first), [_HEADER.fullmatch(line) for line in lines]
     headers = [(match[1], match[2]) for match in matches if match is not None]
     if request is None or len(headers) < len(matches):

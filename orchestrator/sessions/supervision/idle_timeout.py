@@ -75,7 +75,7 @@ class IdleWatch:
         self.note_output()
 
     def note_output(self) -> None:
-        """Restart the watch because the CLI has printed output."""
+        """Restart the idle timer, because the CLI has printed output."""
         self._next = time.monotonic() + self._quarter
         self._stale = self._scan is not None
         self._fingerprint: tuple[int, int] | None = None
@@ -86,7 +86,7 @@ class IdleWatch:
         return max(0.0, self._next - time.monotonic())
 
     def has_expired(self) -> bool:
-        """Continue the watch; return whether the CLI is idle."""
+        """Start or read a scan if one is due; return whether the CLI is idle."""
         now = time.monotonic()
         if now < self._next:
             return False

@@ -123,7 +123,7 @@ async def create_checkpoint(
         if run is not None and Key("run", run) not in documents:
             raise RefusedError(f"there is no run {run!r}", "`council runs` lists them")
         key = await _free_key(store, run or WHOLE_STORE)
-        # Decoded in threads, here and below, because thousands of tasks take long.
+        # Decoded in threads, here and below, because thousands of tasks take a while.
         summary = await anyio.to_thread.run_sync(_summarize, documents.values(), run, is_live)
         facts = {"position": position, "reason": clean_reason, "created_by": created_by, **summary}
         created = CheckpointCreated(checkpoint=key.id, reason=clean_reason)

@@ -39,7 +39,7 @@ async def update_document(
     attempts: int = MAX_ATTEMPTS,
     check: ChangeCheck | None = None,
 ) -> Document | None:
-    """Replace a document's value by `change(value)`, and return the new document.
+    """Replace a document's value with `change(value)`, and return the new document.
 
     `change` gets a copy of the value (None if there is no document), and returns None to delete it; then the result is
     also None. If another process commits first, `change` is called again with the newer value after a random pause that

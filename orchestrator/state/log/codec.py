@@ -393,7 +393,7 @@ def _encode_text(subject: Key | str, text: str) -> bytes:
     try:
         return orjson.dumps(text)
     except TypeError:
-        raise InvalidDocument(_named(subject), "its name has half a surrogate pair, which is not text") from None
+        raise InvalidDocument(_named(subject), "its name has an unpaired surrogate, which is not valid text") from None
 
 
 def _named(subject: Key | str) -> str:
@@ -454,7 +454,7 @@ def _encode(subject: str, value: Any) -> bytes:
     try:
         return _encoder.encode(value).encode()
     except UnicodeEncodeError:
-        raise InvalidDocument(subject, "it has half a surrogate pair, which is not text") from None
+        raise InvalidDocument(subject, "it has an unpaired surrogate, which is not valid text") from None
     except (TypeError, ValueError) as error:
         raise InvalidDocument(subject, str(error)) from None
 

@@ -76,7 +76,7 @@ def ensure_log(folder: Path, home: Path | None = None) -> Path:
             (folder / name).rmdir()
     if log.is_symlink() or not log.is_dir():
         remedy = f"restore it from a backup, or remove {folder / IDENTITY_FILE} to start with an empty state"
-        raise RefusedError(f"the log of the state in {folder} is missing: there is no {log.name}", remedy)
+        raise RefusedError(f"the state log in {folder} is missing: there is no {log.name}", remedy)
     return log
 
 

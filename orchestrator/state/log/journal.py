@@ -324,7 +324,7 @@ class Journal:
         try:
             self.log.lock.publish(known._replace(is_uncertain=True))
         except OSError as error:
-            # Other processes don't know. The next opener checks the disk; this process must not append anymore.
+            # Other processes don't know. The next opener checks the disk; this process must no longer append.
             self._broken = error
 
 

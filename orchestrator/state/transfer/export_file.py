@@ -48,7 +48,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def _check_text(text: str) -> str:
     if any("\ud800" <= one <= "\udfff" for one in text):
-        raise ValueError("it has half a surrogate pair, which is not text")
+        raise ValueError("it has an unpaired surrogate, which is not valid text")
     return text
 
 

@@ -23,7 +23,7 @@ class _QueueGroup(SuggestingGroup):
     """A group whose only argument may also be a run."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments, where a single one that is no command means `--run`."""
+        """Parse the arguments, where a single one that is not a command means `--run`."""
         words = [word for word in args if not word.startswith("-")]
         if len(words) == 1 and args[0] == words[0] and words[0] not in self.commands:
             args = ["--run", *args]
@@ -89,7 +89,7 @@ async def hold(context: CouncilContext, tasks: tuple[str, ...], reason: str | No
 async def release(context: CouncilContext, tasks: tuple[str, ...], run: str | None) -> int:
     """Let held tasks land, also those that wait for a predicted conflict.
 
-    An active run lands them in their turn; otherwise run `council resume`.
+    An active run lands them in queue order; otherwise run `council resume`.
 
     \b
     Examples:
@@ -106,7 +106,7 @@ async def release(context: CouncilContext, tasks: tuple[str, ...], run: str | No
 async def bump(context: CouncilContext, tasks: tuple[str, ...], run: str | None) -> int:
     """Move tasks to the front of the merge queue.
 
-    The first one is first. A task that is not built yet is moved once it is. Checks of the current merge continue.
+    They keep the given order. A task that is not built yet is moved once it is. Checks of the current merge continue.
 
     \b
     Examples:

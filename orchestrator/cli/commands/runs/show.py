@@ -240,7 +240,7 @@ def _checks(details: TaskDetails) -> Iterator[str]:
 
 
 def _check(session: AttemptDetails, check: CheckRecord, details: TaskDetails) -> Iterator[str]:
-    """Yield the result of a check, and where it is from."""
+    """Yield the result of a check, and its source."""
     outcome = check.outcome.upper() if check.outcome is CheckOutcome.FLAKY else str(check.outcome)
     yield printable(f"  session {session.number}: {outcome}: {one_line(check.command)}")
     if check.outcome is CheckOutcome.SKIPPED:

@@ -27,7 +27,7 @@ from orchestrator.engine.state.reload import FileChanges
 from orchestrator.errors import RefusedError
 from orchestrator.sessions.terminal import UserTerminal
 
-_color = click.option("--color/--no-color", default=None, help="Use colours; default: on a terminal only.")
+_color = click.option("--color/--no-color", default=None, help="Use colours; default: only in a terminal.")
 #: The maximum number of tasks listed in the question before all are cancelled.
 _MOST_NAMED = 5
 stat_option = click.option("--stat", is_flag=True, help="Show only file names and line counts.")

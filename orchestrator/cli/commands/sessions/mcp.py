@@ -16,7 +16,7 @@ _INSTALL = "run `pip install 'cli-council[mcp]'` in the environment of `council`
 
 
 @click.command()
-@click.option("--steer", is_flag=True, help="Serve tools that steer runs, with your rights.")
+@click.option("--steer", is_flag=True, help="Serve tools that steer runs, with your permissions.")
 def mcp(steer: bool) -> None:
     """Serve the session commands as Model Context Protocol tools.
 

@@ -75,7 +75,7 @@ class FolderWatch:
                     yield self._folders[watch] + os.fsdecode(name)
 
     def close(self) -> None:
-        """End the watch."""
+        """Stop watching."""
         os.close(self._fd)
 
 

@@ -40,7 +40,7 @@ _SET_PASSWORD: Final = (
     f"set {PASSWORD}, or {PASSWORD_FILE} to the path of a file that contains it, or use ~/.pgpass (mode 600)"
 )
 _ALL_USED: Final = "it has its maximum of connections"
-_RAISE_LIMIT: Final = "end other connections, raise `max_connections`, or use a pooler"
+_RAISE_LIMIT: Final = "close other connections, raise `max_connections`, or use a pooler"
 _URL_FORM: Final = "use postgresql://[USER@]HOST[:PORT]/DATABASE[?schema=NAME][&sslmode=verify-full]"
 _PORT: Final = 5432
 _CONNECTIONS: Final = 4
@@ -193,7 +193,7 @@ class Server:
 
     @asynccontextmanager
     async def connection(self, limit: float = TIMEOUT) -> AsyncIterator[Connection]:
-        """Lend a connection with a timeout for each statement.
+        """Provide a connection with a timeout for each statement.
 
         Raises StoreUnavailable.
         """

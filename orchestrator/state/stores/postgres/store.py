@@ -238,7 +238,7 @@ class PostgresStore:
 
     @asynccontextmanager
     async def _snapshot(self) -> AsyncIterator[Connection]:
-        """Lend a connection whose queries all read the same state."""
+        """Provide a connection whose queries all read the same state."""
         async with self._server.connection(MAINTENANCE_TIMEOUT) as connection, connection.transaction():
             await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
             yield connection

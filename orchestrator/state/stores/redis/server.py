@@ -26,7 +26,7 @@ PASSWORD_FILE: Final = f"{PASSWORD}_FILE"
 TIMEOUT: Final = 5.0
 """Seconds without an answer after which a server counts as unreachable."""
 SET_PASSWORD: Final = f"set {PASSWORD}, or {PASSWORD_FILE} to the path of a file that contains it"
-_RAISE_LIMIT: Final = "end other connections, then raise `maxclients`"
+_RAISE_LIMIT: Final = "close other connections, then raise `maxclients`"
 _CONNECTIONS: Final = 16
 _ATTEMPTS: Final = 3
 _OLDEST: Final = (6, 2)

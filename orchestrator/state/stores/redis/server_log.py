@@ -189,7 +189,7 @@ class ServerLog:
         pipeline.waitaof(*wait, _SYNC_MILLISECONDS)
         *results, synced = await pipeline.execute()
         if any(count < required for count, required in zip(synced, wait, strict=True)):
-            what = "a commit is not on disk, or not on all replicas, in time"
+            what = "a commit did not reach the disk, or all replicas, in time"
             raise StoreUnavailable(str(self.server.address), what, "check its disk and its replicas")
         return results
 
