@@ -349,7 +349,7 @@ async def test_leftovers_of_killed_commands_are_removed(repository: Repository) 
         index.with_name(f"{index.name}.live-ab12cd34"),
         index.with_name(f"{session.parent.name}-gone.1"),
         index.with_name(f"{session.parent.name}-gone.1.import"),
-        hub.trusted / "objects.ab12cd34",
+        hub.indexes / "merge-ab12cd34",
         repository.top / ".git/info/exclude.4711.new",
     ]
     for path in left:

@@ -155,8 +155,10 @@ async def test_most_right_and_no_wrong_resolutions_of_many_land(count: int, repo
 
 
 #: Stand-ins for the drivers, with their command lines: git's union merge has the lines of both sides.
+#: The folder of the three versions is one that `council clean` removes if `council` is killed.
 MERGIRAF = """#!/bin/sh
 test "$1 $2 $6 $7" = "merge --git --path-name a.py" || exit 2
+case "$4" in */council-home/*/indexes/merge-*) ;; *) exit 2 ;; esac
 exec git merge-file --union "$4" "$3" "$5"
 """
 WEAVE = '#!/bin/sh\ntest "$4 $5" = "7 a.py" || exit 2\nexec git merge-file --union "$2" "$1" "$3"\n'
@@ -195,6 +197,8 @@ async def test_conflict_that_a_structural_driver_merges_needs_no_session(name: s
         pytest.param("#!/bin/sh\nexit 1\n", id="a conflict remains"),
         pytest.param("#!/bin/sh\nkill -9 $$\n", id="killed"),
         pytest.param('#!/bin/sh\nrm "$4"\n', id="no result"),
+        pytest.param('#!/bin/sh\nrm "$4"; mkfifo "$4"\n', id="a pipe as the result"),
+        pytest.param('#!/bin/sh\nln -sf /dev/zero "$4"\n', id="an endless result"),
         pytest.param("no program", id="not executable"),
     ],
 )

@@ -176,7 +176,7 @@ async def test_work_is_applied_to_a_checkout(
     (session.worktree.tree / ".git").unlink()
     assert state(repository.top) == state(session.worktree.tree)
     assert index == (repository.top / ".git/index").read_bytes()
-    assert not list(session.git.git_dir.glob("objects.*")) if session.git.git_dir else False
+    assert not list(session.worktree.hub.indexes.glob("merge-*"))
 
 
 async def test_work_is_merged_with_the_users_commits(

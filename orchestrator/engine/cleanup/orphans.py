@@ -394,7 +394,6 @@ def list_stale_files(hub: Hub, now: float) -> list[Path]:
 
 
 def _temporaries(hub: Hub) -> Iterator[Path]:
-    yield from hub.trusted.glob("objects.*")  # temporary objects of an interrupted `council salvage apply`
     yield from hub.root.glob("*.json.new")
     sessions = {f"{path.parent.name}-{path.name}" for path in find_paths(hub.sessions, "*/*")}
     for path in hub.indexes.glob("*"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 
 import anyio
 import anyio.to_thread
@@ -18,10 +17,13 @@ from orchestrator.domain.runs.conflict_resolution import (
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.blobs import cat_blobs, parse_blobs
 from orchestrator.repo.git.command import Git, printable_name
+from orchestrator.repo.landing.merge_commits import temporary_folder
 
 #: The modes of files whose content can be merged.
 _FILE_MODES = ("100644", "100755")
 _MAX_BYTES = 1_000_000
+#: The maximum size of a resolved file.
+MAX_RESOLVED_BYTES = 3 * _MAX_BYTES
 _MAX_FILES = 100
 #: A merge has at most this number of conflicts, by its exit code.
 _MAX_CONFLICTS = 127
@@ -77,7 +79,7 @@ async def find_problem(git: Git, conflict: ReadConflict, commit: str) -> str | N
         if name not in entries or entries[name][0] != conflict.modes[name]:
             return f"it removes {name}, or changes its type"
         [(_, content)] = parse_blobs(await cat_blobs(git, [entries[name][2]]))
-        if len(content) > 3 * _MAX_BYTES:
+        if len(content) > MAX_RESOLVED_BYTES:
             return f"{name} is too large"
         # In a thread: comparing long hunks takes time.
         problem = await anyio.to_thread.run_sync(find_resolution_problem, file, bytes(content))
@@ -88,7 +90,7 @@ async def find_problem(git: Git, conflict: ReadConflict, commit: str) -> str | N
 
 async def _merge(git: Git, texts: tuple[bytes, bytes, bytes]) -> ConflictingFile:
     size = 64 + secrets.randbelow(1024)  # no author knows the length of the markers
-    with TemporaryDirectory(prefix="council-conflict-") as folder:
+    with temporary_folder(git) as folder:
         base, ours, theirs = [anyio.Path(folder, name) for name in ("base", "ours", "theirs")]
         for path, text in zip((base, ours, theirs), texts, strict=True):
             await path.write_bytes(text)

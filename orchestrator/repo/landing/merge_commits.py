@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from orchestrator.repo.git.command import Git
+from orchestrator.repo.worktrees.hub import Hub
 
 #: The message of a commit that another attempt starts from; `salvage list` shows the task for work that ends there.
 RETRY_BASE_MESSAGE = "Work merged into the target, for the next attempt to fix\n"
@@ -131,10 +132,16 @@ async def revert_paths(git: Git, commit: str, paths: Collection[str], message: s
     return await git.line("commit-tree", tree, *parents, input_=message.encode())
 
 
+def temporary_folder(git: Git) -> TemporaryDirectory[str]:
+    """Return a temporary folder in the hub: `council clean` removes it if this process is killed."""
+    assert git.git_dir is not None, "git runs in our repository"  # noqa: S101  (for the type checker)
+    return TemporaryDirectory(prefix="merge-", dir=Hub(git.git_dir.parent).indexes)
+
+
 async def replace_entries(git: Git, tree: str, entries: Iterable[tuple[str, str, str]]) -> str:
     """Return a tree like `tree`, but with these entries (mode, id and path), added in this order."""
     lines = "".join(f"{mode} {blob}\t{path}\0" for mode, blob, path in entries)
-    with TemporaryDirectory(prefix="council-index-") as folder:
+    with temporary_folder(git) as folder:
         env = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
         await git("read-tree", tree, env=env)
         listed = lines.encode(errors="surrogateescape")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import anyio.to_thread
 
 from orchestrator.domain.wording import find_similar
 from orchestrator.errors import GitError, RefusedError, to_unusable_error
 from orchestrator.repo.git.command import GITLINK_MODE, Git, parse_raw_diff, printable_name
 from orchestrator.repo.git.reading import list_refs
 from orchestrator.repo.git.unsupported_files import find_embedded_repository
+from orchestrator.repo.landing.merge_commits import temporary_folder
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import find_repository
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
@@ -93,13 +90,10 @@ async def apply_to_checkout(git: Git, users: Git, checkout: Path, base: str, com
     """
     if any(GITLINK_MODE in {change.old_mode, change.new_mode} for change in await git.changes(base, commit)):
         raise RefusedError("the change includes a nested repository, which can't be applied to files", _REMEDY)
-    scratch = await anyio.to_thread.run_sync(_scratch, git)
-    try:
-        env = {"GIT_OBJECT_DIRECTORY": str(scratch), **await _alternate_objects_env(git, users, checkout)}
+    with temporary_folder(git) as folder:
+        env = {"GIT_OBJECT_DIRECTORY": folder, **await _alternate_objects_env(git, users, checkout)}
         patch, paths = await _make_patch(git, users, checkout, (base, commit), env)
         await _refuse_user_programs(git, users, checkout, base, commit)
-    finally:
-        await anyio.to_thread.run_sync(lambda: shutil.rmtree(scratch, ignore_errors=True))
     try:
         for mode in ("--check",), ():
             if patch:
@@ -120,10 +114,6 @@ async def _refuse_user_programs(git: Git, users: Git, checkout: Path, base: str,
         raise RefusedError(f"it changes {printable_name(path)}, which controls the programs that your git runs", remedy)
     if (folder := await find_embedded_repository(git, base, commit)) is not None:
         raise RefusedError(f"git would treat {printable_name(folder)} as a separate repository", remedy)
-
-
-def _scratch(git: Git) -> Path:
-    return Path(tempfile.mkdtemp(prefix="objects.", dir=git.git_dir))
 
 
 async def _alternate_objects_env(git: Git, users: Git, checkout: Path) -> dict[str, str]:

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Final
 
 import anyio
@@ -20,10 +19,11 @@ import anyio.to_thread
 from orchestrator.domain.runs.conflict_resolution import find_resolution_problem
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.landing.conflicting_files import read_conflict
-from orchestrator.repo.landing.merge_commits import replace_entries
+from orchestrator.repo.landing.conflicting_files import MAX_RESOLVED_BYTES, read_conflict
+from orchestrator.repo.landing.merge_commits import replace_entries, temporary_folder
 from orchestrator.sandbox.confinement import Confinement
 from orchestrator.system.process import run
+from orchestrator.system.untrusted_files import read_file
 
 #: The options of each driver before and after the three files: base, ours, theirs. The second file gets the result, and
 #: exit code 0 means that it has no conflict.
@@ -41,12 +41,12 @@ class MergeDriver:
     name: str
     program: Path
 
-    async def merge(self, name: str, texts: Sequence[bytes]) -> bytes | None:
+    async def merge(self, git: Git, name: str, texts: Sequence[bytes]) -> bytes | None:
         """Return the merge of the base and two sides of a file; None if the driver can't merge it."""
         before, after = _OPTIONS[self.name]
         safe = PurePosixPath(name).name
         safe = safe if _PLAIN_NAME.fullmatch(safe) else "file"
-        with TemporaryDirectory(prefix="council-merge-") as folder:
+        with temporary_folder(git) as folder:
             paths = [Path(folder, side) for side in ("base", "ours", "theirs")]
             for path, text in zip(paths, texts, strict=True):
                 await anyio.Path(path).write_bytes(text)
@@ -59,7 +59,9 @@ class MergeDriver:
                     memory=_MEMORY,
                     confinement=Confinement(self.program, writable=(Path(folder),)),
                 )
-                return await anyio.Path(paths[1]).read_bytes() if done.returncode == 0 else None
+                if done.returncode:
+                    return None
+                return await anyio.to_thread.run_sync(read_file, Path(folder), paths[1].name, MAX_RESOLVED_BYTES)
             except (OSError, TimeoutError):  # the driver is optional: a session resolves the conflict instead
                 return None
 
@@ -93,7 +95,7 @@ async def merge_structurally(
     merged, used = dict[str, bytes](), dict[str, None]()
     for name, file in conflict.files.items():
         for driver in drivers:
-            text = await driver.merge(name, conflict.texts[name])
+            text = await driver.merge(git, name, conflict.texts[name])
             # In a thread: comparing long hunks takes time.
             if text is not None and not await anyio.to_thread.run_sync(find_resolution_problem, file, text):
                 merged[name], used[driver.name] = text, None

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 import anyio.to_thread
@@ -438,21 +437,22 @@ class _InterruptedUpdate:
                 env, arguments = {"GIT_INDEX_FILE": str(index)}, ("update-index", "-z", "--index-info")
                 await self.git(*arguments, cwd=self.checkout, env=env, input_=join_nul(entries))
                 await anyio.to_thread.run_sync(index.replace, git_dir / "index")
-            await self._restore([path for path in written if path in before])
+            await self._restore(git_dir, [path for path in written if path in before])
             added = [path for path in written if path not in before]
             await anyio.to_thread.run_sync(_delete_added, self.checkout, added)
             await anyio.to_thread.run_sync(_unlink, [git_dir / "index.lock"])
             await self.git("update-index", "-q", "--refresh", "--ignore-submodules", cwd=self.checkout, ok=range(256))
         return [printable_name(path) for path in sorted(foreign)]
 
-    async def _restore(self, paths: Sequence[str]) -> None:
+    async def _restore(self, git_dir: Path, paths: Sequence[str]) -> None:
         if not paths:
             return
-        with TemporaryDirectory(prefix="council-") as folder:
-            env = {"GIT_INDEX_FILE": str(Path(folder, "index"))}
-            await self.git("read-tree", self.tip, cwd=self.checkout, env=env)
-            arguments = ("checkout-index", "--force", "-z", "--stdin")
-            await self.git(*arguments, cwd=self.checkout, env=env, input_=join_nul(paths))
+        index = await anyio.to_thread.run_sync(_copy_index, git_dir, self.branch)
+        env = {"GIT_INDEX_FILE": str(index)}
+        await self.git("read-tree", self.tip, cwd=self.checkout, env=env)
+        arguments = ("checkout-index", "--force", "-z", "--stdin")
+        await self.git(*arguments, cwd=self.checkout, env=env, input_=join_nul(paths))
+        await anyio.to_thread.run_sync(_unlink, [index])
 
     async def _changes(self, since: str) -> list[FileChange]:
         return await self.git.changes(since, self.new, cwd=self.checkout)
