@@ -340,7 +340,7 @@ def _arguments_of(given: Any) -> str:
 
 
 def _output_of(item: Mapping[str, Any]) -> str:
-    """Return what a command printed, or the result of an MCP tool."""
+    """Return the output of a command, or the result of an MCP tool."""
     result = item.get("result")
     return output_text(result.get("content") if isinstance(result, dict) else item.get("aggregated_output"))
 

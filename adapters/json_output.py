@@ -135,7 +135,7 @@ def plan_event(steps: Any) -> AgentPlan | None:
 
 
 def output_text(value: Any) -> str:
-    """Return what a tool returned, a string or a list of blocks with text, shortened."""
+    """Return the result of a tool, a string or a list of blocks with text, shortened."""
     parts = value if isinstance(value, list) else [{"text": value}]
     return shorten("\n".join(filter(None, (as_text(part.get("text")) for part in parts if isinstance(part, dict)))))
 

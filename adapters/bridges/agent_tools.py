@@ -54,7 +54,7 @@ class ToolCalls:
         return call.kind or known.kind, title, sorted({*known.paths, *_paths_of(call)})
 
     def report(self, call: schema.ToolCallStart | schema.ToolCallProgress, *, is_new: bool) -> bool:
-        """Print what is new about a call; return whether it was anything."""
+        """Print the changes of a call; return whether there were any."""
         known = self._calls.setdefault(call.tool_call_id, _KnownCall())
         command, diff = known.command, _diff_of(call)
         known.update(call)
@@ -87,7 +87,7 @@ def _detail(title: str, command: str, paths: Sequence[str]) -> str:
 
 
 def _texts_of(call: ToolUpdate) -> Iterator[str]:
-    """Yield what a tool returned: the blocks of text, or else the raw output."""
+    """Yield the result of a tool: the blocks of text, or else the raw output."""
     texts = [
         block.content.text
         for block in call.content or ()

@@ -63,7 +63,7 @@ _MAX_BYTES: Final = 16 << 20
 
 
 class _Conversations:
-    """What the conversations of Claude Code report since the start: tokens and API errors."""
+    """The tokens and API errors that the conversations of Claude Code have reported since the start."""
 
     def __init__(self) -> None:
         self._folder = Path(os.environ.get("CLAUDE_CONFIG_DIR") or Path.home() / ".claude") / "projects"
@@ -74,7 +74,7 @@ class _Conversations:
         """The failure class and text of the API errors since the last successful call."""
 
     def read(self) -> None:
-        """Read what is new, and print the tokens if they have changed."""
+        """Read the new lines, and print the tokens if they have changed."""
         for file in sorted(self._folder.rglob("*.jsonl")):
             for value in self._new_lines(file):
                 self._add(value)

@@ -148,8 +148,8 @@ def build_filter(*, sockets: str = ALL, namespaced: bool = True, nesting: bool =
     The format is an array of `struct sock_filter`. `sockets` is one of the constants; socket pairs are always allowed.
     NAMESPACED excludes families that no network namespace covers, such as those between a virtual machine and its host.
     STREAM makes Landlock's rule for the ports of `connect` cover the whole network: only TCP, no incoming connections,
-    and no connections by sending. It also forbids listening on unix sockets, since a filter can't distinguish them from
-    TCP sockets by descriptor.
+    and no connections that a send opens implicitly. It also forbids listening on unix sockets, since a filter can't
+    distinguish them from TCP sockets by descriptor.
 
     A program that is not `namespaced` would share System V and POSIX queues, semaphores and memory with the machine,
     and could change attributes of read-only files, and limits, priorities and CPU affinity of other processes: all of

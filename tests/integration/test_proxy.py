@@ -355,5 +355,5 @@ def test_limits_match_the_documentation() -> None:
     page = " ".join((Path(__file__).parents[2] / "docs" / "security.md").read_text().split())
     proxy = Proxy([])
     assert f"At most {proxy.max_connections} connections are open at once" in page
-    assert f"a request head has at most {MAX_HEAD_BYTES >> 10} KiB and {proxy.timeouts.head:.0f} seconds" in page
-    assert f"an idle connection ends after {proxy.timeouts.idle / 60:.0f} minutes" in page
+    assert f"request header is limited to {MAX_HEAD_BYTES >> 10} KiB and {proxy.timeouts.head:.0f} seconds" in page
+    assert f"an idle connection is closed after {proxy.timeouts.idle / 60:.0f} minutes" in page

@@ -287,7 +287,7 @@ class InterruptHandler:
         self.stop: Callable[[], None] | None = None
         """Called instead of the cancellation, if set; the command then ends by itself."""
         self.message = "interrupted"
-        """What a cancelled command prints."""
+        """The message of a cancelled command."""
 
     async def guard(self, command: Awaitable[int | None]) -> int:
         """Await a command and return its exit code, or the code of an interruption."""

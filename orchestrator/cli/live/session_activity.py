@@ -43,7 +43,7 @@ class SessionActivity(ActivityObserver):
         self._replace(task, Changes())
 
     def update(self, task: str, before: TaskDocument | None, after: TaskDocument) -> None:
-        """Select what to observe of a task whose document changed."""
+        """Select the observations of a task whose document changed."""
         if before is not None and before.status is TaskStatus.RUNNING and after.status in _SESSION_ENDED:
             if after.status is TaskStatus.QUEUED or after.attempt.branch is not None:
                 self._unseen[task] = None

@@ -132,7 +132,7 @@ def _register(cls: type[TypedEvent]) -> None:
         raise TypeError(f"{cls.__name__}: give it a docstring, docs/events.md shows it")
     base = _BASES_BY_PREFIX.get(cls.type.partition(".")[0], TypedEvent)
     if not issubclass(cls, base):
-        raise TypeError(f"{cls.__name__}: derive it from {base.__name__}, as all events of a type like {cls.type!r}")
+        raise TypeError(f"{cls.__name__}: derive it from {base.__name__}, the base of all types like {cls.type!r}")
     if not cls.__dict__.get("sentence"):
         raise TypeError(f"{cls.__name__}: give it a `sentence`")
     if cls.type in EVENT_TYPES:

@@ -77,7 +77,7 @@ def attribute_checks(records: Sequence[CheckRecord], task: str) -> tuple[CheckRe
 
 
 class CheckKey(NamedTuple):
-    """What identifies the results of checks."""
+    """The key of the results of checks."""
 
     tree: str
     checks: tuple[Check, ...]

@@ -408,7 +408,7 @@ class SharedCooldown(StoredDocument):
     cooldowns: int
     """The consecutive cooldowns."""
     reason: str
-    """What the program reported."""
+    """The message of the program."""
     run: str
     """The run that recorded it, or that probes the account."""
     probe: str | None = None

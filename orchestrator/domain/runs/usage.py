@@ -136,7 +136,7 @@ def compute_budget_usage(budget: Budget, spent: Spending) -> Iterator[BudgetUsag
 
 
 def sum_spending(attempts: Iterable[Attempt]) -> Spending:
-    """Return the total spending of attempts; running ones count no seconds."""
+    """Return the total spending of attempts; running ones add no time."""
     total = Spending()
     for attempt in attempts:
         seconds = attempt.duration(attempt.started)

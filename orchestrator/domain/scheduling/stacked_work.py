@@ -11,7 +11,7 @@ from orchestrator.domain.runs.statuses import LANDING_STATUSES, SUCCESS_STATUSES
 
 
 class StackState(Enum):
-    """What happens next with built work that is stacked on the work of other tasks."""
+    """The next step for built work that is stacked on the work of other tasks."""
 
     READY = auto()  #: all of these have landed as they were, or are ahead in the same chain of merges
     WAITS = auto()  #: one of them has not landed yet, or is built again

@@ -113,7 +113,7 @@ class CheckRuns:
         base: str,
         checker: str = "",
     ) -> CheckRequest:
-        """Return a request, with what identifies its result now. For the arguments, see `CheckRequest`."""
+        """Return a request, with the current key of its result. For the arguments, see `CheckRequest`."""
         context = self._context
         tree = await context.git.line("rev-parse", f"{commit}^{{tree}}")
         setup = await context.tools.worktree_setup.keys(commit) if context.worktrees.setup else ()

@@ -38,7 +38,7 @@ class Batches:
             yield batch
 
     async def _key(self, task: str) -> tuple[object, ...]:
-        """Return what the tasks of a batch have in common, first their checks."""
+        """Return the properties that all tasks of a batch share, starting with their checks."""
         spec = await self._ledger.definitions.spec(task)
         return spec.checks, spec.checks_env, spec.checks_timeout, task if task in self._suspects else None
 

@@ -207,7 +207,7 @@ class MergeChecks:
         return checked, unrunnable
 
     async def _find_obstacle(self, merges: Mapping[str, PreparedMerge], tasks: list[str]) -> str | None:
-        """Return what began to prevent the landing of checked merges during the checks."""
+        """Return the obstacle to landing checked merges that appeared during the checks, or None."""
         for task in tasks:
             if (reason := await self._ownership.locked(task, merges[task])) is not None:
                 return reason

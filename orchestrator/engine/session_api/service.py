@@ -49,7 +49,7 @@ class _Account:
 
 @dataclass(slots=True)
 class WriteQuota:
-    """Counts what the sessions of one process write."""
+    """Counts the bytes that the sessions of one process write."""
 
     clock: Clock
     limits: Mapping[str, int] = field(

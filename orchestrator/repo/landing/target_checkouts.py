@@ -1,4 +1,4 @@
-"""Find what blocks a landing in the user's checkouts, and repair them afterwards."""
+"""Find obstacles to a landing in the user's checkouts, and repair these afterwards."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class OutputEntry:
     diff: str = ""
     """The lines that the tool call changes, unless an earlier entry of the call has them."""
     output: str = ""
-    """What the tool returned, unless the outcome contains it or the call is an edit that succeeded."""
+    """The result of the tool, unless the outcome contains it or the call is an edit that succeeded."""
 
     @property
     def line(self) -> str:

@@ -22,7 +22,7 @@ class _UnsafeReportError(Exception):
 
 
 def stamp_report(top: Path, path: str) -> tuple[int, ...] | None:
-    """Return what changes when a report beneath `top` is written; None if there is no regular file. Blocks."""
+    """Return metadata that every write to a report beneath `top` changes; None without a regular file. Blocks."""
     with suppress(OSError):
         descriptor = untrusted_files.open_file(top, path)
         try:

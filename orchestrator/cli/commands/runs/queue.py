@@ -129,7 +129,7 @@ def _lines(queue: Sequence[QueuedTask], now: float) -> Iterator[str]:
 
 
 def _describe_check(one: QueuedTask, now: float) -> str:
-    """Return what is checked, on which commit, and since when."""
+    """Return the checked merge, its base commit, and the start time."""
     if one.check is None:
         return "-"
     ahead = f" with {', '.join(one.check.ahead)}" if one.check.ahead else ""
