@@ -272,7 +272,7 @@ def _home(request: SessionRequest, settings: JsonObject, *, is_own: bool) -> Ses
         files[_SETTINGS] = json.dumps(settings)
     if is_own and request.interactive:
         # Otherwise it starts with its introduction and login, and asks whether to trust the worktree. Sessions without
-        # a terminal trust it, too.
+        # a terminal also trust it.
         trust = {str(request.worktree): {"hasTrustDialogAccepted": True}}
         files[_STATE] = json.dumps({"hasCompletedOnboarding": True, "projects": trust})
     if is_own:

@@ -1,7 +1,7 @@
 """Adapters of CLIs that are described by YAML files: `profiles/*.yaml` and the user's own.
 
-A profile has the keys of `use: command` and facts about its program. An entry with `use: NAME` has the keys of
-`command`, too, whose values replace those of the profile; its `env` and its `failures` are added to them.
+A profile has the keys of `use: command` and facts about its program. An entry with `use: NAME` also has the keys of
+`command`, whose values replace those of the profile; its `env` and its `failures` are added to them.
 """
 
 from __future__ import annotations
