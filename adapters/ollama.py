@@ -44,7 +44,7 @@ def _check_host(host: str) -> str:
     except ValueError:
         is_url = has_login = False
     if not is_url or "\0" in host:
-        raise ValueError(f"{host[:60]!r} is not an address: write it as in http://127.0.0.1:11434")
+        raise ValueError(f"{host[:60]!r} is not an address: write one such as http://127.0.0.1:11434")
     if has_login:
         raise ValueError("the address contains a user name or password: set OLLAMA_API_KEY instead")
     return host

@@ -28,7 +28,7 @@ _OMITTED: Final = object()
 def _check_path(path: str) -> str:
     pure = PurePosixPath(path)
     if path != str(pure) or not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in path:
-        raise ValueError(f"{path[:60]!r} is not a path in the home: write it as in .some-cli/config.json")
+        raise ValueError(f"{path[:60]!r} is not a path in the home: write one such as .some-cli/config.json")
     return path
 
 

@@ -80,7 +80,7 @@ def _check_stdin(text: str) -> str:
 
 def _check_pattern(pattern: str) -> str:
     if not pattern.strip() or pattern.startswith(("!", "#")) or "\n" in pattern or "\0" in pattern:
-        raise ValueError(f"{pattern[:60]!r} is not a pattern for files: write it as in /.some-cli*")
+        raise ValueError(f"{pattern[:60]!r} is not a pattern for files: write one such as /.some-cli*")
     return pattern
 
 

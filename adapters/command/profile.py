@@ -57,7 +57,7 @@ _FACTS: Final = (
 
 def _check_url(url: str) -> str:
     if not re.fullmatch(r"https?://\S+", url):
-        raise ValueError(f"{url[:60]!r} is not an address: write it as in https://example.com/docs")
+        raise ValueError(f"{url[:60]!r} is not an address: write one such as https://example.com/docs")
     return url
 
 
@@ -65,7 +65,7 @@ def _check_supported(versions: str) -> str:
     try:
         SpecifierSet(versions)
     except InvalidSpecifier:
-        raise ValueError(f"{versions[:60]!r} is not a range of versions: write it as in >=1.2,<2") from None
+        raise ValueError(f"{versions[:60]!r} is not a range of versions: write one such as >=1.2,<2") from None
     return versions
 
 
@@ -73,7 +73,7 @@ def _check_version(version: str) -> str:
     try:
         Version(version)
     except InvalidVersion:
-        raise ValueError(f"{version[:60]!r} is not a version: write it as the program prints it, as in 1.2.3") from None
+        raise ValueError(f"{version[:60]!r} is not a version: write it as printed, such as 1.2.3") from None
     return version
 
 

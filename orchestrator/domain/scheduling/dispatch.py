@@ -124,7 +124,7 @@ class DispatchBoard:
     longer for each level between them; ties are resolved by file order. The wait starts at the first decision that
     finds the task ready.
 
-    Additional processes of a run resolve ties by other orders, so that they rarely claim the same tasks: each begins
+    Additional processes of a run resolve ties in other orders, so that they rarely claim the same tasks: each begins
     with its share of the tasks, and continues with the last tasks of the other shares.
     """
 

@@ -36,7 +36,7 @@ def _dollars(text: str) -> float:
         amount = 0.0
     if not 0 < amount <= MAX_DOLLARS:
         raise ValueError(
-            f"{text!r} is not an amount of US dollars: write a positive number, as in cost=20 or cost=0.50"
+            f"{text!r} is not an amount of US dollars: write a positive number, for example cost=20 or cost=0.50"
         )
     return amount
 
