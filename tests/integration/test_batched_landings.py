@@ -327,6 +327,20 @@ async def test_signal_prevents_a_new_push(repository: Repository, tmp_path: Path
 
 
 @pytest.mark.extended
+async def test_slow_rejected_pushes_are_retried_a_few_times(repository: Repository, tmp_path: Path) -> None:
+    """Also if a push of one task takes longer than the pause before another one is retried."""
+    count, hook = tmp_path / "count", repository.top / ".git/hooks/pre-receive"
+    # The hook accepts the pushes of a run that does not end.
+    hook.write_text(f'#!/bin/sh\necho x >> "{count}"\nsleep 1.2\ntest $(wc -l < "{count}") -gt 20\n')
+    hook.chmod(0o755)
+    repository.remember()
+    config = repository.configure(files(2), capacity=2)
+    ended = repository.council("run", str(config), "--json", timeout=110)
+    assert set(ended.states.values()) == {"queued"}
+    await repository.assert_invariants()
+
+
+@pytest.mark.extended
 async def test_task_left_for_the_next_batch_can_be_cancelled(repository: Repository, tmp_path: Path) -> None:
     """Also before the turn that left it has ended."""
     queue(repository, [{"id": f"t{one}", "prompt": f"write {name}.txt x"} for one, name in enumerate(("a", "a", "c"))])

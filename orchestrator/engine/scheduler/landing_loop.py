@@ -58,8 +58,11 @@ class LandingLoop:
 
         The queue waits briefly for sessions that are about to finish.
         """
-        if self._queue.tasks.deferred and now >= self._deferred_until:
-            if not self._local.active_attempts:
+        is_final = not self._local.active_attempts
+        # A final retry waits for the others: slow pushes would otherwise keep the queue from getting empty.
+        waits = is_final and (self.is_landing or self._queue.tasks.has_work)
+        if self._queue.tasks.deferred and now >= self._deferred_until and not waits:
+            if is_final:
                 self._final_tries.update(self._queue.tasks.deferred)
             self._queue.tasks.add_deferred()
         self._queue.tasks.sort()
