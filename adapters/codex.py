@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 import pluggy
@@ -207,7 +208,7 @@ class CodexAdapter:
                 *(options.bin, *(() if request.interactive else ("exec",))),
                 *(() if request.resume is None else ("resume",)),
                 *(() if request.interactive else ("--json", "--skip-git-repo-check")),
-                *(*sandbox, *_SETTINGS, *provider),
+                *(*sandbox, *_SETTINGS, *provider, *(_distrust(request.worktree) if request.interactive else ())),
                 *(*option_arguments("--model", options.model), *_request_settings(request), *options.args),
                 *(() if request.resume is None else (request.resume,)),
                 *(() if request.interactive else ("-",)),
@@ -280,6 +281,14 @@ def _provider_settings(provider: str) -> tuple[str, ...]:
         return chosen
     table = f"model_providers.{provider}"
     return (*chosen, "-c", f"{table}.request_max_retries=1", "-c", f"{table}.stream_max_retries=1")
+
+
+def _distrust(worktree: Path) -> tuple[str, ...]:
+    """Return the setting that the worktree is not trusted: Codex cannot save an answer to a linked `config.toml`.
+
+    Otherwise the user could not get past the question. Codex then ignores the repository's own settings.
+    """
+    return ("-c", f'projects={{{json.dumps(str(worktree))}={{trust_level="untrusted"}}}}')
 
 
 def _request_settings(request: SessionRequest) -> Iterator[str]:

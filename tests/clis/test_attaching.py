@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -15,34 +16,54 @@ pytestmark = [pytest.mark.clis, pytest.mark.timeout(500)]
 _UP = "\x1b[A"
 
 
-@pytest.mark.parametrize("name", [name for name in ("claude-code",) if name in SELECTED])
-async def test_user_finishes_the_work_of_a_running_session(stage: Stage, tmp_path: Path) -> None:
-    """It is stopped; Claude Code opens its conversation at once, does what the user types, and the work lands.
+def _work_in_claude_code(terminal: Terminal) -> None:
+    """It asks only whether to use the key in its environment."""
+    _wait_for_text(terminal, "Do you want to use this API key?")
+    terminal.type(_UP)
+    _wait_for_text(terminal, "\N{HEAVY RIGHT-POINTING ANGLE QUOTATION MARK ORNAMENT} Yes")
+    terminal.type("\r")
+    _wait_for_text(terminal, "Wrote 1 line to first.txt")
+    _wait_for_text(terminal, "bypass permissions on")
+    _enter(terminal, "write second.txt 2", "write second.txt 2")
+    _wait_for_text(terminal, "Wrote 1 line to second.txt")
+    _enter(terminal, "/exit", "Exit the CLI")
 
-    It asks only whether to use the key in its environment.
-    """
+
+def _work_in_codex(terminal: Terminal) -> None:
+    """It asks to open the worktree without trust, and offers a newer model."""
+    _wait_for_text(terminal, "Open restricted")
+    terminal.type("\r")
+    _wait_for_text(terminal, "Use existing model")
+    terminal.type("2")
+    _wait_for_text(terminal, "Added first.txt")
+    _enter(terminal, "write second.txt 2", "write second.txt 2")
+    _wait_for_text(terminal, "Added second.txt")
+    _enter(terminal, "/quit", "exit Codex")
+
+
+_DIALOGUES: Final = {"claude-code": _work_in_claude_code, "codex": _work_in_codex}
+
+
+@pytest.mark.parametrize("name", [name for name in _DIALOGUES if name in SELECTED])
+async def test_user_finishes_the_work_of_a_running_session(stage: Stage, name: str, tmp_path: Path) -> None:
+    """It is stopped; the CLI opens its conversation, does what the user types, and the work lands."""
     folder = tmp_path / "signals"
     folder.mkdir()
-    prompt = f"write first.txt 1\nrun touch {folder}/waits; sleep 600"
+    # Codex continues after ten seconds of a command.
+    prompt = "write first.txt 1" + f"\nrun touch {folder}/waits; sleep 600" * 20
     started = stage.start(prompt, {"writable": [str(folder)]})
     try:
         wait_for((folder / "waits").exists, 150)
         terminal = Terminal(["attach", "task", "--then", "land"], stage.repository.top, stage.repository.environ)
         try:
-            _wait_for_text(terminal, "Do you want to use this API key?")
-            terminal.type(_UP)
-            _wait_for_text(terminal, "\N{HEAVY RIGHT-POINTING ANGLE QUOTATION MARK ORNAMENT} Yes")
-            terminal.type("\r")
-            _wait_for_text(terminal, "Wrote 1 line to first.txt")
-            _wait_for_text(terminal, "bypass permissions on")
-            _enter(terminal, "write second.txt 2", "write second.txt 2")
-            _wait_for_text(terminal, "Wrote 1 line to second.txt")
-            _enter(terminal, "/exit", "Exit the CLI")
+            _DIALOGUES[name](terminal)
             assert terminal.wait() == 0, terminal.text
         finally:
             terminal.close()
-    finally:
-        ended = stage.end(started)
+    except BaseException:
+        started.kill()
+        raise
+    ended = stage.end(started)
     assert ended.states == {"task": "landed"}, stage.diagnostics(ended)
     assert stage.repository.git("show", "main:first.txt", "main:second.txt") == "1\n2"
     first, second = (await stage.task()).attempts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from adapters.codex import CodexAdapter
+from adapters.codex import CodexAdapter, CodexOptions
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.protocols import (
@@ -244,3 +245,11 @@ def test_codex_provider_changes_its_settings(
     assert (f"model_provider={provider}" in argv) is (provider is not None)
     assert "features.shell_snapshot=false" in argv  # otherwise its keys are in a file
     assert (f"model_providers.{provider}.stream_max_retries=1" in argv) is is_set
+
+
+def test_attached_codex_has_an_answer_whether_to_trust_the_worktree(tmp_path: Path) -> None:
+    """It could not save that of the user, and would ask again."""
+    request = SessionRequest("r", "t", 1, "x", tmp_path / "prompt", tmp_path, tmp_path / "home", "s", interactive=True)
+    argv = CodexAdapter(CodexOptions()).command(request).argv
+    (setting,) = [tomllib.loads(one) for one in argv if one.startswith("projects=")]
+    assert setting == {"projects": {str(tmp_path): {"trust_level": "untrusted"}}}
