@@ -10,28 +10,20 @@ from typing import Any
 import pytest
 
 from tests.command_server import StartedCommand
-from tests.conftest import CommandResult, Repository
+from tests.conftest import Repository
+from tests.gated_checks import LIMIT, GatedChecks, outcome
 from tests.integration.test_base_checks import sessions, types
 from tests.integration.test_shared_runs import QUICK
 from tests.waiting import wait_for
 
-#: Seconds within which a process ends.
-LIMIT = 60.0
 
-
-class Gated:
-    """A run whose check waits for the file `opened` and then passes unless the base has a file `bad`."""
-
-    def __init__(self, repository: Repository) -> None:
-        self.repository, self.folder = repository, repository.spawns.parent
-        self.children: list[StartedCommand] = []
+class Gated(GatedChecks):
+    """A run whose check passes, once it is open, unless the base has a file `bad`."""
 
     def start(self, command: str, *others: dict[str, Any], **settings: Any) -> StartedCommand:
         """Start the run, or one more process, and return when its check waits."""
         if command == "run":
-            gate = f"while [ ! -e {self.folder}/open ]; do sleep 0.05; done"
-            check = f"echo x >> {self.folder}/begun; {gate}; test ! -e bad"
-            tasks = [{"id": "t1", "prompt": "write a.txt a", "checks": [check]}, *others]
+            tasks = [{"id": "t1", "prompt": "write a.txt a", "checks": [f"{self.command}; test ! -e bad"]}, *others]
             config = self.repository.configure(tasks, writable=[str(self.folder)], **settings)
             self.children.append(self.repository.start("run", str(config), "--json"))
             wait_for((self.folder / "begun").exists)
@@ -40,35 +32,17 @@ class Gated:
             wait_for(lambda: "run.joined" in self.repository.council("state", "log", "--json").stdout)
         return self.children[-1]
 
-    def open(self) -> None:
-        """Let all checks end."""
-        (self.folder / "open").touch()
-
     @property
     def folders(self) -> list[Path]:
         """Return the existing folders of sessions and checks."""
         return list(Path(self.repository.environ["COUNCIL_HOME"]).glob("*/sessions/*/*"))
 
-    @property
-    def checks(self) -> int:
-        """Return how many checks have begun."""
-        return len((self.folder / "begun").read_text().splitlines())
-
 
 @pytest.fixture
 def gated(repository: Repository) -> Iterator[Gated]:
     """Yield a run to start; kill its processes afterwards."""
-    made = Gated(repository)
-    yield made
-    for child in made.children:
-        if child.poll() is None:
-            child.send_signal(signal.SIGKILL)
-
-
-def outcome(child: StartedCommand) -> CommandResult:
-    """Return the exit code and the output of a process."""
-    out, error = child.communicate(timeout=LIMIT)
-    return CommandResult(child.wait(), out, error)
+    with Gated(repository) as made:
+        yield made
 
 
 @pytest.mark.extended

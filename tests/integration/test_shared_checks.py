@@ -8,21 +8,17 @@ from typing import Any
 
 import pytest
 
-from tests.command_server import StartedCommand
 from tests.conftest import CommandResult, Repository
+from tests.gated_checks import GatedChecks, outcome
 from tests.waiting import wait_for
 
-#: Seconds within which a process ends.
-LIMIT = 60.0
 
-
-class Runs:
-    """Runs whose check waits for the file `open`, each with its own target, from the same base."""
+class Runs(GatedChecks):
+    """Runs with an equal check, each with its own target, from the same base."""
 
     def __init__(self, repository: Repository) -> None:
-        self.repository, self.folder = repository, repository.spawns.parent
-        self.logs = repository.top / ".council" / "logs"
-        self.children, self.runs = list[StartedCommand](), list[str]()
+        super().__init__(repository)
+        self.logs, self.runs = repository.top / ".council" / "logs", list[str]()
         repository.git("branch", "start")
 
     def start(
@@ -35,8 +31,7 @@ class Runs:
         **more: Any,
     ) -> None:
         """Start a run that lands on a new branch; return when it is about to run the check."""
-        gate = f"while ! test -e {self.folder}/open; do sleep 0.02; done"
-        check = {"run": f"echo x >> {self.folder}/begun; {gate}", "cache": cache}
+        check = {"run": self.command, "cache": cache}
         defaults = {"checks": [check], "attempts": 1, "timeout": "60s", "allow_failing_base": event != "base.checking"}
         tasks = [{"id": f"{name}{number}", "prompt": prompt} for number, prompt in enumerate(prompts)]
         config = self.repository.configure(
@@ -51,31 +46,16 @@ class Runs:
         """Return how often an event is recorded."""
         return "".join(path.read_text() for path in self.repository.log.glob("*.jsonl")).count(f'"{event}"')
 
-    @property
-    def checks(self) -> int:
-        """Return how many checks have begun."""
-        file = self.folder / "begun"
-        return len(file.read_text().splitlines()) if file.exists() else 0
-
-    def open(self) -> None:
-        """Let all checks end."""
-        (self.folder / "open").touch()
-
     def end(self, index: int) -> CommandResult:
         """Return the exit code and the output of a run that has ended."""
-        child = self.children[index]
-        out, error = child.communicate(timeout=LIMIT)
-        return CommandResult(child.wait(), out, error)
+        return outcome(self.children[index])
 
 
 @pytest.fixture
 def runs(repository: Repository) -> Iterator[Runs]:
     """Yield runs to start; kill their processes afterwards."""
-    made = Runs(repository)
-    yield made
-    for child in made.children:
-        if child.poll() is None:
-            child.send_signal(signal.SIGKILL)
+    with Runs(repository) as made:
+        yield made
 
 
 @pytest.mark.parametrize("cache", [True, pytest.param(False, marks=pytest.mark.extended)])

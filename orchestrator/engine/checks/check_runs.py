@@ -11,7 +11,7 @@ import hashlib
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,12 +231,16 @@ class CheckRuns:
                 unrecorded = [check.run for check in key.checks if check.cache and check.run not in recorded]
                 async with self._leases.hold([*map(key.record_id, dict.fromkeys(unrecorded))]) as running:
                     if not running:
-                        return await self._run_missing(request, checker, earlier)
+                        # Another process may have recorded a result before the leases were held.
+                        recorded = await self._read_recorded(key, earlier) if unrecorded else recorded
+                        return await self._run_missing(request, checker, recorded, earlier)
             await self._leases.wait(running)
 
-    async def _run_missing(self, request: CheckRequest, checker: str, earlier: CheckedTree) -> CheckedTree:
+    async def _run_missing(
+        self, request: CheckRequest, checker: str, recorded: Mapping[str, CheckRecord], earlier: CheckedTree
+    ) -> CheckedTree:
         checks, before = request.key.checks, {record.command: record for record in earlier.records}
-        records = await self._read_recorded(request.key, earlier)  # again, as the leases are held now
+        records = dict(recorded)
         missing = [check for check in checks if check.run not in records]
         result: CheckResult = ChecksPassed()
 

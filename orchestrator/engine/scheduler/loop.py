@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -126,12 +126,10 @@ class Scheduler:
         self._only_lands = only_lands or attached is not None
         await self._local.restore_adapters(adapters)
         statuses = self._ledger.statuses()
-        landing, queued = (_own_tasks(self._ledger, status) for status in (TaskStatus.LANDING, TaskStatus.QUEUED))
-        self._merge_queue.tasks.add(*landing, *queued)
+        for queued_status in (TaskStatus.LANDING, TaskStatus.QUEUED):
+            self._merge_queue.tasks.add(*_own_tasks(self._ledger, statuses, queued_status))
         async with anyio.create_task_group() as services:
-            peers = self._peers
-            for service in (peers.follow, peers.requests.run, peers.renew, peers.sweep, peers.detect_dead_peers):
-                services.start_soon(service)
+            self._peers.start(services)
             services.start_soon(process.resume_stopped_programs)
             services.start_soon(_monitor_as_leader, self._ledger)
             if self._context.session_service is not None:
@@ -158,12 +156,9 @@ class Scheduler:
                     await self._pause()
                     await self._tick(group)
             services.cancel_scope.cancel()
-        is_finished = not any(self._board.remaining_adapters(self._ledger.statuses()))
-        was_stopped = self._stopping or self.halted is not None
-        others_can_continue = _is_unavailable_work_left(
-            self._board, self._unavailable_adapters, self._ledger.statuses()
-        )
-        if not is_finished and (was_stopped or attached is not None or others_can_continue):
+        remaining = [*self._board.remaining_adapters(self._ledger.statuses())]
+        was_stopped = self._stopping or self.halted is not None or attached is not None
+        if any(remaining) and (was_stopped or _has_unavailable(remaining, self._unavailable_adapters, self._board)):
             return False
         self.halted = None
         await self._repository_guard.compare()
@@ -236,8 +231,10 @@ class Scheduler:
     def _idle(self) -> bool:
         if self._is_active():
             return False
-        if self._stopping or self._landings.is_pending:
-            return self._stopping
+        if self._stopping:
+            return True
+        if self._landings.is_pending:
+            return False
         # Checked last, because it searches all tasks.
         awaits_user = self._local.awaiting_user() or self._merge_queue.tasks.held or self._local.attached
         is_open = self._board.forecast.has_work() or self._local.is_waiting_for_peers() or awaits_user
@@ -295,20 +292,21 @@ class Scheduler:
             self._give_up(end.unrunnable)
 
 
-def _own_tasks(ledger: Ledger, status: TaskStatus) -> Iterator[str]:
+def _own_tasks(ledger: Ledger, statuses: Mapping[str, TaskStatus], status: TaskStatus) -> Iterator[str]:
     """Yield the tasks with a status that no other orchestrator has claimed."""
-    return (task for task, one in ledger.statuses().items() if one is status and not ledger.is_claimed_elsewhere(task))
+    return (task for task, one in statuses.items() if one is status and not ledger.is_claimed_elsewhere(task))
 
 
-def _is_unavailable_work_left(
-    board: DispatchBoard, unavailable: Mapping[str, str], statuses: Mapping[str, TaskStatus]
+def _has_unavailable(
+    remaining: Iterable[Sequence[str]], unavailable_adapters: Mapping[str, str], board: DispatchBoard
 ) -> bool:
     """Return True if another process could run tasks that this one can't.
 
-    Then this process does not record the end of the run. `unavailable` maps adapters to the reason.
+    Then this process does not record the end of the run. `remaining` are the adapters of each unfinished task.
     """
-    names = {name for name, reason in unavailable.items() if board.adapters.disabled.get(name) == reason}
-    return any(names.intersection(adapters) for adapters in board.remaining_adapters(statuses))
+    disabled = board.adapters.disabled
+    unavailable = {name for name, reason in unavailable_adapters.items() if disabled.get(name) == reason}
+    return any(unavailable.intersection(adapters) for adapters in remaining)
 
 
 async def _monitor_as_leader(ledger: Ledger) -> None:

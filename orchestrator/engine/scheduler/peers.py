@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import anyio
+from anyio.abc import TaskGroup
 
 from orchestrator.domain.runs.model import AdapterDocument, HaltCause, RequestAction, RunRequest
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, RETRYABLE_STATUSES, TaskStatus
@@ -69,6 +70,11 @@ class PeerSync:
     def is_busy(self) -> bool:
         """Return True while processing a sweep or request that may create work."""
         return self._is_sweeping or self.requests.is_busy
+
+    def start(self, group: TaskGroup) -> None:
+        """Start the background work in a task group."""
+        for service in (self.follow, self.requests.run, self.renew, self.sweep, self.detect_dead_peers):
+            group.start_soon(service)
 
     async def follow(self) -> None:
         """Apply changes of other orchestrators.

@@ -447,7 +447,9 @@ class _InterruptedUpdate:
     async def _restore(self, git_dir: Path, paths: Sequence[str]) -> None:
         if not paths:
             return
-        index = await anyio.to_thread.run_sync(_copy_index, git_dir, self.branch)
+        # Like a copy that replaces the index, it is removed by the next recovery if this one fails.
+        index, lock = _copies(git_dir, self.branch)
+        await anyio.to_thread.run_sync(_unlink, [index, lock])
         env = {"GIT_INDEX_FILE": str(index)}
         await self.git("read-tree", self.tip, cwd=self.checkout, env=env)
         arguments = ("checkout-index", "--force", "-z", "--stdin")
