@@ -191,7 +191,7 @@ class Repository:
         armed = {"COUNCIL_FAILPOINTS": failpoints} if failpoints else {}
         return command_server.start_command(arguments, self.top, {**self.environ, **armed})
 
-    def council(self, *arguments: str, failpoints: str = "", timeout: float = 100) -> CommandResult:
+    def council(self, *arguments: str, failpoints: str = "", timeout: float = 300) -> CommandResult:
         """Run the real command to its end."""
         child = self.start(*arguments, failpoints=failpoints)
         try:

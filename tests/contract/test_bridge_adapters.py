@@ -322,7 +322,10 @@ class TestOllama(AdapterContract):
 
 
 class TestAutoClaude(AdapterContract):
-    """Two programs through a bridge. It was never run: `tests.integration.test_auto_claude` has a fake of it."""
+    """Two programs through a bridge.
+
+    It was never run: `tests.integration.adapters.test_auto_claude` has a fake of it.
+    """
 
     adapter_type = AutoClaudeAdapter
     options: ClassVar = {"path": "/opt/Auto-Claude", "complexity": "simple", "model": "sonnet", "qa": False}

@@ -19,21 +19,21 @@ from tests.waiting import wait_for
 
 #: Reached by a request from another process; see below.
 REQUEST_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("request."))
-#: Reached by attaching to a task; see tests/integration/test_attach.py.
+#: Reached by attaching to a task; see tests/integration/sessions/test_attach.py.
 ATTACHMENT_FAILPOINTS = frozenset({"attachment.recorded"})
 #: Those of the store, which has tests of its own; see test_file_store_kills.py, test_compaction.py and test_copying.py
 #: in tests/integration.
 STORE_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("state."))
 #: Reached by creating or restoring a checkpoint; see tests/crash/test_checkpoints.py.
 CHECKPOINT_FAILPOINTS = frozenset({"run.taken_over", "checkpoint.created", "checkpoint.restored"})
-#: Reached by writing the readable copies; see tests/integration/test_views.py.
+#: Reached by writing the readable copies; see tests/integration/state/test_views.py.
 VIEW_FAILPOINTS = frozenset({"views.written", "views.replaced"})
-#: Reached by importing state in earlier formats, and by forgetting runs; see tests/integration/test_legacy.py and
-#: test_clean_runs.py there.
+#: Reached by importing state in earlier formats, and by forgetting runs; see tests/integration, test_legacy.py in
+#: stores/embedded and test_clean_runs.py in repository.
 RECORD_FAILPOINTS = frozenset({"legacy.begun", "legacy.imported", "run.removed"})
-#: Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/test_expansion.py.
+#: Reached by tasks with a workflow; see tests/crash/test_phases.py and tests/integration/workflows/test_expansion.py.
 PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.finished", "handoff.taken", "plan.subtasks"})
-#: Reached by tasks that start on built work; see tests/integration/test_stacked_work.py.
+#: Reached by tasks that start on built work; see tests/integration/landing/test_stacked_work.py.
 STACK_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("stack."))
 #: Never reached by a run.
 UNREACHED_FAILPOINTS = (

@@ -26,7 +26,7 @@ from tests.crash.test_crashes import (
     chain_and_sides,
     configure,
 )
-from tests.integration.test_shared_runs import QUICK, assert_each_landed_once, ended, happened, states
+from tests.integration.runs.test_shared_runs import QUICK, assert_each_landed_once, ended, happened, states
 from tests.waiting import wait_for
 
 #: Reached by the leader only.

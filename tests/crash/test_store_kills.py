@@ -18,7 +18,7 @@ import pytest
 from orchestrator.protocols import Key
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
-from tests.integration import store_worker
+from tests.integration.stores import store_worker
 from tests.waiting import wait_for
 
 NAMES = [f"w{number}" for number in range(4)]

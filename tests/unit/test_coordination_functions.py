@@ -60,7 +60,7 @@ class TestFunctions(ReplacedFunctionsContract):
 
 def test_ten_parallel_session_tests_exist() -> None:
     for name in TEN:
-        whole = f"tests/integration/test_coordination.py::{name}"
+        whole = f"tests/integration/coordination/test_coordination.py::{name}"
         check_test(whole)
         assert f"`{whole}`" in MAPPING
 
