@@ -20,11 +20,12 @@ from orchestrator.locking.merge_lease import HeldMergeLease
 from orchestrator.locking.ownership import ownership_scope
 from orchestrator.repo.git.command import Git, printable_name
 from orchestrator.repo.git.unsupported_files import find_embedded_repository
+from orchestrator.repo.landing.interrupted_push import remove_incoming_objects
 from orchestrator.repo.landing.merge_commits import commit_conflict, commit_merge, with_merge_base
 from orchestrator.repo.landing.structural_merge import MergeDriver, merge_structurally
 from orchestrator.repo.landing.target_checkouts import TargetCheckouts
 from orchestrator.repo.source.upstream import UpstreamRepository
-from orchestrator.repo.source.user_checkouts import read_head_stats, remove_incoming_objects
+from orchestrator.repo.source.user_checkouts import read_head_stats
 from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.failpoints import failpoint
 from orchestrator.system.file_lock import FileLock

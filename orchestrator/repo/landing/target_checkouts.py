@@ -11,18 +11,20 @@ import anyio.to_thread
 
 from orchestrator.errors import RefusedError
 from orchestrator.repo.git.command import FileChange, Git, printable_name, split_nul
+from orchestrator.repo.landing.interrupted_push import (
+    find_blocking_locks,
+    recover_push,
+    release_pack,
+    update_switched_checkout,
+)
 from orchestrator.repo.source.user_checkouts import (
     LocalRepository,
     describe_interrupted_landing,
     describe_unfinished_operation,
-    find_blocking_locks,
     find_checkout,
     find_locked_checkouts,
     find_switched_checkouts,
     list_uncommitted_changes,
-    recover_push,
-    release_pack,
-    update_switched_checkout,
 )
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
 from orchestrator.repo.worktrees.files.file_trees import is_folder

@@ -21,10 +21,11 @@ from orchestrator.domain.runs.model import PreparedMerge
 from orchestrator.errors import GitError, RefusedError, TargetMissing
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing import target_branch as landings
+from orchestrator.repo.landing.interrupted_push import recover_push
 from orchestrator.repo.landing.target_branch import DeferredLanding, Landed, NothingToLand, Target
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.source.upstream import UpstreamRepository
-from orchestrator.repo.source.user_checkouts import find_repository, lock_marker, recover_push
+from orchestrator.repo.source.user_checkouts import find_repository, lock_marker
 from orchestrator.repo.worktrees.hub import create_hub, locate_hub
 from orchestrator.system import file_lock
 from orchestrator.system.process import kill_by_environment

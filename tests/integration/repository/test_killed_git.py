@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.errors import GitError, GitKilled
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.source.user_checkouts import remove_incoming_objects
+from orchestrator.repo.landing.interrupted_push import remove_incoming_objects
 from orchestrator.repo.worktrees.hub import Hub, create_hub, locate_hub
 from tests.conftest import FAKE_CLI, Repository
 
