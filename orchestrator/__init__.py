@@ -20,9 +20,10 @@ from orchestrator.lazy import lazy_names
 # Not that of `typing`: each session's supervisor imports this module, and `typing` would slow its start by half.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from orchestrator.api.council import Council, ProjectPaths
+    from orchestrator.api.council import Council
     from orchestrator.api.topics.changes import PreservedWork
     from orchestrator.api.topics.logs import LogChunk
+    from orchestrator.api.topics.state import ProjectPaths
     from orchestrator.api.transfer import adopt_state, copy_state
     from orchestrator.config.schema import AdapterSettings, Config, Task
     from orchestrator.domain.documents.conflicts import ConflictStrategy, DocumentUpdate
@@ -136,9 +137,10 @@ if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown
     __getattr__ = lazy_names(
         __name__,
         {
-            "api.council": ("Council", "ProjectPaths"),
+            "api.council": ("Council",),
             "api.topics.changes": ("PreservedWork",),
             "api.topics.logs": ("LogChunk",),
+            "api.topics.state": ("ProjectPaths",),
             "config.schema": ("AdapterSettings", "Config", "Task"),
             "domain.settings.run_settings": ("Backoff", "SetupStep", "TaskSettings", "WorktreeSettings"),
             "domain.documents.conflicts": ("ConflictStrategy", "DocumentUpdate"),

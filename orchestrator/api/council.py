@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -13,31 +12,13 @@ from typing import TYPE_CHECKING, Self
 from orchestrator.api import topics
 from orchestrator.api.context import ProjectContext, StopSignal
 from orchestrator.api.opening import OnOutage, open_project
-from orchestrator.api.run_index import RunIndex
-from orchestrator.domain.security.secrets import redact_urls
-from orchestrator.engine.state.records import read_run
 from orchestrator.project import council_home
-from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.system.clock import Clock, SystemClock
 
 if TYPE_CHECKING:
     from orchestrator.config.model import RunConfig
     from orchestrator.config.schema import Config
     from orchestrator.plugins import Plugins
-
-
-@dataclass(frozen=True, slots=True)
-class ProjectPaths:
-    """The paths of a project's files; the repositories are None before its first run."""
-
-    repository: str | None
-    state: str
-    """The folder of the store, or its URL if it has no folder."""
-    log: Path
-    logs: Path
-    """The output of sessions, in one folder per run."""
-    hub: Path | None
-    trusted: Path | None
 
 
 class Council:
@@ -186,18 +167,6 @@ class Council:
     def damage(self) -> tuple[str, ...]:
         """Descriptions of the damage found since the state was opened."""
         return self._context.damage
-
-    async def paths(self) -> ProjectPaths:
-        """Return the paths of the project's files."""
-        context, url = self._context, self._context.url
-        local = context.store.local_paths()
-        state = str(local[0]) if local else redact_urls(url)
-        log, logs = self.project.log_file, self.project.logs_folder
-        if not await context.store.list("run"):
-            return ProjectPaths(None, state, log, logs, None, None)
-        run = await read_run(context.store, await RunIndex(context).newest())
-        hub = Hub(Path(run.hub))
-        return ProjectPaths(redact_urls(run.repo), state, log, logs, hub.objects.parent, hub.trusted)
 
     def stop(self) -> None:
         """Stop this council's active runs cleanly: stop sessions, and preserve their work.

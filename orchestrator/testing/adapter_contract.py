@@ -95,12 +95,26 @@ class ExpectedResult:
     paths: frozenset[str] | None = None
 
 
+def plain_requests(folder: Path) -> list[SessionRequest]:
+    """Return requests that have only a prompt."""
+    return [
+        SessionRequest(
+            run="20260101-abc",
+            task="a-task",
+            attempt=attempt,
+            prompt=prompt,
+            prompt_file=folder / "prompt",
+            worktree=folder / "work tree",
+            home=folder / "home",
+        )
+        for attempt, prompt in enumerate(_PROMPTS, start=1)
+    ]
+
+
 class AdapterContract(OptionsContract):
     """The suite for `adapter_type`, an adapter class, with valid `options` as in YAML.
 
     A validator of `Options` reports a problem and its fix with `ValueError("problem: remedy")`.
-
-    More methods than most: each is one test of the contract, or an example for it to override.
     """
 
     adapter_type: ClassVar[AdapterType]
@@ -123,24 +137,9 @@ class AdapterContract(OptionsContract):
 
     def requests(self, folder: Path) -> list[SessionRequest]:
         """Return requests for a prompt and for each capability. Their paths don't exist."""
-        plain = self.plain_requests(folder)
+        plain = plain_requests(folder)
         asked = [_ASKED[capability] for capability in sorted(self.adapter_type(self.validated()).capabilities())]
         return [*plain, *(replace(plain[0], **changes) for changes in asked)]
-
-    def plain_requests(self, folder: Path) -> list[SessionRequest]:
-        """Return requests that have only a prompt."""
-        return [
-            SessionRequest(
-                run="20260101-abc",
-                task="a-task",
-                attempt=attempt,
-                prompt=prompt,
-                prompt_file=folder / "prompt",
-                worktree=folder / "work tree",
-                home=folder / "home",
-            )
-            for attempt, prompt in enumerate(_PROMPTS, start=1)
-        ]
 
     def commands(self, folder: Path) -> list[SessionCommand]:
         """Return the command for each request, from a new adapter."""
@@ -158,7 +157,7 @@ class AdapterContract(OptionsContract):
         adapter = self.adapter_type(self.validated())
         can = adapter.capabilities()
         assert can <= frozenset(Capability)
-        request = self.plain_requests(tmp_path)[0]
+        request = plain_requests(tmp_path)[0]
         plain = adapter.command(request)
         passed = {
             capability for capability in Capability if adapter.command(replace(request, **_ASKED[capability])) != plain

@@ -30,7 +30,7 @@ from orchestrator.protocols import (
     ToolResult,
     UsageReport,
 )
-from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
+from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult, plain_requests
 from orchestrator.testing.recordings import read_recordings
 from tests.contract.verdicts import TRANSCRIPTS, end
 
@@ -238,7 +238,7 @@ def test_cli_runs_as_an_agent(
         for given in ({**options, "acp": False}, {"acp": True, **options})
     )
     assert agent.programs()[-1].name == program
-    request = AdapterContract().plain_requests(tmp_path)[0]
+    request = plain_requests(tmp_path)[0]
     command, native = agent.command(request), own.command(request)
     split = command.argv.index("--")
     assert tuple(command.argv[split + 1 :]) == argv
@@ -248,7 +248,7 @@ def test_cli_runs_as_an_agent(
 
 def test_mode_decides_what_an_agent_may_do(tmp_path: Path) -> None:
     """That of the CLI's own adapter."""
-    request = AdapterContract().plain_requests(tmp_path)[0]
+    request = plain_requests(tmp_path)[0]
     for use, options, restricted in (
         ("gemini", {"approval_mode": "yolo"}, False),
         ("gemini", {}, True),

@@ -15,7 +15,7 @@ from orchestrator.config.profiles import ProfileAdapterType
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import SessionEnd
-from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult
+from orchestrator.testing.adapter_contract import AdapterContract, ExpectedResult, plain_requests
 from tests.contract.verdicts import TRANSCRIPTS, get_verdict
 
 _TYPES: Final = load_plugins({"COUNCIL_PLUGINS": ""}).adapters
@@ -127,7 +127,7 @@ def test_arguments_of_a_profile_are_in_order(tmp_path: Path) -> None:
     contract = _contract("qwen-code")()
     adapter_type = contract.adapter_type
     adapter = adapter_type(adapter_type.Options.model_validate({"bin": "/opt/qwen", **contract.options}))
-    request = replace(contract.plain_requests(tmp_path)[0], resume="0c5b2f3e-1d")
+    request = replace(plain_requests(tmp_path)[0], resume="0c5b2f3e-1d")
     common = ("/opt/qwen", "--output-format", "stream-json", "--approval-mode", "yolo")
     own = ("--model", "large", "--verbose")
     assert adapter.command(request).argv == (*common, "--resume", "0c5b2f3e-1d", *own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
@@ -14,8 +15,9 @@ from orchestrator.api.topics.health import Health, StateHealth, read_retention
 from orchestrator.api.transfer import export_store, import_store
 from orchestrator.domain.documents.conflicts import DocumentUpdate
 from orchestrator.domain.events.state import SteeringCalled
-from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.domain.security.secrets import Redactor, redact_urls, secret_values
 from orchestrator.engine.phases.verification import RunVerification, verify_run
+from orchestrator.engine.state.records import read_run
 from orchestrator.engine.views import ViewPosition, export_views
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import (
@@ -27,6 +29,7 @@ from orchestrator.protocols import (
     Key,
     VerificationReport,
 )
+from orchestrator.repo.worktrees.hub import Hub
 from orchestrator.state.documents import conflicts
 from orchestrator.state.documents.conflicts import Conflict, ConflictResolution, UpdateResult
 from orchestrator.state.documents.log_reader import DocumentChange, is_run_document, subscribe
@@ -37,6 +40,20 @@ from orchestrator.state.transfer.copying import CopyResult
 #: The most characters of the name of a client or tool, and of the arguments, in a recorded call.
 _LONGEST_NAME: Final = 100
 _MOST_CHARS: Final = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectPaths:
+    """The paths of a project's files; the repositories are None before its first run."""
+
+    repository: str | None
+    state: str
+    """The folder of the store, or its URL if it has no folder."""
+    log: Path
+    logs: Path
+    """The output of sessions, in one folder per run."""
+    hub: Path | None
+    trusted: Path | None
 
 
 class State(Topic):
@@ -147,6 +164,19 @@ class State(Topic):
             **{name: one for name, one in about.items() if one},
         )
         await context.store.commit(Commit([], [Event.of(called)]))
+
+    async def paths(self) -> ProjectPaths:
+        """Return the paths of the project's files."""
+        context, project = self._context, self._context.project
+        local = context.store.local_paths()
+        state = str(local[0]) if local else redact_urls(context.url)
+        if not await context.store.list("run"):
+            return ProjectPaths(None, state, project.log_file, project.logs_folder, None, None)
+        run = await read_run(context.store, await RunIndex(context).newest())
+        hub = Hub(Path(run.hub))
+        return ProjectPaths(
+            redact_urls(run.repo), state, project.log_file, project.logs_folder, hub.objects.parent, hub.trusted
+        )
 
     async def verify(self) -> VerificationReport:
         """Verify the whole log and all documents."""

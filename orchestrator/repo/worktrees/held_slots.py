@@ -108,11 +108,11 @@ class HeldSlots:
         Without a snapshot of its files, the slot can be used only once.
         """
         for number in count(1):
-            if number not in self.by_number and (held := await self._reserve(number, commit)) is not None:
+            if number not in self.by_number and (held := await self.reserve(number, commit)) is not None:
                 return held
         raise AssertionError("the loop over numbers returns")
 
-    async def _reserve(self, number: int, commit: str) -> HeldSlot | None:
+    async def reserve(self, number: int, commit: str) -> HeldSlot | None:
         """Reserve an unused slot number; return None if it is used."""
         options = self.checkouts.options
         slot = WorktreeSlot(self.checkouts.hub, number)
@@ -134,10 +134,6 @@ class HeldSlots:
         if slot is not None and slot.number not in self.by_number:
             await self._try_adopt(slot, is_needed=True)
         return None if slot is None else self.by_number.get(slot.number)
-
-    async def reserve(self, tree: Path, commit: str) -> HeldSlot | None:
-        """Reserve the slot with this tree; return None if it exists."""
-        return await self._reserve(int(tree.parent.name), commit)
 
     async def yield_to_others(self, tree: Path) -> None:
         """Release the lock of the slot with this tree, if it is held, as soon as no session uses it."""

@@ -137,9 +137,9 @@ class SlotPool(_Pool):
             return
         if tree.parent.parent != self.slots.checkouts.hub.slots:
             raise RefusedError(f"{tree} is not on this machine", "attach on the machine where the session ran")
-        held = None
+        held, number = None, int(tree.parent.name)
         with anyio.move_on_after(_ADOPTION_TIMEOUT):
-            while (held := await self.slots.adopt(tree) or await self.slots.reserve(tree, commit)) is None:  # noqa: ASYNC110  another process
+            while (held := await self.slots.adopt(tree) or await self.slots.reserve(number, commit)) is None:  # noqa: ASYNC110  another process
                 await anyio.sleep(_ADOPTION_POLL_INTERVAL)
         if held is None:
             raise RefusedError(f"the worktree {tree} of the conversation is in use", "retry when its session has ended")

@@ -104,17 +104,9 @@ class Journal:
         if not self._io.acquire(blocking=False):
             return False
         try:
-            return self._follow_near()
+            return self.log.follow_near()
         finally:
             self._io.release()
-
-    def _follow_near(self) -> bool:
-        """Read the new commits if they are few; return True if now current."""
-        mark = self.log.lock.read()
-        if mark is None or not self.log.cursor.is_near(mark):
-            return False
-        self.log.follow(mark)
-        return True
 
     def end(self) -> HighWaterMark:
         """Return the current end of the log."""
@@ -247,7 +239,7 @@ class Journal:
         try:
             group = list[PendingCommit]()
             with _failing_on_error(group, self._directory):
-                if not self._follow_near():  # most of it without the lock, for which others wait
+                if not self.log.follow_near():  # most of it without the lock, for which others wait
                     return InlineResult.TOO_MUCH
                 with self.log.lock.try_held() as is_held:
                     if not is_held:

@@ -119,6 +119,14 @@ class OpenLog:
             self.replay.finish(mark.position, self.cursor.path, self.cursor.offset)
             self.note_end(mark)
 
+    def follow_near(self) -> bool:
+        """Read the new commits if they are few; return True if now current."""
+        mark = self.lock.read()
+        if mark is None or not self.cursor.is_near(mark):
+            return False
+        self.follow(mark)
+        return True
+
     def recover(self) -> None:
         """Read the whole log, including a dead appender's leftovers.
 

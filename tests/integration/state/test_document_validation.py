@@ -97,7 +97,7 @@ async def read_project(council: Council) -> None:
     await council.state.verify()
     await council.state.conflicts()
     await council.locks.list()
-    await council.paths()
+    await council.state.paths()
     await council.locks.named.held()
     await council.locks.named.cleanup_expired()
     await council.cleaner.find()

@@ -100,6 +100,7 @@ async def where(context: CouncilContext) -> None:
       council where
       council where --json
     """
-    paths = {name: None if path is None else str(path) for name, path in asdict(await context.council.paths()).items()}
+    found = await context.council.state.paths()
+    paths = {name: None if path is None else str(path) for name, path in asdict(found).items()}
     width = max(map(len, paths))
     context.output.answer(lambda: paths, (f"{name:<{width}}  {path or '-'}" for name, path in paths.items()))
