@@ -34,6 +34,7 @@ from orchestrator.repo.source.user_checkouts import (
     has_lock_marker,
     list_checkouts,
     list_git_processes,
+    list_left_out,
     lock_marker,
     read_current_branch,
     read_head_stats,
@@ -190,6 +191,7 @@ class _InterruptedUpdate:
         changes = {change.path: change for change in await self._changes(self.tip) if change.path in ours}
         unlike_new, unlike_tip = await self._staged_unlike(self.new), await self._staged_unlike(self.tip)
         staged = [path for path in changes if path not in unlike_new]
+        left_out = await list_left_out(self.checkout, self.git)
         before = {path: change.old_id for path, change in changes.items() if int(change.old_mode, 8)}
         after = {path: change.new_id for path, change in changes.items() if int(change.new_mode, 8)}
         kinds = ("old", "new", "partial", "restored", "empty", "foreign")
@@ -197,6 +199,8 @@ class _InterruptedUpdate:
         for path in sorted(changes):
             is_theirs = path in unlike_new and path in unlike_tip
             kind = await _classify_file(self.git, self.checkout, path, before.get(path), after.get(path))
+            if kind == "empty" and path in left_out:
+                kind = "old"
             by_kind["foreign" if is_theirs else kind].append(path)
         # Git writes files one by one, so a kill leaves at most one partial file. On a full disk the following files are
         # empty.
@@ -214,6 +218,9 @@ class _InterruptedUpdate:
                 entries = (f"{changes[path].old_mode} {changes[path].old_id}\t{path}" for path in staged)
                 env, arguments = {"GIT_INDEX_FILE": str(index)}, ("update-index", "-z", "--index-info")
                 await self.git(*arguments, cwd=self.checkout, env=env, input_=join_nul(entries))
+                if again := [path for path in staged if path in left_out and path in before]:
+                    options = ("--skip-worktree", "-z", "--stdin")
+                    await self.git("update-index", *options, cwd=self.checkout, env=env, input_=join_nul(again))
                 await anyio.to_thread.run_sync(index.replace, git_dir / "index")
             await self._restore(git_dir, [path for path in written if path in before])
             added = [path for path in written if path not in before]

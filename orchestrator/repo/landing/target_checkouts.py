@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 import anyio.to_thread
 
+from orchestrator.domain.wording import join_names
 from orchestrator.errors import RefusedError
-from orchestrator.repo.git.command import FileChange, Git, printable_name, split_nul
+from orchestrator.repo.git.command import (
+    MISSING_MODE,
+    FileChange,
+    Git,
+    join_nul,
+    parse_raw_diff,
+    printable_name,
+    split_nul,
+)
 from orchestrator.repo.landing.interrupted_push import (
     find_blocking_locks,
     recover_push,
     release_pack,
     update_switched_checkout,
 )
+from orchestrator.repo.landing.merge_commits import temporary_folder
 from orchestrator.repo.source.user_checkouts import (
     LocalRepository,
     describe_interrupted_landing,
@@ -24,10 +36,18 @@ from orchestrator.repo.source.user_checkouts import (
     find_checkout,
     find_locked_checkouts,
     find_switched_checkouts,
+    list_left_out,
     list_uncommitted_changes,
 )
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
 from orchestrator.repo.worktrees.files.file_trees import is_folder
+
+#: The tags of `git ls-files -v` for paths whose changes git does not report, with the options that end this.
+_HIDING_FLAGS: Final = {
+    "h": ("--no-assume-unchanged",),
+    "S": ("--no-skip-worktree",),
+    "s": ("--no-assume-unchanged", "--no-skip-worktree"),
+}
 
 
 @dataclass(slots=True)
@@ -70,12 +90,43 @@ class TargetCheckouts:
         if path is not None:
             message = f"it changes {printable_name(path)}, which controls the programs that your git runs"
             return f"{message}: review and merge it manually"
+        if (hidden := await self._describe_hidden_changes(checkout, set(paths))) is not None:
+            return hidden
         if in_way := await self._find_files_in_way(checkout, changes):
             return f"untracked files would be overwritten ({', '.join(in_way[:3])}): move or commit them"
         if not (locks := await find_blocking_locks(self.repository, checkout, self.branch, self.users)):
             return None
         named = ", ".join(map(str, locks))
         return f"another of your git commands has locked the target: if none is running, remove {named}"
+
+    async def _describe_hidden_changes(self, checkout: Path, paths: Collection[str]) -> str | None:
+        """Return changes at these paths that flags in the index hide, with a remedy, or None.
+
+        A push never succeeds if such a file was edited, and restores one that was removed.
+        """
+        listed = split_nul((await self.users("ls-files", "-v", "-z", cwd=checkout)).stdout)
+        tags = {entry[2:]: entry[0] for entry in listed if entry[0] in _HIDING_FLAGS and entry[2:] in paths}
+        if not tags:
+            return None
+        options = sorted({option for tag in tags.values() for option in _HIDING_FLAGS[tag]})
+        index = await self.users("rev-parse", "--git-path", "index", cwd=checkout)
+        with temporary_folder(self.trusted) as folder:
+            env = {"GIT_INDEX_FILE": f"{folder}/index"}
+            source = checkout / os.fsdecode(index.stdout).rstrip("\n")
+            await anyio.to_thread.run_sync(shutil.copy2, source, env["GIT_INDEX_FILE"])
+            for option in options:  # git would apply only the first of several
+                await self.users("update-index", option, "-z", "--stdin", cwd=checkout, env=env, input_=join_nul(tags))
+            arguments = ("diff-files", "--raw", "-z", "--no-renames", "--ignore-submodules=all")
+            found = await self.users(*arguments, cwd=checkout, env=env)
+        changed = [change for change in parse_raw_diff(found.stdout) if change.path in tags]
+        left_out = await list_left_out(checkout, self.users)
+        changed = [one for one in changed if one.path not in left_out or one.new_mode != MISSING_MODE]
+        if not changed:
+            return None
+        names = join_names([printable_name(change.path) for change in changed], 3)
+        commands = " and ".join(f"`git update-index {option} PATH`" for option in options)
+        message = f"the target's checkout has changes that git is set to ignore ({names})"
+        return f"{message}: run {commands} for each, then commit or stash them"
 
     async def _find_files_in_way(self, checkout: Path, changes: Sequence[FileChange]) -> list[str]:
         """Return untracked or ignored files that git would delete or overwrite."""

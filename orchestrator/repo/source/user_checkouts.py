@@ -162,6 +162,15 @@ async def list_uncommitted_changes(checkout: Path, git: Git) -> list[str]:
     return [printable_name(entry[3:]) for entry in split_nul(listed.stdout)]
 
 
+async def list_left_out(checkout: Path, git: Git) -> set[str]:
+    """Return the tracked paths that a sparse checkout leaves out."""
+    configured = await git("config", "--type=bool", "core.sparseCheckout", cwd=checkout, ok=(0, 1))
+    if configured.stdout.strip() != b"true":
+        return set()
+    listed = await git("ls-files", "-v", "-z", cwd=checkout)
+    return {entry[2:] for entry in split_nul(listed.stdout) if entry[0] in "Ss"}  # skip-worktree: git-ls-files(1)
+
+
 def lock_marker(branch: str) -> str:
     """Return the content of the index lock of our push to a branch.
 

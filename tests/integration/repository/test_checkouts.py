@@ -13,6 +13,7 @@ from orchestrator.repo.git.command import Git
 from orchestrator.repo.git.reading import read_ref
 from orchestrator.repo.source.user_checkouts import LocalRepository, find_checkout
 from tests.conftest import Repository
+from tests.faults import SHELL_ADAPTER
 
 
 async def found(repository: Repository, branch: str) -> Path | None:
@@ -125,3 +126,52 @@ def test_checkout_with_a_separate_git_dir_is_rejected(repository: Repository, tm
     assert repository.git("status", "--porcelain") == ""
     repository.git("switch", "--quiet", "--detach", "out")
     assert repository.git("status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize("flag", ["assume-unchanged", "skip-worktree"])
+@pytest.mark.parametrize("change", ["edit", "removal"])
+def test_change_that_git_is_set_to_ignore_defers_a_landing(repository: Repository, flag: str, change: str) -> None:
+    """Of a path that the landing changes; it lands after the remedy, and flags of other paths do not matter."""
+    repository.commit({"a b": "1\n", "other": "1\n", "same": "1\n"}, "more")
+    script = 'echo 2 >"a b"; echo 2 >same'
+    config = repository.configure([{"id": "t", "prompt": script}], adapters={"sh": SHELL_ADAPTER})
+    repository.git("update-index", f"--{flag}", "a b", "other", "same")
+    mine = repository.top / "a b"
+    (repository.top / "other").write_text("mine\n")
+    if change == "edit":
+        mine.write_text("mine\n")
+    else:
+        mine.unlink()
+    before = repository.git("ls-files", "-v")
+    ended = repository.council("run", str(config), "--allow-deferred", "--json")
+    assert ended.states == {"t": "queued"}, ended
+    reason = ended.result["tasks"][0]["reason"]
+    assert "the target's checkout has changes that git is set to ignore (a b): " in reason
+    assert f"`git update-index --no-{flag} PATH`" in reason
+    assert (mine.read_text() if mine.exists() else None) == ("mine\n" if change == "edit" else None)
+    assert repository.git("ls-files", "-v") == before
+    repository.git("update-index", f"--no-{flag}", "a b")
+    repository.git("checkout", "--quiet", "a b")
+    assert repository.council("merge", "--json").states == {"t": "landed"}
+    assert (mine.read_text(), (repository.top / "other").read_text()) == ("2\n", "mine\n")
+
+
+@pytest.mark.parametrize("hook", ["update", "reference-transaction"])
+def test_landing_keeps_a_sparse_checkout(repository: Repository, hook: str) -> None:
+    """Without a file outside of its folders, also after the undo of a push that a hook rejects early or late."""
+    repository.commit({"in/x": "1\n", "out/y": "1\n"}, "more")
+    script = "echo 2 >in/x; echo 2 >out/y"
+    config = repository.configure([{"id": "t", "prompt": script}], adapters={"sh": SHELL_ADAPTER})
+    repository.git("sparse-checkout", "set", "--cone", "in")
+    before = repository.git("ls-files", "-v")
+    path = repository.top / ".git/hooks" / hook
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("#!/bin/sh\nexit 1\n")
+    path.chmod(0o755)
+    assert repository.council("run", str(config), "--allow-deferred", "--json").states == {"t": "queued"}
+    assert ((repository.top / "in/x").read_text(), (repository.top / "out").exists()) == ("1\n", False)
+    assert (repository.git("ls-files", "-v"), repository.git("status", "--porcelain", "-uno")) == (before, "")
+    path.unlink()
+    assert repository.council("merge", "--json").states == {"t": "landed"}
+    assert ((repository.top / "in/x").read_text(), (repository.top / "out").exists()) == ("2\n", False)
+    assert (repository.git("show", "HEAD:out/y"), repository.git("status", "--porcelain", "-uno")) == ("2", "")
