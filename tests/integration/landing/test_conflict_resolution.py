@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from itertools import cycle
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from tests.conftest import Repository
 from tests.faults import SHELL_ADAPTER
 from tests.sandboxes import needs_sandbox
+from tests.waiting import wait_for
 
 BASE = "import os\n\n\ndef test_old():\n    assert os\n\n\n# end\n"
 
@@ -92,6 +94,31 @@ async def test_task_with_a_rejected_resolution_is_repeated_from_the_target(repos
     text = (repository.top / "a.py").read_text()
     assert all(test_lines(name) in text for name in ("left", "right"))
     assert sorted(task["attempts"] for task in ended.result["tasks"]) == [1, 3]
+    await repository.assert_invariants()
+
+
+@pytest.mark.extended
+async def test_kills_consume_no_resolution(repository: Repository) -> None:
+    """Each step is repeated; the interrupted session of the resolution too, from the same conflict."""
+    marker = repository.top.parent / "resolving"
+    resolve = f"if ! test -e {marker}; then touch {marker}; sleep 600; fi; {RIGHT}"
+    repository.commit({"a.py": BASE, "test_other.py": ""}, "base")
+    repository.remember()
+    config = repository.configure(
+        [adding(name, resolve, attempts=2) for name in ("left", "right")],
+        adapters={"sh": {**SHELL_ADAPTER, "writable": [str(marker.parent)]}},
+    )
+    assert repository.council("run", str(config), failpoints="landing.rejected=kill").code == -signal.SIGKILL
+    child = repository.start("resume")
+    wait_for(marker.exists)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    for failpoint in ("work.recorded", "landing.intended", "landing.pushed"):
+        assert repository.council("resume", failpoints=f"{failpoint}=kill").code == -signal.SIGKILL, failpoint
+    ended = repository.council("resume", "--json")
+    assert ended.states == {"left": "landed", "right": "landed"}, ended
+    text = (repository.top / "a.py").read_text()
+    assert len(text) == len(BASE) + len(test_lines("left")) + len(test_lines("right"))
     await repository.assert_invariants()
 
 
