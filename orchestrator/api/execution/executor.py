@@ -258,10 +258,11 @@ async def _record_end(
     if scheduler.halted is not None and is_leader:
         await ledger.run_state.halt(*scheduler.halted)
     elif scheduler.halted is not None and scheduler.halted[0] is not HaltCause.BUDGET:
-        await ledger.note(RunWorkerLeft(pid=me.pid, reason=scheduler.halted[1]))
+        await ledger.note(RunWorkerLeft(orchestrator=me.id, pid=me.pid, reason=scheduler.halted[1]))
     elif others and scheduler.halted is None:
         continued = ", ".join(f"process {one.pid} on {one.host}" for one in others)
-        await ledger.note(RunWorkerLeft(pid=me.pid, reason=f"{why}; the run continues in {continued}"))
+        reason = f"{why}; the run continues in {continued}"
+        await ledger.note(RunWorkerLeft(orchestrator=me.id, pid=me.pid, reason=reason))
     elif not finished and is_leader:
         await ledger.note(RunInterrupted())
     if others and (scheduler.halted is None or not is_leader):

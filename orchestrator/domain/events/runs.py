@@ -49,7 +49,7 @@ class RunJoined(RunEvent):
     """A process joined the run."""
 
     type = "run.joined"
-    sentence = "process {pid} on {host} joined"
+    sentence = "worker {orchestrator} joined"
 
     orchestrator: str
     """The name of the process in the run."""
@@ -65,8 +65,10 @@ class RunWorkerLeft(RunEvent):
     """
 
     type = "run.worker_left"
-    sentence = "process {pid} left the run: {headline}"
+    sentence = "worker {orchestrator} left the run: {headline}"
 
+    orchestrator: str
+    """The name of the process in the run."""
     pid: int
     reason: str
 

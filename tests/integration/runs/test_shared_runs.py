@@ -381,6 +381,7 @@ async def test_leader_stopped_while_a_worker_continues_reports_a_running_run(rep
     assert (result["status"], result["exit"], leader.returncode) == ("running", 1, 1), (result, stderr)
     assert [one["pid"] for one in result["orchestrators"] if one["ended"] is None] == [worker.pid]
     [left] = [event for event in events if event.get("event") == "run.worker_left"]
+    assert {one["pid"]: one["id"] for one in result["orchestrators"]}[left["pid"]] == left["orchestrator"]
     assert (left["pid"], f"continues in process {worker.pid} on" in left["reason"]) == (leader.pid, True)
     gate.touch()
     assert ended(worker) == [0]
