@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-import textwrap
+import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic_core import SchemaSerializer, core_schema
 
 from orchestrator.config.profiles import ProfileAdapterType
 from orchestrator.config.schema import AdapterSettings, Config
-from orchestrator.domain.settings.fields import TO_FILE, Settings
+from orchestrator.domain.settings.fields import TO_FILE
 from orchestrator.protocols import AdapterType, JsonObject
 
 #: The definition of the options of all profiles.
@@ -24,15 +25,38 @@ _PROFILE = "profile"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def _docstrings(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Yield a model's documented fields with docstrings, including inherited ones."""
+def field_docstrings(model: type) -> dict[str, str]:
+    """Return the docstrings of the fields of a class by name, including inherited ones."""
     # Pydantic would extract docstrings when creating classes, which takes longer than any other part of most commands.
-    for cls in reversed([each for each in model.__mro__ if issubclass(each, Settings)]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-        for field, text in pairwise(body.body if isinstance(body, ast.ClassDef) else ()):
-            match field, text:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(docstring))):
-                    yield name, inspect.cleandoc(docstring)
+    texts: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if not base.__module__.startswith(("builtins", "pydantic")):
+            texts |= _docstrings_by_class(base.__module__).get(base.__qualname__, {})
+    return texts
+
+
+@cache
+def _docstrings_by_class(module: str) -> dict[str, dict[str, str]]:
+    """Return the docstrings of the fields of each class of a module, by its qualified name."""
+    return {name: dict(_documented(cls)) for name, cls in _classes(ast.parse(inspect.getsource(sys.modules[module])))}
+
+
+def _classes(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.ClassDef]]:
+    for child in ast.iter_child_nodes(node):
+        inner = prefix
+        if isinstance(child, ast.ClassDef):
+            yield prefix + child.name, child
+            inner += f"{child.name}."
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            inner += f"{child.name}.<locals>."
+        yield from _classes(child, inner)
+
+
+def _documented(cls: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for field, text in pairwise(cls.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(docstring))):
+                yield name, inspect.cleandoc(docstring)
 
 
 class _Generator(GenerateJsonSchema):
@@ -40,7 +64,7 @@ class _Generator(GenerateJsonSchema):
 
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
         made, model = super().model_schema(schema), schema["cls"]
-        for name, docstring in _docstrings(model):
+        for name, docstring in field_docstrings(model).items():
             if name in model.model_fields:
                 made["properties"][model.model_fields[name].alias or name].setdefault("description", docstring)
         return made

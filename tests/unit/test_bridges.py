@@ -292,19 +292,13 @@ def warnings(events: list[SessionEvent]) -> list[str]:
     return [event.text for event in events if isinstance(event, CliWarning)]
 
 
-@pytest.mark.extended
-def test_tool_inside_the_worktree_is_allowed(bridge: BridgeFixture) -> None:
-    kinds = ("fetch", "read", "search", "think", "delete", "edit", "execute", "move", "other", "switch_mode")
-    events = bridge.converse("\n".join(f"ask {kind}" for kind in kinds))
-    assert printed_lines(events) == ["chosen: once" for _ in kinds]
-
-
+@pytest.mark.extended_variants
 @pytest.mark.parametrize(
     ("permissions", "read_only", "denied"),
     [
+        ("edits", False, {"execute", "fetch", "other"}),
         ("all", False, set()),
         ("all", True, {"delete", "edit", "move"}),
-        ("edits", False, {"execute", "fetch", "other"}),
     ],
 )
 def test_requests_are_answered_by_the_mode(

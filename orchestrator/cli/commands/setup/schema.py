@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
-from itertools import pairwise
 from typing import get_type_hints
 
 import click
 from pydantic import TypeAdapter
 
 from orchestrator.cli.core.command import CommandContext, async_command
-from orchestrator.config.json_schema import file_schema
+from orchestrator.config.json_schema import DIALECT, field_docstrings, file_schema
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.events import EVENT_TYPES, TypedEvent
 from orchestrator.domain.runs import check_results
@@ -55,7 +52,6 @@ async def schema(context: CommandContext, result: bool, task_details: bool, even
     context.output.text(json.dumps(made, indent=2) + "\n")
 
 
-_DRAFT = "https://json-schema.org/draft/2020-12/schema"
 _STATUSES = [*map(str, TaskStatus), "blocked"]
 
 
@@ -77,12 +73,12 @@ def task_details_schema() -> JsonObject:
 
 def event_schema() -> JsonObject:
     """Return the schema of printed events; later versions may add events and fields."""
-    return {"$schema": _DRAFT, "anyOf": [_schema_of(event) for event in EVENT_TYPES.values()]}
+    return {"$schema": DIALECT, "anyOf": [_schema_of(event) for event in EVENT_TYPES.values()]}
 
 
 def _schema_of(event: type[TypedEvent]) -> JsonObject:
     hints = get_type_hints(event, localns={"Instant": Instant})
-    texts = _field_docstrings(event)
+    texts = field_docstrings(event)
     fields = {name: TypeAdapter(hints[name]).json_schema() for name in event.field_types}
     fields |= {name: {**field, "description": texts[name]} for name, field in fields.items() if name in texts}
     required = [name for name in fields if name in event.context or not hasattr(event, name)]
@@ -101,22 +97,9 @@ def _build_schema(model: type) -> JsonObject:
     for name, definition in {**schema["$defs"], model.__name__: schema}.items():
         definition.pop("additionalProperties", None)
         if name in models:
-            texts = _field_docstrings(models[name])
+            texts = field_docstrings(models[name])
             for field in texts.keys() & definition.get("properties", {}).keys():
                 definition["properties"][field]["description"] = texts[field]
     schema["properties"]["exit"] = {"description": "The exit code."}
     schema["required"].append("exit")
-    return {"$schema": _DRAFT, **schema}
-
-
-def _field_docstrings(model: type) -> dict[str, str]:
-    """Return the docstrings of the fields of a class, including inherited ones."""
-    texts: dict[str, str] = {}
-    for base in reversed(model.__mro__):
-        if base.__module__.startswith("orchestrator."):
-            definition = ast.parse(inspect.getsource(base)).body[0]
-            for field, following in pairwise(getattr(definition, "body", ())):
-                match field, following:
-                    case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                        texts[name] = inspect.cleandoc(text)
-    return texts
+    return {"$schema": DIALECT, **schema}
