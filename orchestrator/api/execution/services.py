@@ -35,12 +35,14 @@ _VIEWS_TIMEOUT = 10.0
 async def background_services(context: ProjectContext, run: RunDocument) -> AsyncIterator[None]:
     """Forward events to sinks and trackers during the body; update views after it."""
     redactor = Redactor(secret_values(context.environ))
-    forwarding = forward_events(
-        context.store, context.clock, redactor, run.id, _subscribers(await context.plugins.load(), run)
-    )
-    async with forwarding:
+    subscribers = _subscribers(await context.plugins.load(), run)
+    forward = partial(forward_events, context.store, context.clock, redactor, run.id, subscribers)
+    async with forward():
         yield
         await flush_outage_events(context.store)
+    while await flush_outage_events(context.store):  # of an outage during the last delivery
+        async with forward():
+            pass
     await _update_views(context, run.id)
 
 

@@ -689,12 +689,25 @@ async def survive_outages(
         with suppress(anyio.ClosedResourceError):  # an outage while the last events are being sent
             send_stream.send_nowait(event)
 
-    async def flush_events() -> None:
-        earlier_sent = anyio.Event()
-        send_stream.send_nowait(earlier_sent)
-        await earlier_sent.wait()
+    sent, flushed = 0, 0
 
-    sender = partial(_send_events, receive_stream, send_event)
+    async def send(event: TypedEvent) -> None:
+        nonlocal sent
+        await send_event(event)
+        sent += 1
+
+    async def flush_events() -> bool:
+        nonlocal flushed
+        is_first = True
+        # Sending may end the outage that it waits for, or begin another one: then there are more events.
+        while is_first or receive_stream.statistics().current_buffer_used:
+            is_first, earlier_sent = False, anyio.Event()
+            send_stream.send_nowait(earlier_sent)
+            await earlier_sent.wait()
+        before, flushed = flushed, sent
+        return sent > before
+
+    sender = partial(_send_events, receive_stream, send)
     async with AsyncExitStack() as stack:
         forking_store = None
         if mode == "continue":

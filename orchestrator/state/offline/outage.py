@@ -14,7 +14,6 @@ from functools import partial
 from typing import Final, TypeVar
 
 import anyio
-import anyio.lowlevel
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from orchestrator.domain.events.base import TypedEvent
@@ -238,9 +237,7 @@ class PausingStore(StoreWrapper):
     Commits are not lost and keep their order.
     """
 
-    def __init__(
-        self, inner: Store, outage: Outage, flush_events: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint
-    ) -> None:
+    def __init__(self, inner: Store, outage: Outage, flush_events: Callable[[], Awaitable[bool]] | None = None) -> None:
         super().__init__(inner)
         self.inner, self.outage, self.flush_events = inner, outage, flush_events
         self._commit_lock = anyio.Lock()
@@ -304,10 +301,14 @@ def end_pauses(store: Store) -> Store:
     return store.inner
 
 
-async def flush_outage_events(store: Store) -> None:
-    """Wait until the events of the outages so far are sent, if the store is from `survive_outages`."""
-    if isinstance(store, PausingStore):
-        await store.flush_events()
+async def flush_outage_events(store: Store) -> bool:
+    """Wait until the events of the outages so far are sent, if the store is from `survive_outages`.
+
+    Return True if any were sent since the last call.
+    """
+    if isinstance(store, PausingStore) and store.flush_events is not None:
+        return await store.flush_events()
+    return False
 
 
 def waiting_store(store: Store, clock: Clock) -> Store:

@@ -97,20 +97,25 @@ async def test_sink_gets_the_printed_events(repository: Repository, tmp_path: Pa
     await repository.assert_invariants()
 
 
+@pytest.mark.parametrize("place", ["last event", "last cursor"])
 async def test_sink_gets_the_events_of_an_outage_at_the_end(
-    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """They are recorded only after the event of the run's end, which waited for the outage's end."""
+    """They are recorded only after the event of the run's end, also if the outage begins during the last delivery."""
     sinks = {"all": {"use": "jsonlines", "file": "all.jsonl"}}
     path = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], sinks=sinks)
     async with Council.open(path, environ=repository.environ) as council:
         run, failures = await council.runs.create(), [StoreFull("disk", "it is full", "free space on it")]
         store = council._context.store
-        commit_intact = store.commit
+        commit_intact, has_ended = store.commit, False
 
         async def commit(commit: Commit) -> int:
-            if failures and any(event.type == RunFinished.type for event in commit.events):
+            nonlocal has_ended
+            is_end = any(event.type == RunFinished.type for event in commit.events)
+            is_cursor = any(write.key.kind == "cursor" for write in commit.writes)
+            if failures and (is_end if place == "last event" else is_cursor and has_ended):
                 raise failures.pop()
+            has_ended = has_ended or is_end
             return await commit_intact(commit)
 
         monkeypatch.setattr(store, "commit", commit)
@@ -122,6 +127,7 @@ async def test_sink_gets_the_events_of_an_outage_at_the_end(
             if "run" in event.data
         ]
     received = [json.loads(line)["event"] for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert not failures
     assert received == recorded
     assert received[-3:] == [RunFinished.type, OutageStarted.type, OutageEnded.type]
 

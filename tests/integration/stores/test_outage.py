@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from orchestrator.errors import LeaseLost, RefusedError, StateLost, StoreUnavail
 from orchestrator.protocols import Commit, Event, Guard, JsonObject, Key, Store, Write
 from orchestrator.state.documents.log_reader import read_range
 from orchestrator.state.offline.fork import Mirror, survive_outages
+from orchestrator.state.offline.outage import flush_outage_events
 from orchestrator.state.stores.file import FileStore
 from orchestrator.state.stores.memory import MemoryStore
 from orchestrator.system.clock import SystemClock
@@ -109,6 +111,30 @@ async def test_commits_wait_in_order_and_outage_start_and_end_are_reported(scene
     assert [one.type for one in scene.reported] == ["outage.started", "outage.ended"]
     assert scene.reported[0].data()["mode"] == "pause"
     assert "does not answer" in scene.reported[0].data()["reason"]
+
+
+async def test_flush_waits_for_the_events_of_an_active_outage(scene: Scene) -> None:
+    """Including its end, which is reported only after the flush has begun."""
+    flushed: list[tuple[bool, list[str]]] = []
+
+    async def record(event: TypedEvent) -> None:
+        await store.commit(Commit([], [Event.of(event)]))
+
+    async def flush() -> None:
+        flushed.append((await flush_outage_events(store), await scene.events()))
+
+    with anyio.fail_after(PATIENCE):
+        async with survive_outages(
+            scene.line, "pause", SystemClock(), scene.folder, record, intervals=QUICK_PAUSES
+        ) as store:
+            scene.line.cut()
+            async with anyio.create_task_group() as group:
+                for call in (partial(store.get, A), flush):
+                    group.start_soon(call)
+                    await anyio.wait_all_tasks_blocked()
+                scene.line.reconnect()
+            await flush()
+    assert flushed == [(has_sent, ["outage.started", "outage.ended"]) for has_sent in (True, False)]
 
 
 async def test_reads_and_followers_wait_too(scene: Scene) -> None:
