@@ -94,6 +94,7 @@ def _parse(words: list[str]) -> None:
     [
         ("statis", "did you mean `council status`?"),
         ("salvage lst", "did you mean `council salvage list`?"),
+        ("hold x", "did you mean `council queue hold`?"),
         ("salvage zzz", "`council salvage --help` lists them"),
         ("run --dryrun", "--dry-run"),
         ("salvage apply x --brnch y", "--branch"),

@@ -11,22 +11,37 @@ import click
 
 from orchestrator import lazy
 
+#: The maximum number of suggested commands.
+_MOST_NAMED = 3
+#: The similarity (0 to 1) of a mistyped name.
+_SURE = 0.8
+
 
 class SuggestingGroup(click.Group):
-    """A group that suggests the closest command for an unknown name."""
+    """A group that suggests commands for an unknown name: of a subgroup, or with a similar name."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command; fail with the closest name if it is unknown."""
+        """Find a command; fail with a suggestion if it is unknown."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
-            near = lazy.difflib.get_close_matches(name, self.list_commands(ctx), n=1)
-            remedy = (
-                f"did you mean `{ctx.command_path} {near[0]}`?" if near else f"`{ctx.command_path} --help` lists them."
-            )
+            names, matches = self.list_commands(ctx), lazy.difflib.get_close_matches
+            # Subgroups are slow to import: not for a typing error.
+            near = matches(name, names, 1, _SURE) or self._nested(ctx, name)[:_MOST_NAMED] or matches(name, names, 1)
+            commands = " or ".join(f"`{ctx.command_path} {command}`" for command in near)
+            remedy = f"did you mean {commands}?" if near else f"`{ctx.command_path} --help` lists them."
             ctx.fail(f"unknown command {name!r}: {remedy}")
         return super().resolve_command(ctx, args)
+
+    def _nested(self, ctx: click.Context, name: str) -> list[str]:
+        """Return the commands of subgroups that have this name."""
+        groups = {group: self.get_command(ctx, group) for group in self.list_commands(ctx)}
+        return [
+            f"{group} {name}"
+            for group, found in groups.items()
+            if isinstance(found, click.Group) and name in found.list_commands(ctx)
+        ]
 
 
 class LazyGroup(SuggestingGroup):
