@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -177,17 +177,22 @@ class TargetCheckouts:
             await update_switched_checkout(self.repository, self.branch, (old, new), heads, self.users)
 
 
-def _find_existing(top: Path, added: Iterable[str], removed: Collection[str]) -> tuple[list[str], list[str]]:
+def _find_existing(top: Path, added: Sequence[str], removed: Collection[str]) -> tuple[list[str], list[str]]:
     """Return files at or above added paths, and folders at these paths. Blocks."""
     files: dict[str, None] = {}
     folders: list[str] = []
-    parents = {str(parent) for name in added for parent in PurePosixPath(name).parents} - {".", *removed}
+    containing = {name.rpartition("/")[0] for name in added}
+    existing = {folder for folder in containing if not folder or is_folder(top / folder)}
     for name in added:
+        if name.rpartition("/")[0] not in existing:  # so that a large new folder costs no call for each of its files
+            continue
         path = top / name
         if is_folder(path):
             folders.append(name)
         elif os.path.lexists(path):
             files[printable_name(name)] = None
+    paths = [PurePosixPath(folder) for folder in containing]
+    parents = {str(parent) for path in paths for parent in (path, *path.parents)} - {".", *removed}
     for name in sorted(parents):
         path = top / name
         if os.path.lexists(path) and not is_folder(path):
