@@ -172,7 +172,7 @@ PROGRAMS: Final[Mapping[str, Program]] = {
     "continue": Program(
         {"use": "continue"},
         needs="cn",
-        calls=6,
+        calls=33,  # ten retries, with three requests each
         remedy="cn login",
         files={".continue/config.yaml": CONTINUE_CONFIG},
         tells_tokens=None,

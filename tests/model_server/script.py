@@ -80,6 +80,8 @@ _LINE: Final = re.compile(
 )
 # Text that CLIs add to a turn in the user's name, with arbitrary lines; but the output of a stop hook counts.
 _REMINDER: Final = re.compile(r"<system-reminder>(?:(?!Stop hook feedback).)*?</system-reminder>", re.DOTALL)
+# The time at which Copilot got a message, in front of it: without it, each session of a prompt has the same script.
+_TIME: Final = re.compile(r"<current_datetime>.*?</current_datetime>\s*")
 # Text of the Ollama bridge between the shown files, with arbitrary lines, and the prompt.
 _SHOWN: Final = "\nThe task:\n\n"
 # Requests of a CLI outside of the conversation, with the prompt and without tools.
@@ -92,6 +94,7 @@ def read_script(text: str, later: Sequence[str] = ()) -> Script | None:
     Of its parts that begin with `once`, the last one whose words occur elsewhere in the text, or in `later` messages,
     is used; without such a part, the directives before the first of them.
     """
+    text = _TIME.sub("", text)
     before, *parts = _parts(_REMINDER.sub("", text).rpartition(_SHOWN)[2].splitlines())
     words = "\n".join((*(line for line in text.splitlines() if not _CONDITION.fullmatch(line)), *later))
     chosen = next((part for part in reversed(parts) if part.condition in words), before)

@@ -474,6 +474,15 @@ def test_side_requests_use_no_step_and_no_failure(server: ModelServer) -> None:
     assert post(server, *api.ask(prompt, True, 0, True)).status == 500
 
 
+def test_failures_of_a_prompt_are_counted_across_sessions_of_copilot(server: ModelServer) -> None:
+    """Each of its messages begins with the time."""
+    statuses = []
+    for second in range(2):
+        prompt = f"<current_datetime>2026-11-25T23:27:0{second}.372+00:00</current_datetime>\n\nfail 429 1\nsay better"
+        statuses.append(post(server, *APIS[2].ask(prompt, True, 0, True)).status)
+    assert statuses == [429, 200]
+
+
 def test_last_prompt_with_a_script_counts(server: ModelServer) -> None:
     """A resumed session starts the new script at its first step; a client's reminders are no scripts."""
     path, body = anthropic_ask("write old.txt x", False, 1, True)
