@@ -232,7 +232,7 @@ def main() -> None:
             spent += int(first)
         elif word == "tell":
             Path(first).write_text(json.dumps({"argv": sys.argv[1:], "prompt": prompt}))
-        elif word in {"run", "work", "write"}:
+        elif word in {"run", "write"} or (word == "work" and not rest):  # also begins a line of our prompts
             call_tool(word, first, rest)
         elif word == "deny":
             denied.append(deny(f"{first} {rest}"))

@@ -21,7 +21,7 @@ from orchestrator.domain.events.runs import (
 )
 from orchestrator.domain.events.state import CheckpointCreated, CheckpointRestored
 from orchestrator.domain.runs.model import RequestAction
-from orchestrator.domain.scheduling.conflict_holds import find_conflict_holds
+from orchestrator.domain.scheduling.conflict_reactions import find_conflict_holds
 from orchestrator.domain.scheduling.landing_order import QueuedTask, QueueFacts, describe_queue
 from orchestrator.domain.scheduling.stacked_work import find_stack_waits
 from orchestrator.engine.reports.report import RunReport, RunStatus

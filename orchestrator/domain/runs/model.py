@@ -343,7 +343,7 @@ class RunDocument(ResolvedSettings):
     bumped: tuple[str, ...] = ()
     """Tasks that a user moved to the front of the merge queue, the first one first."""
     predicted_conflicts: tuple[tuple[str, str], ...] = ()
-    """Pairs of tasks with predicted merge conflicts, each sorted; recorded only if the later one of a pair is held."""
+    """Pairs of tasks with predicted merge conflicts, each sorted; recorded only to `hold` or `rebase` them."""
     released: tuple[str, ...] = ()
     """Tasks that a user released, which land regardless of predicted conflicts."""
     merges: str | None = None
@@ -355,7 +355,8 @@ class RunDocument(ResolvedSettings):
 
     def is_held(self, task: str) -> bool:
         """Return whether `council queue release` has an effect on a task."""
-        return task in self.held or any(task in pair for pair in self.predicted_conflicts)
+        is_predicted = any(task in pair for pair in self.predicted_conflicts)
+        return task in self.held or (is_predicted and self.merge.on_predicted_conflict == "hold")
 
     def check_not_imported(self) -> None:
         """Raise RefusedError for an imported run."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from orchestrator.domain.settings.failures import FailureClass
 
+#: The note for the next session after a user attached.
+PAUSE_NOTE: Final = (
+    "A user paused the previous session and continued its conversation directly. This worktree contains the work so "
+    "far. Continue the task from there."
+)
 #: The maximum length of a standard error line in a reason, in characters.
 _LONGEST_LINE = 300
 #: The maximum number of denied tools per session and per message, and their maximum length in characters.
@@ -49,9 +54,11 @@ class Interrupted:
 
 @dataclass(frozen=True, slots=True)
 class Paused:
-    """A user attaches to the conversation, or attached: the next session continues it, and its work."""
+    """The session was stopped for a user who attaches, or for landed work: the next one continues its conversation."""
 
     reason: str
+    note: str = PAUSE_NOTE
+    """The note for the next session."""
 
 
 @dataclass(frozen=True, slots=True)

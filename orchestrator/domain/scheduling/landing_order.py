@@ -10,7 +10,7 @@ from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, TaskStatus
-from orchestrator.domain.scheduling.conflict_holds import describe_conflict_hold
+from orchestrator.domain.scheduling.conflict_reactions import describe_conflict_hold
 from orchestrator.domain.scheduling.dispatch import AGING_SECONDS
 from orchestrator.domain.scheduling.stacked_work import describe_stack_wait
 from orchestrator.domain.wording import join_names

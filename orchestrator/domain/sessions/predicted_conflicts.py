@@ -99,6 +99,16 @@ def list_conflicts(contexts: Iterable[SessionContext]) -> list[PredictedConflict
     return [PredictedConflict(tasks, tuple(sorted(paths))) for tasks, paths in sorted(pairs.items())]
 
 
+def describe_rebase(landed: Mapping[str, Collection[str]]) -> str:
+    """Return a note for the session that continues on landed work: the conflicting paths, by landed task."""
+    paths = {path for one in landed.values() for path in one}
+    return (
+        f"The previous session was stopped, because the work of {join_names(landed)} has landed, and the unfinished "
+        f"changes of this task conflicted with it in {join_names(sorted(paths), MAX_PATHS)}. This worktree contains "
+        "the newest commit of the target branch. Continue the task there, and keep what has landed."
+    )
+
+
 def describe_conflict(other: str, paths: Collection[str]) -> str:
     """Return a message for the agent of a task: its changes conflict with those of the task `other`."""
     return (

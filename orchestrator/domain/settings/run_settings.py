@@ -332,9 +332,9 @@ class MergeSettings(Settings):
     each merge that passes, up to `capacity`, and is halved by each that fails."""
     check_every_commit: bool = True
     """Whether a batch lands as one merge commit, which passed the checks, instead of one for each task."""
-    on_predicted_conflict: Literal["notify", "hold", "off"] = "notify"
+    on_predicted_conflict: Literal["notify", "hold", "rebase", "off"] = "notify"
     """The reaction to a predicted merge conflict between two running sessions: only report it, let the later task land
-    after the other one, or predict none."""
+    after the other one, continue the task that still runs on top of the other one's landed work, or predict none."""
 
 
 class Check(Settings):

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from orchestrator.domain.events.phases import PhaseEvent
 from orchestrator.domain.runs.model import PAUSED, TaskDocument
+from orchestrator.domain.runs.outcome import PAUSE_NOTE
 from orchestrator.domain.runs.phases import (
     OPEN_STATUSES,
     PASSED_STATUSES,
@@ -24,12 +25,6 @@ from orchestrator.domain.settings.phase_settings import Phase
 
 #: Outcomes after which a follow-up message continues the same conversation.
 _REPAIRABLE: Final = frozenset({FailureClass.INVALID_HANDOFF, FailureClass.CHECKS_FAILED, PAUSED})
-
-#: The prompt of a session that continues after a user attached.
-PAUSE_NOTE: Final = (
-    "A user paused the previous session and continued its conversation directly. This worktree contains the work so "
-    "far. Continue the task from there."
-)
 
 #: The kind and the verdict that reject work; only these send work back.
 REVIEW_KIND: Final = "review"
@@ -239,14 +234,14 @@ def find_continued_attempt(workflow: Workflow, task: TaskDocument, phase: Phase)
     return record.attempts[-1] if record is not None and record.attempts else None
 
 
-def pause_task(task: TaskDocument, commit: str | None, base: str | None) -> dict[str, Any]:
+def pause_task(task: TaskDocument, commit: str | None, base: str | None, note: str = PAUSE_NOTE) -> dict[str, Any]:
     """Return the changes to a task whose next session continues its conversation and its work.
 
-    The work is `commit`, compared with `base`; None if there is none.
+    The work is `commit`, compared with `base`; None if there is none. Its feedback ends with `note`.
     """
-    feedback = task.feedback or PAUSE_NOTE
-    if PAUSE_NOTE not in feedback:
-        feedback += f"\n\n{PAUSE_NOTE}"
+    feedback = task.feedback or note
+    if note not in feedback:
+        feedback += f"\n\n{note}"
     return {"feedback": feedback, "start": commit, "base": None if commit is None else base}
 
 

@@ -2,12 +2,12 @@
 
 Every two seconds, sessions with new and overlapping changes are merged in memory. Each change of a prediction is
 recorded once: as an event and a note of both tasks, in the records of both sessions, and for the next call of their
-pre-edit hooks. If the later task of a conflict is held, its built work is compared as well, until the other task ends.
+pre-edit hooks. With `hold` and `rebase`, the built work of their tasks is compared as well, until it has landed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Final
@@ -17,10 +17,13 @@ import anyio.to_thread
 
 from orchestrator.domain.events.coordination import ConflictPredicted, ConflictResolved
 from orchestrator.domain.runs.model import TaskDocument
+from orchestrator.domain.runs.outcome import Paused
 from orchestrator.domain.runs.session_names import SessionName
-from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.domain.runs.statuses import LANDING_STATUSES, TaskStatus
+from orchestrator.domain.scheduling.conflict_reactions import find_conflict_rebases
 from orchestrator.domain.scheduling.path_ownership import escape_path
-from orchestrator.domain.sessions.predicted_conflicts import MAX_PATHS, describe_conflict
+from orchestrator.domain.sessions.predicted_conflicts import MAX_PATHS, describe_conflict, describe_rebase
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError, LeaseLost, RefusedError, StoreUnavailable
@@ -43,7 +46,7 @@ class ConflictPredictor:
         self._conflicts: dict[SessionPair, frozenset[str]] = {}
         self._notes: dict[SessionPair, str] = {}
         """The note of the first session of each pair about the second."""
-        self._holds = ledger.run.merge.on_predicted_conflict == "hold"
+        self._records = ledger.run.merge.on_predicted_conflict in {"hold", "rebase"}
 
     async def run(self) -> None:
         """Predict conflicts until cancelled. After an error of git or of the store, start again from scratch."""
@@ -75,11 +78,11 @@ class ConflictPredictor:
         return bool(running) and len(running) + len(self._built()) >= _MIN_SESSIONS
 
     def _built(self) -> dict[SessionName, TaskDocument]:
-        """Return the sessions whose built work waits to land, and may be held for a predicted conflict."""
+        """Return the sessions with recorded conflicts whose built work has not landed yet."""
         return {
             name: document
             for name, document in self._with_conflicts()
-            if document.status is TaskStatus.QUEUED and document.commit is not None
+            if document.status in LANDING_STATUSES and document.commit is not None
         }
 
     def _ending(self, names: Iterable[SessionName]) -> set[SessionName]:
@@ -89,13 +92,14 @@ class ConflictPredictor:
 
     def _with_conflicts(self) -> Iterator[tuple[SessionName, TaskDocument]]:
         run, tasks = self._ledger.run, self._ledger.tasks
-        for task in {task for pair in run.predicted_conflicts for task in pair} if self._holds else ():
+        for task in {task for pair in run.predicted_conflicts for task in pair} if self._records else ():
             if task in tasks and tasks[task].attempts and not self._ledger.is_claimed_elsewhere(task):
                 yield SessionName(run.id, task, tasks[task].building_attempt.number), tasks[task]
 
     async def _look(self, live: LiveConflicts) -> bool:
         """Report the changes of conflicts; return False if too few sessions are running."""
         running, built = self._running(), self._built()
+        self._rebase(running)
         ended = {*live.sessions, *chain.from_iterable(self._conflicts)} - running.keys() - built.keys()
         ending = self._ending(ended.intersection(live.sessions))
         for name in ended - ending:
@@ -110,7 +114,7 @@ class ConflictPredictor:
         for name, document in built.items():
             await live.follow_commit(name, document.built_base, document.commit or "")
         news = await live.look()
-        if news and self._holds:
+        if news and self._records:
             conflicts = {
                 (min(one.task, other.task), max(one.task, other.task)): bool(paths)
                 for (one, other), paths in news.items()
@@ -120,6 +124,17 @@ class ConflictPredictor:
             await self._report(one, other, paths)
             await self._report(other, one, paths)
         return True
+
+    def _rebase(self, running: Mapping[SessionName, Session]) -> None:
+        """Stop the sessions that conflict with landed work; their tasks continue on top of it.
+
+        The conflict is forgotten afterwards, so it stops no other session. A user who is attached decides when to end.
+        """
+        sessions = {name: session for name, session in running.items() if session.assignment.terminal is None}
+        rebases = find_conflict_rebases(self._ledger.run, self._ledger.tasks.documents(), self._conflicts, sessions)
+        for name, landed in rebases.items():
+            reason = f"{join_names(landed)} landed, and a merge conflict with its work was predicted"
+            sessions[name].stop(Paused(reason, describe_rebase(landed)))
 
     async def _forget(self, live: LiveConflicts, ended: SessionName) -> None:
         """Forget the conflicts of an ended session; their notes remain for later sessions."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from orchestrator.domain.runs.statuses import TaskStatus
-from orchestrator.domain.scheduling.conflict_holds import find_conflict_holds
+from orchestrator.domain.scheduling.conflict_reactions import find_conflict_holds
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import LandingCandidate, order_landings
 from orchestrator.engine.landing.stacked_work import StackedWork

@@ -15,7 +15,7 @@ from orchestrator.domain.runs.statuses import (
     run_state,
 )
 from orchestrator.domain.scheduling.claims import ClaimCounters, OrchestratorLease, sum_counters
-from orchestrator.domain.scheduling.conflict_holds import describe_conflict_hold, find_conflict_holds
+from orchestrator.domain.scheduling.conflict_reactions import describe_conflict_hold, find_conflict_holds
 from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import describe_hold

@@ -79,8 +79,8 @@ class AttemptRecorder:
                 interrupted = TaskInterrupted(outcome=INTERRUPTED, reason=reason)
                 await self._end(active, finished, TaskUpdate(Trigger.INTERRUPT, interrupted))
                 return AttemptEnd()
-            case Paused(reason):
-                return await self._record_pause(active, finished, reason)
+            case Paused():
+                return await self._record_pause(active, finished, outcome)
             case ResourcesExhausted(reason):
                 postponed = TaskPostponed(outcome=INTERRUPTED, reason=reason)
                 await self._end(active, finished, TaskUpdate(Trigger.POSTPONE, postponed))
@@ -94,14 +94,14 @@ class AttemptRecorder:
             case _:
                 assert_never(outcome)
 
-    async def _record_pause(self, active: ActiveAttempt, finished: SessionResult, reason: str) -> AttemptEnd:
+    async def _record_pause(self, active: ActiveAttempt, finished: SessionResult, paused: Paused) -> AttemptEnd:
         """Record that the next session continues a conversation and its work."""
         document = self.ledger.task(active.task)
         commit, base = document.start, document.base
         if active.next_phase.phase.writes and finished.folder is not None and finished.work.complete:
             commit, base = finished.work.commit, active.session.assignment.base
-        changes = pause_task(document, commit, base)
-        interrupted = TaskInterrupted(outcome=PAUSED, reason=reason)
+        changes = pause_task(document, commit, base, paused.note)
+        interrupted = TaskInterrupted(outcome=PAUSED, reason=paused.reason)
         await self._end(active, finished, TaskUpdate(Trigger.INTERRUPT, interrupted, changes))
         return AttemptEnd()
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.domain.events.tasks import TaskClaimLost, TaskFailed, TaskMessageDelivered
-from orchestrator.domain.runs.model import Attempt, TaskDocument
+from orchestrator.domain.runs.model import PAUSED, Attempt, TaskDocument
 from orchestrator.domain.runs.outcome import Failed, SessionLimits
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, SUCCESS_STATUSES, Trigger
 from orchestrator.domain.scheduling.claims import ClaimVerdict, should_try
@@ -83,7 +83,8 @@ class AttemptRunner:
         document = self.ledger.task(task)
         notes = await self._notes(task, spec)
         diff = await self._diff(next_phase)
-        can_resume = Capability.RESUME in self.context.adapters[adapter].capabilities() and not next_phase.conflicting
+        can_resume = Capability.RESUME in self.context.adapters[adapter].capabilities()
+        can_resume = can_resume and not _needs_new_conversation(document, next_phase)
         if can_resume:
             next_phase = replace(next_phase, new_conversation=_explain_new_conversation(document, next_phase, adapter))
         next_phase = await self.phase_handlers.starter.build_prompt(task, spec, next_phase, diff)
@@ -398,6 +399,13 @@ class AttemptPreparer:
         else:
             self.local.board.ended(task)
         self.local.wake()
+
+
+def _needs_new_conversation(document: TaskDocument, next_phase: NextPhase) -> bool:
+    """Return whether a session repeats conflicting work without the conversation: that one ended, and wasn't paused."""
+    if next_phase.conflicting is None:
+        return False
+    return next_phase.earlier is None or document.attempts[next_phase.earlier - 1].outcome != PAUSED
 
 
 def _conversation(document: TaskDocument, number: int | None, adapter: str) -> Conversation | None:

@@ -1,10 +1,11 @@
-"""Decide which built tasks wait for the landing of a task with a predicted merge conflict. Pure."""
+"""Decide which built tasks and running sessions a predicted merge conflict affects. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from orchestrator.domain.runs.model import RunDocument, TaskDocument
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import AGING_SECONDS
 
@@ -47,6 +48,26 @@ def _may_land(task: str, tasks: Mapping[str, TaskDocument], run: RunDocument, *,
         # With a reason it can't land now, perhaps because another task owns its paths.
         return document.reason is None and not is_stacked
     return document.status is not TaskStatus.PENDING or not (is_stalled or document.subtasks)
+
+
+def find_conflict_rebases(
+    run: RunDocument,
+    tasks: Mapping[str, TaskDocument],
+    conflicts: Mapping[tuple[SessionName, SessionName], Collection[str]],
+    running: Collection[SessionName],
+) -> dict[SessionName, dict[str, Collection[str]]]:
+    """Return the running sessions that conflict with landed work: the conflicting paths, by landed task.
+
+    `conflicts` are the paths of the current predictions, by pair of sessions.
+    """
+    rebases: dict[SessionName, dict[str, Collection[str]]] = {}
+    if run.merge.on_predicted_conflict != "rebase":
+        return rebases
+    for pair, paths in conflicts.items():
+        for session, other in (pair, pair[::-1]):
+            if session in running and tasks[other.task].status is TaskStatus.LANDED:
+                rebases.setdefault(session, {})[other.task] = paths
+    return rebases
 
 
 def describe_conflict_hold(task: str, other: str) -> str:

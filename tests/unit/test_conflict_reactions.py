@@ -1,4 +1,4 @@
-"""The choice of the tasks that wait for a predicted conflict."""
+"""The choice of the tasks and sessions that a predicted conflict affects."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
+from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
-from orchestrator.domain.scheduling.conflict_holds import find_conflict_holds
+from orchestrator.domain.scheduling.conflict_reactions import find_conflict_holds, find_conflict_rebases
+from orchestrator.domain.sessions.predicted_conflicts import describe_rebase
 
 WAITED_FOR = set(TaskStatus) - FINAL_STATUSES
 
@@ -106,3 +108,35 @@ def test_find_conflict_holds_does_not_wait_for_work_that_is_built_on_the_later_t
     attempt = Attempt(number=1, adapter="", base="", started=1.0, stacked_on={"b": "c1"})
     stacked = task(1).model_copy(update={"attempts": (attempt,), "commit": "c2"})
     assert find_conflict_holds(run("ab"), {"a": stacked, "b": task(2)}, {}) == {}
+
+
+A, B, C = (SessionName("r", task, 1) for task in "abc")
+
+
+def test_find_conflict_rebases_names_all_landed_work_of_a_session() -> None:
+    tasks = {"a": task(1, "landed"), "b": task(2, "landed"), "c": task(3, "running")}
+    conflicts = {(A, C): {"a.txt"}, (B, C): {"b.txt"}, (A, B): {"c.txt"}}
+    found = find_conflict_rebases(run(action="rebase"), tasks, conflicts, [C])
+    assert found == {C: {"a": {"a.txt"}, "b": {"b.txt"}}}
+    note = describe_rebase(found[C])
+    assert "the work of a, b has landed" in note
+    assert "in a.txt, b.txt." in note
+
+
+@pytest.mark.parametrize("status", sorted(TaskStatus))
+def test_find_conflict_rebases_only_after_the_other_task_has_landed(status: str) -> None:
+    tasks = {"a": task(2, "running"), "b": task(1, status)}
+    found = find_conflict_rebases(run(action="rebase"), tasks, {(A, B): {"a.txt"}}, [A])
+    assert found == ({A: {"b": {"a.txt"}}} if status == "landed" else {})
+
+
+@pytest.mark.parametrize("action", ["notify", "hold"])
+def test_find_conflict_rebases_only_with_rebase(action: str) -> None:
+    tasks = {"a": task(1, "landed"), "b": task(2, "running")}
+    assert find_conflict_rebases(run(action=action), tasks, {(A, B): {"a.txt"}}, [B]) == {}
+
+
+def test_is_held_of_a_predicted_conflict_only_with_hold() -> None:
+    """With `rebase`, there is nothing to release."""
+    assert run("ab").is_held("a")
+    assert not run("ab", action="rebase").is_held("a")
