@@ -97,6 +97,7 @@ async def test_limit_of_one_account_leaves_the_work_to_the_other(repository: Rep
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_failed_login_of_one_account_leaves_the_work_to_the_other(
     repository: Repository, accounts: Accounts
 ) -> None:

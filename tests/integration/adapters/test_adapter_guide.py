@@ -88,6 +88,7 @@ async def test_adapter_guide_example_works_in_a_run(repository: Repository, tmp_
     assert len({one["session"] for one in version["new"]["attempts"]}) == 1
 
 
+@pytest.mark.extended
 async def test_profile_guide_example_runs(repository: Repository, tmp_path: Path) -> None:
     """Its task lands with its tokens; without a key the adapter is disabled with the remedy, despite exit code 0."""
     guide = section("A profile in ten minutes")
@@ -143,6 +144,7 @@ print(json.dumps({{"type": "result", "result": "Done.", "usage": {{"input_tokens
 """
 
 
+@pytest.mark.extended
 async def test_accounts_example_runs(repository: Repository, tmp_path: Path) -> None:
     """Every account is tried with its own login and no other, and the last one does the work."""
     guide, home = section("Accounts"), Path(repository.environ["HOME"])

@@ -64,7 +64,11 @@ async def test_only_the_work_of_the_agent_lands(repository: Repository, clone: P
         pytest.param(
             ("write a.txt x", "error 401 Bad token"), "auth", "Error: 401 Bad token", marks=pytest.mark.extended
         ),
-        (("write a.txt x", "attempt 1 error 529 Busy", "qa approved"), "overloaded", "API Error: 529 Busy"),
+        pytest.param(
+            ("write a.txt x", "attempt 1 error 529 Busy", "qa approved"),
+            *("overloaded", "API Error: 529 Busy"),
+            marks=pytest.mark.extended,
+        ),
     ],
 )
 async def test_failed_build_is_not_landed(

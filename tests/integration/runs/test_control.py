@@ -377,14 +377,22 @@ async def test_diff_shows_landed_and_failed_work(repository: Repository) -> None
 
 
 async def test_preserved_work_is_listed_shown_applied_and_dropped(repository: Repository) -> None:
-    """Failed work is found by name, applied to files or to a branch, and deleted on request."""
+    """Failed work is found by name, applied to files or to a branch, and deleted on request.
+
+    Output for people names no branch that the user's repository does not have.
+    """
     tasks: list[dict[str, Any]] = [
         {"id": "failed", "prompt": "write f.txt kept-text\nexit 1", "attempts": 1},
         {"id": "stasher", "prompt": "write s.txt s\ngit add s.txt\ngit stash --quiet\nwrite t.txt t\nexit 1",
          "attempts": 1},
         {"id": "tried", "prompt": "write t.txt t\nattempt 1 exit 1", "attempts": 2},
     ]  # fmt: skip
-    repository.council("run", str(repository.configure(tasks)))
+    ran = repository.council("run", str(repository.configure(tasks)))
+    printed = [repository.council(*words) for words in (("status",), ("show", "failed"), ("state", "show"))]
+    heads = repository.git("for-each-ref", "--format=%(refname:short)", "refs/heads").split()
+    for one in (ran, *printed):
+        assert {*re.findall(r"(?<![.\w])council/[\w./-]+", one.stdout)} <= {*heads}, one.stdout
+    assert all("saved as" in one.stdout and "failed/1" in one.stdout for one in printed)
     listed = repository.council("salvage", "list", "--json").result["preserved"]
     assert [one["name"] for one in listed] == ["failed/1", "stasher/1", "stasher/1/stash", "tried/1"]
     run, *rows = repository.council("salvage", "list").stdout.splitlines()
@@ -751,6 +759,7 @@ def test_printed_reload_of_a_blocked_task_works(repository: Repository) -> None:
     assert (repository.top / "b.txt").read_text() == "new\n"
 
 
+@pytest.mark.extended
 def test_printed_reload_of_a_resume_works_after_a_stop(repository: Repository) -> None:
     """For a task that the resume has started, and one that has landed since; a retry of a live run says the same."""
     gate = repository.spawns.parent / "gate"
@@ -961,18 +970,6 @@ async def test_resumed_interruption_is_not_an_attempt(repository: Repository) ->
     assert re.search(r"^  attempts +1$", repository.council("show", "t").stdout, re.MULTILINE)
 
 
-async def test_own_branches_are_named_as_salvage_accepts_them(repository: Repository) -> None:
-    """Output for people names no branch that the user's repository does not have."""
-    run = repository.council("run", _file(repository, [{"id": "t", "prompt": "write t x\nexit 1", "attempts": 1}]))
-    printed = [run, *(repository.council(*words) for words in (("status",), ("show", "t"), ("state", "show")))]
-    heads = repository.git("for-each-ref", "--format=%(refname:short)", "refs/heads").split()
-    for one in printed:
-        for name in re.findall(r"(?<![.\w])council/[\w./-]+", one.stdout):
-            assert name in heads, one.stdout
-    assert all("saved as" in one.stdout and "t/1" in one.stdout for one in printed[1:])
-    assert repository.council("salvage", "show", "t/1").code == 0
-
-
 def killed_with_work(repository: Repository) -> str:
     """Run a task until it has changed something, kill the run, and return its id."""
     child = repository.start("run", _file(repository, [{"id": "t", "prompt": "write half.txt half\nhang"}]))
@@ -1003,6 +1000,7 @@ def test_logs_of_a_killed_session_are_marked_interrupted(repository: Repository)
     assert repository.council("logs", "t", "--json").lines[-1]["kind"] == "interrupted"
 
 
+@pytest.mark.extended
 def test_show_names_no_log_of_a_session_ended_by_setup(repository: Repository) -> None:
     """Its program never started, so that it wrote none."""
     config = _file(repository, [{"id": "t", "prompt": "write x x", "attempts": 1}], worktrees={"setup": ["exit 3"]})

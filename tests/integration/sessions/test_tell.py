@@ -166,7 +166,7 @@ async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Reposi
     """Each is in each conversation once, wherever `tell` or the run is killed."""
     path = configured(claude, "tell input.json")
     assert claude.council("run", str(path), failpoints="run.seeded=kill").code != 0
-    texts = [f"message-{number}." for number in range(12)]
+    texts = [f"message-{number}." for number in range(6)]
     for number, text in enumerate(texts):
         is_killed = number % 3 == 0
         sent = claude.council("tell", "one", text, failpoints="message.sent=kill" if is_killed else "")
@@ -181,6 +181,7 @@ async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Reposi
     await claude.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_message_whose_delivery_was_interrupted_arrives_in_the_next_session(claude: Repository) -> None:
     """The run was killed after recording the delivery, before the agent had the message."""
     go = claude.top.parent / "go"
@@ -215,6 +216,7 @@ def told_while_built(claude: Repository, failpoints: str) -> Iterator[tuple[Star
             yield child, tell
 
 
+@pytest.mark.extended
 async def test_message_is_not_withdrawn_once_the_task_continues_for_it(claude: Repository) -> None:
     """`tell` finds the task queued to land, while the run has just seen the message."""
     with told_while_built(claude, "message.sent=stop,message.withdrawing=stop") as (child, tell):
@@ -230,6 +232,7 @@ async def test_message_is_not_withdrawn_once_the_task_continues_for_it(claude: R
     await claude.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_message_withdrawn_before_the_task_continues_is_refused(claude: Repository) -> None:
     """The run lands the work without another session."""
     with told_while_built(claude, "message.sent=stop") as (child, tell):
