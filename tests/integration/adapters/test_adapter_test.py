@@ -83,10 +83,10 @@ async def test_unfinished_task_has_its_reason(claude: Repository) -> None:
 
 @pytest.mark.extended
 async def test_contract_without_a_session_asks_no_program(claude: Repository, tmp_path: Path) -> None:
-    """Only its version is queried; the program may even be missing."""
+    """Only its version is queried; a missing program is reported, and the exit code is 1."""
     (tmp_path / "bin/claude").unlink()
     ended = tried(claude, "claude", "--no-live")
-    assert (ended.code, ended.result["live"]) == (0, None), ended
+    assert (ended.code, ended.result["live"]) == (1, None), ended
     assert ended.result["programs"][0]["path"] is None
 
 

@@ -110,7 +110,8 @@ class _AdapterTestResult:
     @property
     def code(self) -> int:
         landed = not self.is_live or (isinstance(self.live, TaskReport) and self.live.status == "landed")
-        return 0 if landed and not isinstance(self.contract, str) and not self.failed else 1
+        is_missing = self.status.error is not None or any(one.path is None for one in self.status.programs)
+        return 0 if landed and not isinstance(self.contract, str) and not self.failed and not is_missing else 1
 
     def lines(self) -> Iterator[str]:
         if isinstance(self.contract, str):
