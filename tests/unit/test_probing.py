@@ -15,6 +15,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.engine.diagnostics import programs
+from orchestrator.engine.diagnostics.findings import describe
 from orchestrator.engine.diagnostics.programs import check_program, make_default_adapters, probe_adapters, read_version
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import (
@@ -239,6 +240,14 @@ async def test_programs_are_found_and_probed(program: MakeProgram, environ: dict
     assert found["out"].programs[0].remedy == "log in"
     missing = found["missing"]
     assert (missing.programs[0].path, missing.programs[0].remedy, missing.is_installed) == (None, "get it", False)
+
+
+async def test_program_that_is_not_executable_is_distinguished(program: MakeProgram, environ: dict[str, str]) -> None:
+    path = program("tool", "exit 0")
+    path.chmod(0o644)
+    status = (await probe_adapters({"a": ProgramAdapter(Program("tool"))}, environ))["a"].programs[0]
+    assert (status.path, describe(status)) == (None, f"tool: not executable ({path})")
+    assert str(status.remedy).startswith(f"`chmod +x {path}`")
 
 
 async def test_key_replaces_a_login(program: MakeProgram, environ: dict[str, str], tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def check_adapter(name: str, status: AdapterStatus, *, is_used: bool) -> list[Fi
 
 def _check_program(title: str, program: ProgramStatus, bad: Level) -> Finding:
     if program.path is None:
-        return Finding(title, bad, f"{program.name} is not on PATH", program.remedy)
+        return Finding(title, bad, f"{program.name} is {program.error}", program.remedy)
     found = describe(program)
     if program.ready is False:
         return Finding(title, bad, found, program.remedy)
@@ -136,7 +136,7 @@ def _check_program(title: str, program: ProgramStatus, bad: Level) -> Finding:
 def describe(program: ProgramStatus) -> str:
     """Return a short description of a program: version, readiness, path, untested version, error."""
     if program.path is None:
-        return f"{program.name}: not on PATH"
+        return f"{program.name}: {program.error}"
     readiness = {True: "ready", False: "not ready", None: None}[program.ready]
     name = f"{Path(program.name).name} {program.version or ''}".strip()
     parts = (name, readiness, program.path, _comparison(program), program.error)

@@ -11,7 +11,8 @@ import anyio.to_thread
 from orchestrator.config.model import RunConfig
 from orchestrator.config.warnings import RepositoryPaths
 from orchestrator.domain.security.secrets import Redactor, secret_values
-from orchestrator.domain.wording import find_similar
+from orchestrator.domain.wording import find_similar, join_names
+from orchestrator.engine.diagnostics.programs import explain_missing
 from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe, check_adapter_programs
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
 from orchestrator.errors import GitError, RefusedError, raise_combined_refusal, to_unusable_error
@@ -141,12 +142,13 @@ async def check_branches(source: UpstreamRepository, base: str, target: str) -> 
     if base not in heads:
         near = find_similar(base, heads, 3, 0.5)
         others = [head for head in sorted(heads) if not head.startswith("council/")]
-        names = ", ".join((near or others)[:5])
-        raise RefusedError(f"there is no branch {base!r} in {source.location}", f"set `base` to one of: {names}")
+        raise RefusedError(
+            f"there is no base branch {base!r} in {source.location}", f"use one of: {join_names(near or others)}"
+        )
     for head in heads:
         if head.startswith(f"{target}/") or target.startswith(f"{head}/"):
             raise RefusedError(
-                f"the target {target!r} conflicts with the name of the branch {head!r}", "set `target` to another name"
+                f"the target {target!r} conflicts with the name of the branch {head!r}", "choose another target"
             )
     return heads
 
@@ -185,11 +187,12 @@ async def check_checkout(
 
 
 def check_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> None:
-    """Raise RefusedError that lists all adapters whose program is not on PATH."""
-    missing = [
-        (f"adapter {name!r} runs {program.name!r}, which is not on PATH", program.install)
-        for name, adapter in adapters.items()
-        for program in adapter.programs()
-        if shutil.which(program.name, path=environ.get("PATH")) is None
-    ]
+    """Raise RefusedError that lists all adapters whose program is not on PATH, or not executable."""
+    path = environ.get("PATH")
+    missing = []
+    for name, adapter in adapters.items():
+        for program in adapter.programs():
+            if shutil.which(program.name, path=path) is None:
+                reason, remedy = explain_missing(program, path)
+                missing.append((f"adapter {name!r} runs {program.name!r}, which is {reason}", remedy))
     raise_combined_refusal(missing, "fix these, or use another adapter for their tasks")

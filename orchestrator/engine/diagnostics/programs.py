@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
 import shutil
 import sys
 import tempfile
@@ -54,7 +55,7 @@ class ProgramStatus:
 
     name: str
     path: str | None
-    """Its path; None: not on PATH."""
+    """Its path; None: not on PATH, or not executable."""
     version: str | None = None
     supported: str = ""
     """The versions that its adapter supports."""
@@ -63,7 +64,7 @@ class ProgramStatus:
     ready: bool | None = None
     """Whether it reports that it is ready: logged in, its server available."""
     error: str | None = None
-    """The error of the probe."""
+    """The error of the probe, or of the search for the program, such as `not on PATH`."""
     remedy: str | None = None
     """How to make it ready."""
     verified: Sequence[str] | None = None
@@ -184,7 +185,7 @@ async def _probe(question: _ProbeRequest, more: Mapping[str, str], environ: Mapp
     program, env = question.program, {**dict(question.env), **more}
     path = await anyio.to_thread.run_sync(_find, program.name, env["PATH"])
     if path is None:
-        return check_program(program, None)
+        return await anyio.to_thread.run_sync(_describe_missing, program, env["PATH"])
     try:
         folder = Path(await anyio.to_thread.run_sync(partial(tempfile.mkdtemp, prefix="council-probe-")))
     except OSError as error:
@@ -213,6 +214,26 @@ def _find(name: str, path: str) -> str | None:
     return None if found is None else str(Path(found).absolute())
 
 
+def explain_missing(program: Program, path: str | None) -> tuple[str, str]:
+    """Return the reason why a program is not found, and the remedy. Blocks."""
+    if (found := shutil.which(program.name, os.F_OK, path)) is not None:
+        return f"not executable ({found})", f"`chmod +x {shlex.quote(found)}`, or correct the adapter"
+    return "not on PATH", program.install
+
+
+def _describe_missing(program: Program, path: str) -> ProgramStatus:
+    reason, remedy = explain_missing(program, path)
+    return ProgramStatus(
+        program.name,
+        None,
+        supported=program.supported,
+        error=reason,
+        remedy=remedy,
+        verified=program.verified,
+        edits=program.edits,
+    )
+
+
 async def _run_probe(argv: Sequence[str], env: Mapping[str, str], folder: Path) -> CompletedCommand | str:
     """Run a command; return its result, or the reason for a failure to run it."""
     asked = " ".join((Path(argv[0]).name, *argv[1:]))
@@ -227,7 +248,7 @@ async def _run_probe(argv: Sequence[str], env: Mapping[str, str], folder: Path) 
 
 def check_program(
     program: Program,
-    path: str | None,
+    path: str,
     version: CompletedCommand | str | None = None,
     ready: CompletedCommand | str | None = None,
     *,
@@ -239,15 +260,6 @@ def check_program(
     `path` is its location. `version` and `ready` are the results of its commands, or the reasons why they could not be
     run; None if they were not run. `has_key`: one of its `keys` is set. `hide` are secrets that it may have printed.
     """
-    if path is None:
-        return ProgramStatus(
-            program.name,
-            None,
-            supported=program.supported,
-            remedy=program.install,
-            verified=program.verified,
-            edits=program.edits,
-        )
     found = read_version(version) if isinstance(version, CompletedCommand) else None
     is_supported, odd = _is_supported(found, program.supported)
     compared, invalid = _compare(found, program.verified or ())

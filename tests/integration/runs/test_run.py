@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -184,6 +185,17 @@ async def test_each_missing_program_has_its_own_remedy(repository: Repository) -
     first, second = reported.split("; ")
     assert re.fullmatch(r"adapter 'a' runs 'no-claude', which is not on PATH \(install it .*npm.*\)", first), reported
     assert second == "adapter 'b' runs 'no-such-program', which is not on PATH (install it, or correct the adapter)"
+
+
+def test_program_that_is_not_executable_is_not_called_missing(repository: Repository, tmp_path: Path) -> None:
+    program = tmp_path / "plain"
+    program.write_text("#!/bin/sh\n")
+    repository.environ["PATH"] += f"{os.pathsep}{tmp_path}"
+    adapters = {"a": {"use": "command", "argv": ["plain"]}}
+    config = repository.configure([{"id": "one", "prompt": "x", "adapter": "a"}], adapters=adapters)
+    ended = repository.council("run", str(config), "--json")
+    assert ended.result["error"] == f"adapter 'a' runs 'plain', which is not executable ({program})", ended
+    assert ended.result["remedy"].startswith(f"`chmod +x {program}`")
 
 
 async def test_prompt_on_stdin_is_passed(repository: Repository) -> None:
