@@ -12,7 +12,7 @@ from orchestrator.config.entries import ExplainMissing, Extensions
 from orchestrator.config.load import NO_EXTENSIONS, build_run_config, default_slot_count, read_file
 from orchestrator.config.model import RunConfig
 from orchestrator.config.source.document import Node
-from orchestrator.config.source.problems import Problems
+from orchestrator.config.source.problems import INLINE_NAME, Problems
 from orchestrator.config.source.values import read_value
 from orchestrator.domain.wording import join_names, suggest, suggest_similar
 from orchestrator.errors import PluginFailed, RefusedError, plugin_code
@@ -20,8 +20,6 @@ from orchestrator.protocols import AdapterType, JsonObject
 
 #: The maximum number of task names in a remedy.
 _MOST_NAMED = 5
-#: The file name in problems if there is no file.
-INLINE_NAME = "<run>"
 
 
 @dataclass(frozen=True, slots=True)

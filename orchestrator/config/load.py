@@ -14,7 +14,7 @@ from orchestrator.config.model import RunConfig, expand_accounts
 from orchestrator.config.schema import Config, Need, StateSettings, Task
 from orchestrator.config.source.document import RUN_KEYS, Node, read_document
 from orchestrator.config.source.files import MAX_FILE_BYTES, open_regular_file
-from orchestrator.config.source.problems import Position, Problems, TooManyProblems
+from orchestrator.config.source.problems import INLINE_NAME, Position, Problems, TooManyProblems
 from orchestrator.config.source.validation import validate
 from orchestrator.config.source.values import read_value
 from orchestrator.config.store import folder_url
@@ -66,7 +66,7 @@ def load_value(
     value: Mapping[str, Any],
     folder: Path,
     adapter_types: Mapping[str, AdapterType],
-    name: str = "<run>",
+    name: str = INLINE_NAME,
     extensions: Extensions = NO_EXTENSIONS,
 ) -> RunConfig:
     """Return the run of a mapping with a file's structure, in `folder`.

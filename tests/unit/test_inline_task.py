@@ -116,8 +116,8 @@ def test_mistakes_of_file_and_sentence_have_their_positions(tmp_path: Path) -> N
         load(tmp_path, HEAD.replace("2s", "2") + ONE, " ", target="a..b")
     path = tmp_path / "council.yaml"
     assert str(caught.value).splitlines() == [
-        f"{path}: tasks[0].prompt: the prompt is empty: describe the task",
-        f"{path}: target: 'a..b' can't be a branch, it contains '..': write a branch name, such as main or team/work",
+        "<run>: tasks[0].prompt: the prompt is empty: describe the task",
+        "<run>: target: 'a..b' can't be a branch, it contains '..': write a branch name, such as main or team/work",
         f"{path}:3:21: a duration can't be the bare number 2: add its unit, such as 2s or 2m",
     ]
 

@@ -9,6 +9,8 @@ from orchestrator.errors import ConfigError, Problem
 
 # A file of 8 MB can contain millions of errors; stop after this many.
 _MOST_PROBLEMS: Final = 10_000
+#: The file name in problems of values that no file has, such as those of options.
+INLINE_NAME: Final = "<run>"
 
 
 class Position(NamedTuple):
@@ -34,13 +36,15 @@ class Problems:
     """The problems in one file or value, without duplicates."""
 
     def __init__(self, file: Path | str) -> None:
-        self._file = str(file)
+        self._file = file
         self._problems: dict[Problem, Position] = {}
 
     def add(self, at: Position, message: str, remedy: str) -> None:
         """Add a problem; raise TooManyProblems if the limit is reached."""
+        is_inline = not at.line and isinstance(self._file, Path)
+        file = INLINE_NAME if is_inline else str(self._file)
         column = at.column if at.line else 0
-        self._problems.setdefault(Problem(self._file, at.line, column, message, remedy, at.path or None), at)
+        self._problems.setdefault(Problem(file, at.line, column, message, remedy, at.path or None), at)
         if len(self._problems) >= _MOST_PROBLEMS:
             raise TooManyProblems
 
