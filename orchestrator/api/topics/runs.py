@@ -194,7 +194,7 @@ class Runs(RunIndex):
         active = [window for process, window in windows.items() if process not in ended]
         holds = find_conflict_holds(record.run, record.tasks, priorities)
         held, bumped, stacked = record.run.held, record.run.bumped, find_stack_waits(record.tasks)
-        return describe_queue(QueueFacts(record.tasks, priorities, held, holds, stacked, bumped, active, is_live))
+        return describe_queue(QueueFacts(name, record.tasks, priorities, held, holds, stacked, bumped, active, is_live))
 
     async def list(self, *, active: bool = False) -> Sequence[RunReport]:
         """Return the reports of all runs of the project, oldest first.

@@ -113,6 +113,7 @@ class QueuedTask:
 class QueueFacts:
     """The recorded facts of a run's merge queue."""
 
+    run: str
     tasks: Mapping[str, TaskDocument]
     """All tasks, in file order."""
     priorities: Mapping[str, int]
@@ -184,7 +185,8 @@ def _describe_wait(task: str, facts: QueueFacts, check: WindowEntry | None, befo
     if (hold := _describe_hold(task, facts)) is not None:
         return hold
     if not facts.is_live:
-        return "no process is active in the run: `council resume` lands it"
+        idle = f"no process is active in the run: `council resume {facts.run}` lands it"
+        return idle if document.reason is None else f"{document.reason}; {idle}"
     ahead = [one for one in before if not _is_held(one, facts)]
     first = f"{join_names(ahead, _MAX_NAMED)} to land" if ahead else ""
     if check is not None and check.state == "failed":

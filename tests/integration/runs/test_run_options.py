@@ -412,6 +412,29 @@ async def test_merge_lands_queued_work_and_starts_nothing(repository: Repository
 
 
 @pytest.mark.extended
+def test_queue_of_an_inactive_run_shows_the_recorded_reason(repository: Repository) -> None:
+    """Together with the command that lands the work."""
+    config = str(repository.configure([{"id": "built", "prompt": "write README.md changed"}]))
+    (repository.top / "README.md").write_text("my own change")
+    ended = repository.council("run", config, "--allow-deferred", "--json")
+    [queued] = repository.council("queue", "--json").result["queue"]
+    assert ended.result["tasks"][0]["reason"] in queued["reason"]
+    assert queued["reason"].endswith(f"`council resume {ended.result['run']}` lands it")
+
+
+@pytest.mark.extended
+def test_merge_without_a_name_reports_older_unmerged_runs(repository: Repository) -> None:
+    write_config(repository, [CHAIN[0]])
+    repository.commit({".gitignore": "council.yaml\n"})
+    older = repository.council("run", "--json").result["run"]
+    assert repository.council("run", "--task", "none").code == 1
+    nothing = repository.council("merge")
+    assert (nothing.code, f"also not merged: {older} (`council runs`)" in nothing.stderr) == (0, True), nothing
+    named = repository.council("merge", older)
+    assert (named.code, "also" in named.stderr) == (0, False), named
+
+
+@pytest.mark.extended
 async def test_merge_run_never_starts_a_session(repository: Repository) -> None:
     """A retry of its task is rejected with the commands that merge again; a resume changes nothing."""
     write_config(repository, [CHAIN[0]])

@@ -31,7 +31,7 @@ from orchestrator.cli.core.options import parsed_by
 from orchestrator.cli.core.run_source import is_prompt, load_run_config
 from orchestrator.cli.live.display import show_progress
 from orchestrator.cli.render.findings import finding_lines, findings_exit_code
-from orchestrator.cli.render.next_steps import needs_retry, own_branch
+from orchestrator.cli.render.next_steps import needs_retry, own_branch, waits_for_merge
 from orchestrator.cli.render.output import Output
 from orchestrator.cli.render.plan import flowchart, plan_text
 from orchestrator.cli.render.text import printable
@@ -233,7 +233,7 @@ async def resume(
     is_finished = report is not None and report.merges is None
     others = [] if run else [one for one in interrupted if one != name]
     if others and (report is None or report.status is not RunStatus.RUNNING):  # a running one is refused below
-        context.output.notice(_other_interrupted_runs(others))
+        context.output.notice(_other_runs("interrupted or halted", others))
     if reloads and not await council.runs.is_live(name):  # a running one is refused below
         await _reload(context, name)
     if detach:
@@ -285,6 +285,9 @@ async def merge(context: CouncilContext, run: str | None) -> int:
     report = await council.runs.status(name)
     if report.status is RunStatus.RUNNING:
         raise RefusedError(f"run {name} is running and lands its work itself", "wait until it ends")
+    others = [] if run else [one.run for one in await council.runs.list() if waits_for_merge(one) and one.run != name]
+    if others:
+        context.output.notice(_other_runs("not merged", others))
     waiting = any(task.status in LANDING_STATUSES for task in report.tasks)
     if not waiting and not own_branch(report):
         return _show_nothing(context.output, report, f"run {name} has nothing to merge")
@@ -310,9 +313,9 @@ def _show_nothing(output: Output, report: RunReport, line: str) -> int:
     return 0
 
 
-def _other_interrupted_runs(others: Sequence[str]) -> str:
-    """Return a line about older interrupted runs; `resume` selects the newest."""
-    return f"also interrupted or halted: {join_names(others[::-1], 1)} (`council runs`)"
+def _other_runs(state: str, others: Sequence[str]) -> str:
+    """Return a line about older runs in a state; commands select the newest run."""
+    return f"also {state}: {join_names(others[::-1], 1)} (`council runs`)"
 
 
 @click.command()
