@@ -6,7 +6,7 @@ A check that fails there would fail every task.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -65,13 +65,14 @@ class _Unrunnable:
 
 @dataclass(slots=True)
 class BaseChecks:
-    """The checks of a run's base; `entries` are the run's tasks."""
+    """The checks of a run's base; `entries` are the run's tasks, `blocked` those that can no longer start."""
 
     ledger: Ledger
     context: RunContext
     commands: BaseCommands
     base_selector: BaseSelector
     entries: Mapping[str, DispatchEntry]
+    blocked: Container[str]
     _running: anyio.CancelScope = field(default_factory=anyio.CancelScope, init=False)
 
     def stop(self) -> None:
@@ -149,14 +150,14 @@ class BaseChecks:
             return []
 
     async def _group_pending_tasks(self) -> _CheckGroups:
-        """Group the pending tasks that share checks.
+        """Group the pending tasks that can start and share checks.
 
         Keys consist of `allow_failing_base`, whether the landing includes the base, and the checks.
         """
         groups: _CheckGroups = {}
         known: dict[str, bool] = {}
         for task, status in self.ledger.statuses().items():
-            entry = self.entries.get(task)
+            entry = None if task in self.blocked else self.entries.get(task)
             if entry is not None and status is TaskStatus.PENDING and entry.checks:
                 may_fail = entry.allow_failing_base or self.ledger.run.allow_failing_base
                 key = may_fail, await self._brings_base(task, known), entry.checks

@@ -6,13 +6,15 @@ A user may have landed it manually, or merged a pull request of its branch.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from orchestrator.domain.events.tasks import TaskLanded
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trigger
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.errors import ClaimLost, GitError, VersionConflict
+from orchestrator.errors import ClaimLost, GitError, RefusedError, VersionConflict
+from orchestrator.repo.landing.salvage import delete_refs, list_unmerged_work
 
 #: Statuses in which built work may have been landed externally, even squashed.
 _BUILT = frozenset({TaskStatus.QUEUED, TaskStatus.CONFLICT, TaskStatus.FAILED})
@@ -72,7 +74,15 @@ class Reconciler:
             await self._ledger.change(task, Trigger.ADOPT, adopted, landed=commit, reason=reason, branch=None)
         except (ClaimLost, VersionConflict):  # another orchestrator was first
             return False
+        await self._drop_contained_work(task, commit)
         return True
+
+    async def _drop_contained_work(self, task: str, landed: str) -> None:
+        """Delete the refs of a task's work whose commits the landing contains."""
+        git = self._context.git
+        with suppress(GitError, RefusedError):  # the landing is recorded, and a remaining ref does no harm
+            preserved = [one for one in await list_unmerged_work(git, self._ledger.run.id) if one.task == task]
+            await delete_refs(git, [one for one in preserved if await git.is_ancestor(one.commit, landed)])
 
     async def _landed_by_others(self, document: TaskDocument) -> str | None:
         """Return the commit of the target that contains a task's work.

@@ -70,7 +70,7 @@ class Scheduler:
         base_selector = BaseSelector(ledger, context)
         checks = CheckRuns(ledger, context, pool)
         base_commands = BaseCommands(ledger, context, checks)
-        self._base_checks = BaseChecks(ledger, context, base_commands, base_selector, board.entries)
+        self._base_checks = BaseChecks(ledger, context, base_commands, base_selector, board.entries, board.blocked)
         self._merge_queue = MergeQueue(ledger, context, base_commands, base_selector, self._give_up, board)
         self._repository_guard = RepositoryGuard(ledger, context, self._merge_queue)
         self._local = LocalWork(ledger, board, self._merge_queue, clock, unavailable_adapters)

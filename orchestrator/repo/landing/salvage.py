@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.domain.wording import find_similar
+from orchestrator.domain.wording import find_similar, join_names
 from orchestrator.errors import GitError, RefusedError, to_unusable_error
 from orchestrator.repo.git.command import GITLINK_MODE, Git, parse_raw_diff, printable_name
 from orchestrator.repo.git.reading import list_refs
@@ -17,6 +17,8 @@ from orchestrator.repo.source.user_checkouts import find_repository
 from orchestrator.repo.source.user_programs import find_path_controlling_git, find_unsafe_filter, read_git_config
 
 _WORK, _SALVAGE = "refs/heads/council/", "refs/salvage/"
+#: The maximum number of names in a remedy.
+_MOST_NAMED = 10
 _REMEDY = "add `--branch BRANCH` to create a branch instead, then merge it"
 
 
@@ -76,7 +78,7 @@ def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str) -> Unmerged
         raise RefusedError(f"{name!r} exists in several runs", f"choose one of {', '.join(full)}")
     names = sorted({work.name for work in preserved})
     near = [known for known in names if known.startswith(f"{name}/")] or find_similar(name, names, 3)
-    remedy = f"choose one of {', '.join(near or names[:10])}" if names else "this run has no preserved work"
+    remedy = f"choose one of {join_names(near or names, _MOST_NAMED)}" if names else "this run has no preserved work"
     remedy += "; for another run add --run RUN"
     raise RefusedError(f"preserved work {name!r} not found", remedy)
 

@@ -108,6 +108,28 @@ def test_resume_with_tasks_to_retry_records_a_merged_conflict(repository: Reposi
 
 
 @pytest.mark.extended
+def test_resume_without_a_session_checks_no_base(repository: Repository) -> None:
+    """A merged conflict is recorded, and the only pending task needs a failed one."""
+    tasks: list[dict[str, Any]] = [
+        {"id": "one", "prompt": "write README.md one"},
+        {"id": "two", "prompt": "write README.md two"},
+        {"id": "failed", "prompt": "fail", "attempts": 1},
+        {"id": "blocked", "prompt": "none", "needs": ["failed"]},
+    ]
+    config = repository.configure([{**task, "checks": ["true"]} for task in tasks])
+    ended = repository.council("run", str(config), "--json")
+    [task] = [one["id"] for one in ended.result["tasks"] if one["status"] == "conflict"]
+    assert repository.council("salvage", "apply", f"{task}/conflict", "--branch", "fixed").code == 0
+    repository.git("checkout", "--quiet", "fixed")
+    repository.commit({"README.md": "both"}, "fixed")
+    repository.git("checkout", "--quiet", "main")
+    repository.git("merge", "--quiet", "--no-ff", "--no-edit", "fixed")
+    resumed = repository.council("resume", "--json")
+    assert resumed.states[task] == "landed", resumed
+    assert "base.checking" not in [line["event"] for line in resumed.lines if "event" in line]
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("is_merged", [True, False])
 async def test_conflict_merged_by_a_person_counts_as_landed(repository: Repository, is_merged: bool) -> None:
     """With the printed commands, after the run has ended; `resume` records it and starts dependent tasks."""
@@ -137,4 +159,5 @@ async def test_conflict_merged_by_a_person_counts_as_landed(repository: Reposito
         return
     assert (resumed.code, set(states.values())) == (0, {"landed"}), resumed
     assert (repository.top / "README.md").read_text() == "both"
+    assert repository.council("salvage", "list", "--json").result["preserved"] == []
     await repository.assert_invariants()

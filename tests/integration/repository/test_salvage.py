@@ -80,6 +80,9 @@ async def test_preserved_work_is_listed_and_found(session: SessionWorktree, work
         salvage.find_unmerged_work(all_runs, "task/1")
     with pytest.raises(RefusedError, match="task/conflict"):
         salvage.find_unmerged_work(run1, "task/conflct")
+    numbered = [salvage.UnmergedWork("", "run1", f"t{number:02}", "1", work) for number in range(12)]
+    with pytest.raises(RefusedError, match="t09/1 and 2 more"):
+        salvage.find_unmerged_work(numbered, "other")
     with pytest.raises(RefusedError, match="task/1, task/1/stash, task/conflict"):
         salvage.find_unmerged_work(run1, "task")
 
