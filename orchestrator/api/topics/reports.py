@@ -15,8 +15,8 @@ from orchestrator.domain.events.runs import RunCreated
 from orchestrator.domain.runs.metrics import Metrics, compute_metrics
 from orchestrator.domain.runs.model import INTERRUPTED, Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.usage import RunUsage, compute_usage
-from orchestrator.domain.scheduling.active_time import compute_run_active_time
-from orchestrator.engine.reports.report import AdapterFailure, last_failures
+from orchestrator.domain.scheduling.active_time import compute_run_active_time, find_last_heartbeat
+from orchestrator.engine.reports.report import AdapterFailure, RunRecord, last_failures
 from orchestrator.engine.reports.run_summary import RunSummary, build_run_summary, landing_times
 from orchestrator.engine.state.records import read_run, read_run_with_tasks, read_tasks, task_documents, task_key
 from orchestrator.errors import HistoryCompacted, RefusedError
@@ -71,7 +71,7 @@ class RunReports(Topic):
         record = await reader.record(name)
         tasks: Mapping[str, TaskDocument] = record.tasks
         if not await reader.index.has_live_process(name):
-            tasks = await anyio.to_thread.run_sync(mark_interrupted, tasks, context.project.logs(name), now)
+            tasks = await anyio.to_thread.run_sync(mark_interrupted, record, tasks, context.project.logs(name), now)
         return compute_usage(record.run, tasks, now, sorted(record.damaged))
 
     async def last_failures(self, run: str | None = None) -> dict[str, AdapterFailure]:
@@ -132,13 +132,15 @@ async def find_landing_times(
     return found
 
 
-def mark_interrupted(tasks: Mapping[str, TaskDocument], logs: Path, now: float) -> dict[str, TaskDocument]:
-    """Return the tasks of an inactive run, with unfinished sessions as interrupted. Blocks."""
+def mark_interrupted(
+    record: RunRecord, tasks: Mapping[str, TaskDocument], logs: Path, now: float
+) -> dict[str, TaskDocument]:
+    """Return these tasks of an inactive run, with unfinished sessions as interrupted. Blocks."""
 
     def end(task: str, one: Attempt) -> Attempt:
         if one.ended is not None:
             return one
-        ended = last_activity(logs, task, one.number, one.started, now)
+        ended = last_activity(logs, task, one.number, find_last_heartbeat(record.orchestrators, one.started), now)
         return one.model_copy(update={"ended": ended, "outcome": INTERRUPTED})
 
     return {

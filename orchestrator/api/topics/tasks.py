@@ -253,7 +253,7 @@ class Tasks(Topic):
         shown, now, logs = record.tasks[task], context.clock.now(), context.project.logs(run)
         is_live = record.run.ended is None and await reader.index.has_live_process(run)
         if not is_live:
-            shown = (await anyio.to_thread.run_sync(mark_interrupted, {task: shown}, logs, now))[task]
+            shown = (await anyio.to_thread.run_sync(mark_interrupted, record, {task: shown}, logs, now))[task]
         documents = await read_tasks(context.store, run)
         landed_at = await find_landing_times(context.store, record.run, {task: record.tasks[task]}, documents)
         details = build_task_details(

@@ -35,6 +35,11 @@ def compute_active_time(
     return ActiveTime(spans or None)
 
 
+def find_last_heartbeat(orchestrators: Iterable[OrchestratorLease], started: float) -> float:
+    """Return the last heartbeat of the orchestrators that were active when an attempt started, at least `started`."""
+    return max([started, *(lease.heartbeat for lease in orchestrators if lease.since <= started)])
+
+
 def compute_run_active_time(
     orchestrators: Iterable[OrchestratorLease],
     tasks: Iterable[TaskDocument],

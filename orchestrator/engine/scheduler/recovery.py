@@ -25,6 +25,7 @@ from orchestrator.domain.runs.leftovers import WorktreeContents, classify_worktr
 from orchestrator.domain.runs.model import INTERRUPTED, PAUSED, Attempt
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, FINAL_STATUSES, TaskStatus, Trigger
+from orchestrator.domain.scheduling.active_time import find_last_heartbeat
 from orchestrator.domain.scheduling.claims import OwnerStatus
 from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.domain.workflow.routing import pause_task
@@ -267,7 +268,9 @@ async def _salvage_attempt(ledger: Ledger, context: RunContext, worktree: Worktr
     if document.status is TaskStatus.RUNNING and document.attempt == attempt:
         branch = worktree.branch if await context.git.has_branch(worktree.branch) else None
         transcript = await _read_transcript(context, attempt, worktree.task)
-        log_args = (context.tools.logs, worktree.task, attempt.number, attempt.started, ledger.writer.clock.now())
+        ended_peers = [one for one in (await ledger.orchestrators.peers.all()).values() if one.ended is not None]
+        alive, now = find_last_heartbeat(ended_peers, attempt.started), ledger.writer.clock.now()
+        log_args = (context.tools.logs, worktree.task, attempt.number, alive, now)
         ended = await anyio.to_thread.run_sync(last_activity, *log_args)
         slot = worktree.slot
         usage = {

@@ -27,16 +27,16 @@ def log_path(logs: Path, task: str, attempt: int, stream: str) -> Path:
     return logs / log_file_name(task, attempt, stream)
 
 
-def last_activity(logs: Path, task: str, attempt: int, started: float, now: float) -> float:
-    """Return the time of an interrupted attempt's last known activity. Blocks.
+def last_activity(logs: Path, task: str, attempt: int, alive: float, now: float) -> float:
+    """Return the time of an interrupted attempt's last known activity, at least `alive`. Blocks.
 
     Later time is not charged to the attempt.
     """
-    latest = started
+    latest = alive
     for stream in ("stdout", "stderr"):
         with suppress(OSError):
             latest = max(latest, log_path(logs, task, attempt, stream).stat().st_mtime)
-    return min(latest, max(now, started))
+    return min(latest, max(now, alive))
 
 
 def slot_log_path(logs: Path, slot: int, stream: str) -> Path:

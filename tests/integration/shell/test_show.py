@@ -111,6 +111,33 @@ def test_sessions_are_shown_as_running_only_while_they_run(repository: Repositor
 
 
 @pytest.mark.extended
+def test_silent_session_of_a_killed_process_counts_to_the_last_heartbeat(repository: Repository) -> None:
+    """Before a resume, and as a resume records it."""
+    path = repository.configure([{"id": "t", "prompt": "hang"}], coordination={"heartbeat_interval": "100ms"})
+    child = repository.start("run", str(path))
+    has_begun(repository, "t")
+
+    def session() -> dict[str, float]:
+        found: dict[str, float] = repository.council("show", "t", "--json").result["sessions"][0]
+        return found
+
+    def heartbeat() -> float:
+        return float(repository.council("status", "--json").result["orchestrators"][0]["heartbeat"])
+
+    started = session()["started"]
+    wait_for(lambda: heartbeat() > started + 1)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    last = heartbeat()
+    assert session()["ended"] >= last
+    child = repository.start("resume")
+    wait_for(lambda: len(repository.council("show", "t", "--json").result["sessions"]) == 2)
+    assert session()["ended"] >= last
+    child.send_signal(signal.SIGINT)
+    child.communicate()
+
+
+@pytest.mark.extended
 def test_work_is_shown_as_preserved_only_if_it_is(repository: Repository) -> None:
     """Landed work is not preserved any more; leftovers of an earlier attempt still are."""
     path = repository.configure(
