@@ -74,6 +74,9 @@ class CommandAdapter:
 
     def __init__(self, options: CommandOptions, /) -> None:
         self._options = options
+        self._failure_patterns = {
+            failure: re.compile(pattern, re.IGNORECASE) for failure, pattern in options.failures.items()
+        }
         self._reader = OutputReader(options.read, options.output == "jsonl", options.model, self._class_in)
 
     def command(self, request: SessionRequest) -> SessionCommand:
@@ -187,8 +190,8 @@ class CommandAdapter:
         return None if match is None else _instant(match, now)
 
     def _search(self, failure: SaidClass, text: str) -> re.Match[str] | None:
-        pattern = self._options.failures.get(failure)
-        return None if pattern is None else re.search(pattern, text[:MAX_LINE_CHARS], re.IGNORECASE)
+        pattern = self._failure_patterns.get(failure)
+        return None if pattern is None else pattern.search(text[:MAX_LINE_CHARS])
 
 
 def list_arguments(options: CommandOptions, request: SessionRequest, args: Sequence[str] = ()) -> Iterator[str]:
