@@ -244,7 +244,7 @@ class AttemptRunner:
                 active.adapter,
                 self._session_workspace(active),
                 validate_handoff=check_handoff,
-                stop_checks=StopChecks(active.spec.check_commands, active.spec.checks_timeout) if is_gated else None,
+                stop_checks=StopChecks(active.spec.checks, active.spec.checks_timeout) if is_gated else None,
             )
             await stack.enter_async_context(service)
             finished = await active.session.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Annotated, Any, Final, Literal
 
@@ -27,15 +28,17 @@ from orchestrator.client.commands import (
 )
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.sessions.contexts import SessionContext, SessionStatus, filter_active
+from orchestrator.domain.settings.run_settings import Check
 from orchestrator.engine.session_api.contexts import SessionContexts, SessionStatusUpdate
 from orchestrator.engine.session_api.details import SessionWorkspace, read_session_details
 from orchestrator.engine.session_api.locks import ActiveSession
 from orchestrator.engine.session_api.messages import MessageDelivery
 from orchestrator.engine.session_api.notes import NoteStore
 from orchestrator.engine.session_api.shared_values import DEFAULT_WAIT, SharedValues, require_new_value, require_value
-from orchestrator.errors import RefusedError
+from orchestrator.errors import GitError, RefusedError
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.git.command import Git
+from orchestrator.repo.intake.diffs import list_session_changes
 
 #: The maximum number of paths in one request.
 MAX_PATHS: Final = 200
@@ -110,11 +113,23 @@ class SessionCommands:
         """
         if message := await self._messages.deliver(active):
             return {"message": message, "checks": [], "timeout": 0.0}
-        checks = active.stop_checks
-        if checks is None or not checks.continuations:
+        stop = active.stop_checks
+        if stop is None or not stop.continuations:
             return {"message": None, "checks": [], "timeout": 0.0}
-        checks.continuations -= 1
-        return {"message": None, "checks": [*checks.commands], "timeout": checks.timeout}
+        stop.continuations -= 1
+        checks = await self._select_checks(active, stop.checks)
+        return {"message": None, "checks": [check.run for check in checks], "timeout": stop.timeout}
+
+    async def _select_checks(self, active: ActiveSession, checks: Sequence[Check]) -> Sequence[Check]:
+        """Return the checks that the changes of a session select; all of them if the changes can't be read."""
+        changed, workspace = None, active.workspace
+        if any(check.paths for check in checks):
+            with suppress(GitError, OSError, RefusedError):
+                async with active.query_lock:
+                    changed = await list_session_changes(
+                        self._git, workspace.worktree, workspace.base, rules=workspace.rules
+                    )
+        return checks if changed is None else [check for check in checks if check.is_selected(changed)]
 
     async def report(
         self,

@@ -21,6 +21,7 @@ from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.scheduling.path_ownership import OwnershipConflict, escape_path
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.settings.path_patterns import is_match
+from orchestrator.domain.settings.run_settings import Check
 from orchestrator.engine.session_api.contexts import SessionContexts
 from orchestrator.engine.session_api.details import SessionWorkspace
 from orchestrator.errors import FileLocked, LeaseLost, RefusedError, StoreUnavailable
@@ -39,9 +40,9 @@ HandoffValidator = Callable[[JsonObject], Awaitable[Sequence[str]]]
 
 @dataclass(slots=True)
 class StopChecks:
-    """The commands that a session runs before it ends, and how often it may continue; `timeout` is in seconds each."""
+    """The checks that a session runs before it ends, and how often it may continue; `timeout` is in seconds each."""
 
-    commands: Sequence[str]
+    checks: Sequence[Check]
     timeout: float
     continuations: int = 3
 

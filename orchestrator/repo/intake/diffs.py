@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.git.change_counts import COUNTS, PLAIN, Changes, count, parse_numstat
-from orchestrator.repo.git.command import Git, printable_name
+from orchestrator.repo.git.command import Git, printable_name, split_nul
 from orchestrator.repo.git.reading import diff_trees
 from orchestrator.repo.intake.inspection import IntakeRules
 from orchestrator.repo.intake.quarantine import Quarantine
@@ -66,6 +66,17 @@ async def count_session_changes(git: Git, worktree: Worktree, base: str, *, rule
     async with _staged(git, worktree, base, rules) as (staging, _):
         done = await staging.confine(git)("diff-index", "--cached", *COUNTS, base, env=staging.env)
     return parse_numstat(done.stdout.splitlines())
+
+
+async def list_session_changes(git: Git, worktree: Worktree, base: str, *, rules: IntakeRules) -> list[str] | None:
+    """Return the paths that a session has changed so far, without secrets and huge files; None if some are unreadable.
+
+    Renamed files have both names.
+    """
+    async with _staged(git, worktree, base, rules) as (staging, staged):
+        options = ("--cached", "--name-only", "-z", *PLAIN, "--no-renames")
+        done = await staging.confine(git)("diff-index", *options, base, env=staging.env)
+    return split_nul(done.stdout) if staged.problem is None else None
 
 
 async def count_session_commits(git: Git, worktree: Worktree, base: str) -> int:

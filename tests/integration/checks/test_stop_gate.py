@@ -64,6 +64,14 @@ def test_check_that_does_not_end_is_stopped(claude: Repository) -> None:
         os.kill(int(started.read_text()), 0)
 
 
+def test_check_of_other_paths_is_left_out(claude: Repository) -> None:
+    """The session did not change them, and a landing does not run it either."""
+    checks = [{"run": "grep -qx right a.txt", "paths": ["a.txt"]}, {"run": "false", "paths": ["web/**"]}]
+    ended = ran(claude, "write a.txt wrong\nstopped a.txt right", checks=checks)
+    assert ended.states == {"one": "landed"}, ended
+    assert said(claude).count("failed with exit code 1") == 1
+
+
 def test_session_without_a_gate_runs_no_check(claude: Repository) -> None:
     """The check runs only before landing."""
     ended = ran(claude, "write a.txt wrong\nstopped a.txt right", stop_gate=False)
