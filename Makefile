@@ -35,8 +35,8 @@ test: install  ## run the tests of every feature, in a few minutes
 test-quick: install  ## run the unit, contract and property tests, in less than a minute
 	@$(PYTEST) -m 'not extended and not slow and not clis' tests/unit tests/contract tests/property
 
-test-extended: install  ## run the remaining tests: variants and injected faults, some minutes more
-	@$(PYTEST) -m 'extended and not slow and not clis'
+test-extended: install  ## run the remaining tests: variants and injected faults, some minutes more; SHORT=1: one parameter of each
+	@$(PYTEST) -m 'extended and not slow and not clis$(if $(SHORT), and not further_parameters)'
 
 test-sandboxes: install  ## run the sandbox tests without bubblewrap, without Landlock, and without both
 	@for missing in bubblewrap landlock 'bubblewrap landlock'; do \

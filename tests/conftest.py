@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +59,12 @@ def hermetic_environ(folder: Path) -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all but the first parameters of some tests as extended only, and all but the first tests of some modules."""
+    """Mark all but the first parameters of some tests as extended only, and all but the first tests of some modules.
+
+    Of each extended test, the short form runs one parameter, which is not always the first.
+    """
     seen = set[str]()
+    extended = dict[str, list[pytest.Item]]()
     first = dict[str, str]()
     for item in items:
         module, name = item.nodeid.partition("::")[0], item.nodeid.partition("[")[0]
@@ -68,8 +73,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if is_variant or is_other:
             item.add_marker(pytest.mark.extended)
         seen.add(name)
+        if item.get_closest_marker("extended") is not None:
+            extended.setdefault(name, []).append(item)
         if item.get_closest_marker("slow") is None and item.get_closest_marker("extended") is None:
             first.setdefault(module, name)
+    for name, variants in extended.items():
+        chosen = zlib.crc32(name.encode()) % len(variants)
+        for item in variants[:chosen] + variants[chosen + 1 :]:
+            item.add_marker(pytest.mark.further_parameters)
 
 
 def pytest_collection_finish() -> None:
