@@ -178,6 +178,6 @@ async def test_exhausted_task_is_retried_with_a_raised_budget(claude: Repository
         shown = [line.strip() for line in claude.council(*command).stdout.splitlines()]
         assert [line for line in shown if line in steps] == steps, shown
         assert "then: council retry t0" not in shown
-    configured(claude, prompt, task={"budget": {"tokens": 6000}})
+    configured(claude, prompt, task={"budget": {"tokens": 60_000}})
     assert claude.council("retry", "t0", "--reload").code == 0
     assert claude.council("resume", "--json").states == {"t0": "landed"}
