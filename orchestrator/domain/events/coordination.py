@@ -127,7 +127,7 @@ class NoteAdded(TaskEvent):
 
     type = "note.added"
     sentence = "added note {note} for later sessions"
-    shown = Shown.ALWAYS
+    shown = Shown.NEVER
 
     note: str
     """The id of the note."""
