@@ -384,7 +384,7 @@ class SessionError(CouncilError):
     """A supervisor ended without reporting the outcome of its session."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(f"{why}: its worktree is preserved, and `council resume` continues")
+        super().__init__(f"{why}: its worktree is preserved, see `council salvage list`")
 
 
 #: Temporary resource shortages by errno: the system's message in the C locale, and the fix.

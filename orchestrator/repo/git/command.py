@@ -44,7 +44,7 @@ MISSING_MODE: Final = "000000"  # of a file that a commit does not have
 TRUSTED_NAME: Final = "trusted.git"
 #: Git's messages about a damaged repository, and about one of our refs with a missing or invalid object.
 _DAMAGE: Final = re.compile(r"corrupt|is empty|unable to unpack|not a git repository")
-_DAMAGED_REF: Final = "fatal: bad object refs/council/"
+_DAMAGED_REF: Final = re.compile(r"^fatal: bad object refs/(heads/)?council/", re.MULTILINE)
 
 _HARMLESS_CONFIG: Final = (
     "core.hooksPath=/dev/null",
@@ -277,7 +277,7 @@ class Git:
         argv, own = ["git", *args], self.git_dir
         if own is None or own.name != TRUSTED_NAME:
             return GitError(argv, returncode, message)
-        is_damaged = _DAMAGED_REF in message or (str(own.parent) in message and _DAMAGE.search(message))
+        is_damaged = _DAMAGED_REF.search(message) or (str(own.parent) in message and _DAMAGE.search(message))
         if is_damaged or f"{own} does not exist" in message:
             (own / "objects/pack").exists()  # raises if the access is denied
             return HubDamaged(argv, returncode, message, own.parent)

@@ -107,6 +107,20 @@ def test_damaged_internal_repository_is_named_with_the_remedy(
     assert repository.council("run", str(config), "--json").states == {"one": "landed"}
 
 
+def test_lost_objects_of_built_work_are_named_with_the_remedy(repository: Repository, tmp_path: Path) -> None:
+    """Not as an error of the user's repository, which has none of the refs that git names."""
+    config = repository.configure(ONE)
+    assert repository.council("run", str(config), failpoints="landing.merged=kill").code == -signal.SIGKILL
+    [objects] = (tmp_path / "council-home").glob("*/hub.git/objects")
+    for entry in objects.iterdir():
+        shutil.rmtree(entry)
+    for command in (["resume"], ["run", str(config)]):
+        refused = repository.council(*command, "--json")
+        assert (refused.code, refused.result["status"]) == (2, "refused"), refused
+        assert f"the internal repository {objects.parents[1]} is damaged" in refused.result["error"]
+        assert "move it away" in refused.result["remedy"]
+
+
 @pytest.mark.parametrize(
     ("start", "finish"),
     [
