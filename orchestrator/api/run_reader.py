@@ -13,7 +13,7 @@ import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
 from orchestrator.api.run_index import RunIndex, start_key
-from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.runs.model import RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, LANDING_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.dispatch import with_subtasks
 from orchestrator.engine.reports.report import RunRecord, RunReport, RunStatus, SessionReport, build_report
@@ -70,25 +70,35 @@ class RunReader:
         return RunRecord(document, tasks, entries, adapters, damaged, list(others.values()))
 
     async def without_dropped(self, record: RunRecord, *also: str) -> RunRecord:
-        """Return a record without the branches of finished tasks that have been dropped.
+        """Return a record without the branches and worktrees of finished tasks that have been dropped.
 
         Landed tasks keep the recorded branches of their attempts, unless they are in `also`.
         """
         keeping = {
             task: one
             for task, one in record.tasks.items()
-            if task in also or (one.status in FINAL_STATUSES and one.branch is not None)
+            if task in also or (one.status in FINAL_STATUSES and (one.branch is not None or _has_kept_worktree(one)))
         }
-        trusted = Hub(Path(record.run.hub)).trusted
+        hub = Hub(Path(record.run.hub))
+        trusted = hub.trusted
         if not keeping or record.run.imported is not None or not await anyio.Path(trusted, "HEAD").is_file():
             return record
         from orchestrator.repo.landing import salvage  # noqa: PLC0415  slow, and most runs have no such task
+        from orchestrator.repo.worktrees.worktrees import list_worktrees  # noqa: PLC0415
 
         kept = await salvage.list_unmerged_work(Git(trusted, environ=self.context.environ), record.run.id)
         branches = {one.ref.removeprefix("refs/heads/") for one in kept}
+        folders = await anyio.to_thread.run_sync(list_worktrees, hub, record.run.id, keeping)
+        worktrees = {(found.task, found.attempt) for found in folders}
         for task, one in keeping.items():
             attempts = tuple(
-                made if made.branch in branches else made.model_copy(update={"branch": None}) for made in one.attempts
+                made.model_copy(
+                    update={
+                        "branch": made.branch if made.branch in branches else None,
+                        "is_kept": made.is_kept and (task, made.number) in worktrees,
+                    }
+                )
+                for made in one.attempts
             )
             branch = one.branch if one.branch in branches else None
             keeping[task] = one.model_copy(update={"branch": branch, "attempts": attempts})
@@ -215,3 +225,8 @@ class RunReader:
             )
             for one in await read_active_contexts(self.context.store, run)
         ]
+
+
+def _has_kept_worktree(task: TaskDocument) -> bool:
+    """Return True if the worktree of a task's newest attempt is preserved."""
+    return bool(task.attempts) and task.attempt.is_kept

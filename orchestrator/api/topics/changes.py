@@ -10,6 +10,7 @@ import anyio.to_thread
 
 from orchestrator.api.topic import Topic
 from orchestrator.api.topics.logs import find_attempt, no_attempt_error, read_named_task
+from orchestrator.domain.events.tasks import salvage_worktree_name
 from orchestrator.domain.runs.model import Attempt, RunDocument, TaskDocument
 from orchestrator.domain.runs.session_names import SessionName
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
@@ -103,7 +104,7 @@ class TaskChanges(Topic):
             run_document, document = await read_named_task(self._context.store, run, worktree.task)
             attempt = find_attempt(run_document, worktree.task, document, worktree.attempt)
             return await self._live_diff(run, worktree.task, attempt, stat=stat)
-        found = salvage.find_unmerged_work(await salvage.list_unmerged_work(git, run), name)
+        found = await self._find_commit(git, run, name)
         return await diffs.diff_commits(git, await self._base(git, found), found.commit, stat=stat)
 
     async def apply(self, name: str, run: str | None = None, *, branch: str | None = None) -> Sequence[str]:
@@ -117,7 +118,7 @@ class TaskChanges(Topic):
             folder = (await self._describe_worktree(worktree)).worktree
             remedy = f"`council resume {run}` saves it" if folder is None else f"copy files from {folder}"
             raise RefusedError(f"{name!r} is a worktree without a commit", remedy)
-        found = salvage.find_unmerged_work(await salvage.list_unmerged_work(git, run), name)
+        found = await self._find_commit(git, run, name)
         environ = self._context.environ
         site = await find_run_repository(document.repo, is_url=document.is_url, environ=environ)
         if branch is not None:
@@ -137,10 +138,9 @@ class TaskChanges(Topic):
         run = await self._find(run)
         git = await self._git(run)
         refs, folders = [], []
-        listed = await salvage.list_unmerged_work(git, run)
         for name in names:
             worktree = await self._preserved_worktree(run, name)
-            found = None if worktree else salvage.find_unmerged_work(listed, name)
+            found = None if worktree else await self._find_commit(git, run, name)
             task = worktree.task if worktree else found.task if found else ""
             document = await read_task(self._context.store, run, task)
             if document.status not in FINAL_STATUSES:
@@ -151,6 +151,11 @@ class TaskChanges(Topic):
         for worktree in folders:
             await worktrees.remove_worktree(worktree)
             await empty_trash(worktree.hub, git.environ)
+
+    async def _find_commit(self, git: Git, run: str, name: str) -> UnmergedWork:
+        """Return the work with a commit. Raises RefusedError, with similar names, if there is none."""
+        worktrees = [_name(one) for one in await self._leftover_worktrees(run)]
+        return salvage.find_unmerged_work(await salvage.list_unmerged_work(git, run), name, worktrees)
 
     async def _git(self, run: str) -> Git:
         return trusted_git(await read_run(self._context.store, run), self._context.environ)
@@ -231,4 +236,4 @@ async def _diff_range(git: Git, run: RunDocument, task: str, document: TaskDocum
 
 
 def _name(worktree: Worktree) -> str:
-    return f"{worktree.task}/{worktree.attempt}/worktree"
+    return salvage_worktree_name(worktree.task, worktree.attempt)

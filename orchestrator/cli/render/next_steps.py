@@ -45,7 +45,8 @@ def task_steps(  # noqa: PLR0911  one case for each cause
         return ()
     if report.merges is not None:
         return _merge_steps(task, report)
-    name, kept, run = shlex.quote(task.id), kept_as(task), "" if is_newest else f" --run {report.run}"
+    name, run = shlex.quote(task.id), "" if is_newest else f" --run {report.run}"
+    kept = None if task.branch is None else salvage_name(task.branch)
     if is_shown and task.blocked_by is not None:
         return [Step("next", f"council retry {shlex.quote(task.blocked_by)}{run}")]
     retry = f"council retry {name}"
@@ -69,7 +70,12 @@ def task_steps(  # noqa: PLR0911  one case for each cause
         case TaskStatus.RUNNING if report.status is RunStatus.RUNNING:
             return [Step("next", f"council logs {name} -f{run}")]
     commands = [*status_steps(task, is_shown=is_shown), *(apply if task.status in UNSUCCESSFUL_STATUSES else ())]
-    return [Step(label, f"{command}{run}") for label, command in commands]
+    steps = [Step(label, f"{command}{run}") for label, command in commands]
+    if task.preserved_worktree is not None and task.status in UNSUCCESSFUL_STATUSES:
+        steps.append(
+            Step("or", f"copy files from {task.preserved_worktree}: `council salvage list{run}` has its folder")
+        )
+    return steps
 
 
 def status_steps(task: TaskReport, *, is_shown: bool = False) -> Sequence[Step]:
@@ -158,9 +164,9 @@ def halt_steps(report: RunReport) -> Sequence[Step]:
 _TO_TRY = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
 
 
-def kept_as(task: TaskReport) -> str | None:
-    """Return the salvage name of a task's work: its branch without `council/<run>`."""
-    return None if task.branch is None else salvage_name(task.branch)
+def format_saved(task: TaskReport) -> str:
+    """Return where a task's unmerged work is, by its names in `council salvage`; empty if it has none."""
+    return f"saved as {' and '.join(task.saved_as)}" if task.saved_as else ""
 
 
 def own_branch(report: RunReport) -> bool:

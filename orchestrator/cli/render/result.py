@@ -10,7 +10,14 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator.cli.render.next_steps import kept_as, needs_retry, own_branch, run_step, task_steps, waits_for_merge
+from orchestrator.cli.render.next_steps import (
+    format_saved,
+    needs_retry,
+    own_branch,
+    run_step,
+    task_steps,
+    waits_for_merge,
+)
 from orchestrator.cli.render.text import (
     align_columns,
     format_age,
@@ -125,9 +132,8 @@ def _task_details(task: TaskReport, target: str, changes: Mapping[str, Changes])
     if task.denied_tools is not None and task.denied_tools not in (task.reason or ""):
         parts.append(printable(one_line(task.denied_tools)))
     parts += [f"FLAKY: {format_flaky_check(check)}" for check in task.flaky_checks]
-    if (kept := kept_as(task)) is not None:
-        parts.append(f"saved as {printable(kept)}")
-    return "; ".join(parts)
+    parts.append(printable(format_saved(task)))
+    return "; ".join(filter(None, parts))
 
 
 def run_summary(report: RunReport) -> str:
@@ -193,7 +199,7 @@ def next_step_hints(report: RunReport) -> Iterator[str]:
         yield "Halted: " + printable(report.halted, keep="\n")
     for damage in report.damage:
         yield f"The state log is damaged: {damage}"
-    if report.imported is None and any(task.branch is not None for task in report.tasks):
+    if report.imported is None and any(task.saved_as for task in report.tasks):
         yield "Saved work: `council salvage list`, `show`, `apply`."
     yield from next_line(report)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from orchestrator.cli.render.events import event_text
+from orchestrator.cli.render.next_steps import format_saved
 from orchestrator.cli.render.result import format_state, format_visit, landed_summary, run_summary, state_counts
 from orchestrator.cli.render.text import (
     align_columns,
@@ -17,7 +18,6 @@ from orchestrator.cli.render.text import (
     short_name,
     wrapped,
 )
-from orchestrator.domain.events.tasks import salvage_name
 from orchestrator.domain.wording import format_cost
 from orchestrator.system.clock import format_local_time
 
@@ -86,8 +86,7 @@ def _task(task: TaskReport, summary: RunSummary) -> list[str]:
     phases = ", ".join(f"{phase} {format_visit(status)}" for phase, status in statuses.items())
     minutes = summary.minutes.get(task.id)
     took = "" if minutes is None else format_elapsed(minutes * 60)
-    kept = "" if task.branch is None else f"saved as {salvage_name(task.branch)}"
-    where = [f"landed as {task.landed[:10]}" if task.landed else kept]
+    where = [f"landed as {task.landed[:10]}" if task.landed else format_saved(task)]
     if task.pull_request is not None:
         where.append(f"pull request {task.pull_request}")
     why = "" if task.landed or task.reason is None else one_line(task.reason)

@@ -10,7 +10,7 @@ from itertools import chain
 
 from rich.cells import cell_len, set_cell_size
 
-from orchestrator.cli.render.next_steps import task_steps
+from orchestrator.cli.render.next_steps import format_saved, task_steps
 from orchestrator.cli.render.result import (
     adapter_line,
     background_error_lines,
@@ -147,6 +147,8 @@ def _totals(report: RunReport) -> Iterator[str]:
 def _task(task: TaskReport, report: RunReport, *, is_newest: bool) -> _Entry:
     sessions = {one.task: one for one in report.sessions}
     message = format_session_status(sessions[task.id]) if task.id in sessions else format_reason(task)
+    if task.preserved_worktree is not None:  # no next command names it
+        message = "; ".join(filter(None, [message, format_saved(task)]))
     text = printable(": ".join(filter(None, [f"{short_name(task.id)} {format_state(task.status, report)}", message])))
     steps = task_steps(task, report, is_newest=is_newest)
     fixed = [line for step in (steps if report.merges is not None else steps[:1]) for line in _step_lines(str(step))]

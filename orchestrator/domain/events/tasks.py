@@ -508,3 +508,8 @@ class TaskAfterRunFailed(TaskEvent):
 def salvage_name(branch: str) -> str:
     """Return the name by which `council salvage` knows an internal branch."""
     return branch.split("/", 2)[-1] if branch.startswith("council/") else branch
+
+
+def salvage_worktree_name(task: str, attempt: int) -> str:
+    """Return the name by which `council salvage` knows the preserved worktree of an attempt."""
+    return f"{task}/{attempt}/worktree"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final
 
+from orchestrator.domain.events.tasks import salvage_name, salvage_worktree_name
 from orchestrator.domain.runs.check_results import CheckOutcome, CheckRecord
 from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.phases import OPEN_STATUSES
@@ -60,6 +61,16 @@ class TaskReport:
     """Whether `council retry TASK --reload` can adopt its settings from the file."""
     checks: tuple[CheckRecord, ...] = ()
     """The last results of the checks on its work; `outcome` is `flaky` for one that passed only when repeated."""
+    preserved_worktree: str | None = None
+    """The preserved worktree of its newest attempt, by its name in `council salvage`; null: none, or it has landed."""
+
+    @property
+    def saved_as(self) -> list[str]:
+        """The names of its unmerged work in `council salvage`."""
+        return [
+            *([] if self.branch is None else [salvage_name(self.branch)]),
+            *([] if self.preserved_worktree is None else [self.preserved_worktree]),
+        ]
 
     @property
     def flaky_checks(self) -> list[CheckRecord]:
@@ -142,6 +153,9 @@ def report_task(
         pull_request=document.pull_request,
         reloadable=is_reloadable,
         checks=checks,
+        preserved_worktree=None
+        if newest is None or not newest.is_kept or document.landed is not None
+        else salvage_worktree_name(task, newest.number),
     )
 
 

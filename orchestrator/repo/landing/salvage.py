@@ -64,10 +64,10 @@ def _parse_ref(ref: str, commit: str) -> UnmergedWork | None:
     return UnmergedWork(ref, run, task, part, commit)
 
 
-def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str) -> UnmergedWork:
+def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str, worktrees: Sequence[str] = ()) -> UnmergedWork:
     """Return the work named `<task>/<part>` or `<run>/<task>/<part>`.
 
-    Raises RefusedError, with similar names, if there is none.
+    Raises RefusedError, with similar names, also of `worktrees`, if there is none.
     """
     matches = [work for work in preserved if work.name == name]
     matches = matches or [work for work in preserved if f"{work.run}/{work.name}" == name]
@@ -76,7 +76,7 @@ def find_unmerged_work(preserved: Sequence[UnmergedWork], name: str) -> Unmerged
     full = [f"{work.run}/{work.name}" for work in matches]
     if full:
         raise RefusedError(f"{name!r} exists in several runs", f"choose one of {', '.join(full)}")
-    names = sorted({work.name for work in preserved})
+    names = sorted({*worktrees, *(work.name for work in preserved)})
     near = [known for known in names if known.startswith(f"{name}/")] or find_similar(name, names, 3)
     remedy = f"choose one of {join_names(near or names, _MOST_NAMED)}" if names else "this run has no preserved work"
     remedy += "; for another run add --run RUN"

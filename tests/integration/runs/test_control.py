@@ -427,12 +427,21 @@ async def test_worktree_with_a_secret_is_preserved_and_can_be_dropped(repository
     kept = repository.council("salvage", "list", "--json").result["preserved"]
     assert [one["name"] for one in kept] == ["env/1", "env/1/worktree"]
     assert (Path(kept[1]["worktree"]) / "src/.env").exists()
+    assert task["preserved_worktree"] == "env/1/worktree"
+    for view in ("status",), ("show", "env"), ("resume",), ("state", "show"):
+        assert "saved as env/1 and env/1/worktree" in " ".join(repository.council(*view).stdout.split()), view
+    assert (
+        "or: copy files from env/1/worktree: `council salvage list` has its folder"
+        in repository.council("status").stdout
+    )
+    assert "choose one of env/1, env/1/worktree" in repository.council("salvage", "apply", "env").stderr
     shown = repository.council("salvage", "show", "env/1").stdout
     assert "good.txt" in shown
     assert ".env" not in shown
     assert f"copy files from {kept[1]['worktree']}" in repository.council("salvage", "apply", "env/1/worktree").stderr
     assert repository.council("salvage", "drop", "--yes", "env/1/worktree").code == 0
     assert not Path(kept[1]["worktree"]).exists()
+    assert "env/1/worktree" not in repository.council("status").stdout
     for repository_path in (repository.top / ".git", Path(ended.result["repository"])):
         objects = subprocess.run(
             ["git", "cat-file", "--batch-all-objects", "--batch"], cwd=repository_path, capture_output=True, check=True

@@ -12,7 +12,7 @@ import click
 from orchestrator.api.council import Council
 from orchestrator.cli.core.command import CouncilContext, council_command, run_option
 from orchestrator.cli.core.completion import complete_tasks
-from orchestrator.cli.render.next_steps import Step, halt_steps, run_step, task_steps
+from orchestrator.cli.render.next_steps import Step, format_saved, halt_steps, run_step, task_steps
 from orchestrator.cli.render.result import format_state, format_visit
 from orchestrator.cli.render.text import (
     described,
@@ -279,7 +279,7 @@ def _short(value: object) -> str:
 def _landing(details: TaskDetails) -> str:
     one = details.landing
     request = "" if details.pull_request is None else f", pull request {details.pull_request}"
-    kept = None if details.branch is None else f"saved as {salvage_name(details.branch)}"
+    kept = format_saved(details)
     if details.landed is not None:
         when = "" if one.time is None else f", {format_local_time(one.time)}"
         return f"landed as {details.landed[:_SHORT_DIGEST]} on {one.target}{when}{request}"
