@@ -231,7 +231,7 @@ def _unrelated(repository: Repository) -> None:
     ("prepare", "settings", "fragment"),
     [
         (_unborn, {}, "no commits yet"),
-        (lambda repository: None, {"base": "develop", "target": "main"}, "no branch 'develop'"),
+        (lambda repository: None, {"base": "develop", "target": "main"}, "no base branch 'develop'"),
         (_unrelated, {"target": "other"}, "no common history"),
         (lambda repository: None, {"target": "main/sub"}, "conflicts with the name of the branch 'main'"),
         (lambda repository: None, {"repo": "/"}, "not a git repository"),

@@ -248,7 +248,7 @@ async def test_redis_replica_is_shown_and_has_every_acknowledged_commit() -> Non
                 assert one.lag_seconds is not None
                 assert found.pool.size >= found.pool.in_use == found.pool.waiting == 0
                 replica.signal(signal.SIGSTOP)
-                with pytest.raises(StoreUnavailable, match="not on all replicas"):
+                with pytest.raises(StoreUnavailable, match="did not reach the disk, or all replicas"):
                     await commit_numbers(store, 5, 6)
                 replica.signal(signal.SIGCONT)
             primary.kill()
