@@ -20,6 +20,7 @@ from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import describe_hold
 from orchestrator.domain.scheduling.stacked_work import describe_stack_wait, find_stack_waits
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.task_report import FAILURE_CLASSES, TaskReport, describe_failed_need, report_task
 from orchestrator.protocols import JsonObject
 from orchestrator.system.clock import format_local_time
@@ -49,6 +50,8 @@ EXIT_CODES: Mapping[RunStatus, int] = {
 }
 
 
+#: The maximum number of named needs.
+_MAX_NAMED_NEEDS = 5
 _INTERRUPTED = "session interrupted: to retry, run `council resume {run}`"
 _PAUSED = "waits until the run continues: run `council resume {run}`"
 _DAMAGED = "its record in the state log is damaged, so an earlier state is shown: run `council state verify`"
@@ -305,6 +308,10 @@ def build_report(
     is_merge, folder = record.run.merges is not None, str(logs)
     for task in record.run.tasks:
         need = blocked.get(task)
+        waits = [
+            _describe_missing_needs(task, record) if need is None and paused is None and task not in stuck else "",
+            waiting.get(task),
+        ]
         reports.append(
             report_task(
                 task,
@@ -316,7 +323,7 @@ def build_report(
                 interrupted=interrupted,
                 paused=paused,
                 is_reloadable=file is not None and record.entries[task].is_from_file,
-                remark=_DAMAGED if task in record.damaged else waiting.get(task),
+                remark=_DAMAGED if task in record.damaged else "; ".join(filter(None, waits)) or None,
             )
         )
     run, source = record.run, record.run.imported.source if record.run.imported else None
@@ -340,6 +347,14 @@ def build_report(
         orchestrators=[OrchestratorReport.from_lease(lease) for lease in leases],
         claims=sum_counters(lease.counters for lease in leases),
     )
+
+
+def _describe_missing_needs(task: str, record: RunRecord) -> str:
+    """Return which needs a pending task waits for; empty if none, or if another reason is recorded."""
+    if record.tasks[task].status is not TaskStatus.PENDING or record.tasks[task].reason is not None:
+        return ""
+    missing = record.entries[task].missing_needs(record.tasks)
+    return f"waits for {join_names(list(map(repr, missing)), _MAX_NAMED_NEEDS)}" if missing else ""
 
 
 def _waiting_to_land(record: RunRecord) -> dict[str, str]:

@@ -341,6 +341,11 @@ async def test_task_without_sessions_has_its_reason(repository: Repository) -> N
     assert repository.council("retry", "later").code == 0
     waits = repository.council("logs", "later").stderr
     assert "task 'later' has not started yet: `council status --run" in waits
+    assert "later  pending    waits for 'first'\n" in repository.council("status").stdout
+    assert repository.council("queue", "hold", "later").code == 0
+    reason = "waits for 'first'; held by a user; `council queue release later` lets it land"
+    assert repository.council("status", "--json").result["tasks"][2]["reason"] == reason
+    assert repository.council("queue", "release", "later").code == 0
     gate.touch()
     child.communicate(timeout=60)
     for follow in ([], ["-f"]):  # its dependency did not land
