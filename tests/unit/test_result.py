@@ -166,6 +166,15 @@ def test_alternative_remedy_of_a_halt_is_labelled_or() -> None:
     assert [*map(str, halt_steps(halted))] == ["next: fix main, then resume", "or: correct the check"]
 
 
+def test_out_of_scope_work_needs_a_setting() -> None:
+    """A plain retry would fail again; a task that is not from the file can't adopt settings."""
+    one = task("failed", failure="out_of_scope", branch="council/run/t/1")
+    report = replace(run(one), file="/council.yaml")
+    remedy = "set `on_out_of_scope: extend` for t in /council.yaml; then: council retry t --reload"
+    assert steps(one, report) == f"next: {remedy}; or: council salvage apply t/1"
+    assert steps(replace(one, reloadable=False), report).startswith("next: council logs t; then: council retry t;")
+
+
 def test_exhausted_budget_of_a_task_outside_of_the_file_needs_a_new_run() -> None:
     """A reload would be refused."""
     one = task("failed", failure="budget", branch="council/run/t/1", reloadable=False)

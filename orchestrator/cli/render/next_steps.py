@@ -65,8 +65,8 @@ def task_steps(  # noqa: PLR0911  one case for each cause
                 return [Step("next", f"{retry}{run}")]
             again = f"correct the setup in {report.file}, then `council run {shlex.quote(report.file)}`"
             return [Step("next", again), Step("or", f"{retry}{run} (if the cause is not in the file)")]
-        case TaskStatus.FAILED if task.failure == FailureClass.BUDGET and report.file is not None:
-            return [*_budget_steps(task, report.file, run), *(Step("or", f"{one}{run}") for _, one in apply)]
+        case TaskStatus.FAILED if report.file is not None and (changes := _setting_steps(task, report.file, run)):
+            return [*changes, *(Step("or", f"{one}{run}") for _, one in apply)]
         case TaskStatus.RUNNING if report.status is RunStatus.RUNNING:
             return [Step("next", f"council logs {name} -f{run}")]
     commands = [*status_steps(task, is_shown=is_shown), *(apply if task.status in UNSUCCESSFUL_STATUSES else ())]
@@ -89,15 +89,20 @@ def status_steps(task: TaskReport, *, is_shown: bool = False) -> Sequence[Step]:
     return steps
 
 
-def _budget_steps(task: TaskReport, file: str, run: str) -> Sequence[Step]:
-    """Return the commands after an exhausted budget.
+def _setting_steps(task: TaskReport, file: str, run: str) -> Sequence[Step]:
+    """Return the commands after a failure that repeats until a setting in the file changes; else empty.
 
-    A task from a plan or a tracker keeps its budget for the whole run.
+    A task from a plan or a tracker keeps its settings for the whole run.
     """
-    if not task.reloadable:
-        return [Step("next", f"raise the budget in {file}"), Step("then", f"council run {shlex.quote(file)}")]
-    again = f"council retry {shlex.quote(task.id)} --reload{run}"
-    return [Step("next", f"raise the budget of {task.id} in {file}"), Step("then", again)]
+    then = Step("then", f"council retry {shlex.quote(task.id)} --reload{run}")
+    match task.failure:
+        case FailureClass.BUDGET if not task.reloadable:
+            return [Step("next", f"raise the budget in {file}"), Step("then", f"council run {shlex.quote(file)}")]
+        case FailureClass.BUDGET:
+            return [Step("next", f"raise the budget of {task.id} in {file}"), then]
+        case FailureClass.OUT_OF_SCOPE if task.reloadable:  # `owns` can't change during a run
+            return [Step("next", f"set `on_out_of_scope: extend` for {task.id} in {file}"), then]
+    return ()
 
 
 def _merge_steps(task: TaskReport, report: RunReport) -> Sequence[Step]:

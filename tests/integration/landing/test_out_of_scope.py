@@ -62,12 +62,17 @@ async def test_out_of_scope_work_is_rejected_and_reported_to_the_next_attempt(re
 
 @pytest.mark.extended
 async def test_repeated_out_of_scope_work_fails_and_is_preserved(repository: Repository) -> None:
-    """The last attempt's branch has all of it; the reason names the paths."""
-    ended = run(repository, {"id": "t", "prompt": "append README.md x", "owns": ["src/**"]}, attempts=2)
+    """The last attempt's branch has all of it; the reason names the paths; the printed setting lets a retry land."""
+    each = {"id": "t", "prompt": "append README.md x", "owns": ["src/**"]}
+    ended = run(repository, each, attempts=2)
     (task,) = ended.result["tasks"]
     assert (task["status"], task["failure"], task["attempts"]) == ("failed", "out_of_scope", 2)
     assert "README.md" in task["reason"]
     assert (Path(ended.result["repository"]) / "refs/heads" / task["branch"]).exists()
+    assert "set `on_out_of_scope: extend` for t in" in repository.council("status").stdout
+    repository.configure([each], defaults={**DEFAULTS, "attempts": 2, "on_out_of_scope": "extend"})
+    assert repository.council("retry", "t", "--reload").code == 0
+    assert repository.council("resume", "--json").states == {"t": "landed"}
     await repository.assert_invariants()
 
 
