@@ -12,7 +12,7 @@ class ClaimAcquired(TaskEvent):
 
     type = "claim.acquired"
     sentence = "assigned to worker {owner}"
-    shown = Shown.ALWAYS
+    shown = Shown.NEVER
 
     owner: str
     epoch: int

@@ -154,6 +154,7 @@ def test_resume_of_a_finished_run_suggests_retry(repository: Repository) -> None
     resumed = repository.council("resume")
     assert (resumed.code, resumed.stderr) == (1, ""), resumed
     assert resumed.stdout.splitlines()[-1] == "The run has ended. To retry a task: council retry TASK", resumed
+    assert repository.council("resume", "--detach") == resumed
 
 
 async def test_detached_run_continues_in_its_own_session(repository: Repository) -> None:
@@ -369,7 +370,10 @@ def test_failed_merge_has_its_next_commands(repository: Repository, theirs: str,
     name = repository.council("status", "--json").result["run"]
     repository.commit({theirs: "x"})
     merged = repository.council("merge")
+    assert "assigned to worker" not in merged.stdout
     [merge] = {one["run"] for one in repository.council("runs", "--json").result["runs"]} - {name}
+    left = repository.council("salvage", "list", "--run", merge, "--json").result["preserved"]
+    assert "merge/1" in [one["name"] for one in left]
     steps = [step.format(run=name, merge=merge) for step in expected]
     for shown in (merged.stdout, repository.council("status", merge).stdout):
         assert [line.strip() for line in shown.splitlines() if line.strip() in steps] == steps, shown
@@ -390,6 +394,7 @@ def test_failed_merge_has_its_next_commands(repository: Repository, theirs: str,
         repository.git(*steps[1].partition("`git ")[2].rstrip("`").split())
     again = repository.council(*steps[2].removeprefix("then: council ").split(), "--json")
     assert again.states == {"merge": "landed"}, again
+    assert repository.council("salvage", "list", "--run", merge, "--json").result["preserved"] == []
 
 
 async def test_merge_lands_queued_work_and_starts_nothing(repository: Repository) -> None:

@@ -236,7 +236,7 @@ async def resume(
         context.output.notice(_other_runs("interrupted or halted", others))
     if reloads and not await council.runs.is_live(name):  # a running one is refused below
         await _reload(context, name)
-    if detach:
+    if detach and (report is None or report.has_unfinished_tasks or report.status is RunStatus.RUNNING):
         started = await council.runs.start(
             name, budget=budget, capacity=capacity, allow_failing_base=allow_failing_base
         )
