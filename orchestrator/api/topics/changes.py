@@ -89,7 +89,8 @@ class TaskChanges(Topic):
         """Return all preserved work of a run that is not on the target."""
         name = await self._find(run)
         git = await self._git(name)
-        unmerged = await salvage.list_unmerged_work(git, name)
+        listed = await salvage.list_unmerged_work(git, name)
+        unmerged = [one for one in listed if not await self._is_on_target(git, one)]
         commits = await read_commits(git, [one.commit for one in unmerged])
         found = [await self._describe(one, commits[one.commit]) for one in unmerged]
         if await self._index.is_live(name):
@@ -151,6 +152,20 @@ class TaskChanges(Topic):
         for worktree in folders:
             await worktrees.remove_worktree(worktree)
             await empty_trash(worktree.hub, git.environ)
+
+    async def _is_on_target(self, git: Git, found: UnmergedWork) -> bool:
+        """Return True if the user's repository has the work on the run's target; False for a remote repository."""
+        document = await read_run(self._context.store, found.run)
+        if document.is_url:
+            return False
+        is_attempt = found.part.partition("/")[0].isdecimal()
+        # A conflict's commit has conflict markers, so the user merges its second parent in another way.
+        commit = found.commit if is_attempt else await git.line("rev-parse", f"{found.commit}^2")
+        users, target = Git(None, as_user=True, environ=self._context.environ), f"refs/heads/{document.target}"
+        try:
+            return await users.is_ancestor(commit, target, cwd=Path(document.repo), may_be_missing=True)
+        except OSError:  # the repository is gone
+            return False
 
     async def _find_commit(self, git: Git, run: str, name: str) -> UnmergedWork:
         """Return the work with a commit. Raises RefusedError, with similar names, if there is none."""

@@ -149,7 +149,7 @@ async def drop(context: CouncilContext, names: tuple[str, ...], yes: bool, run: 
     work = await council.runs.find(run)
     kept = {one.name for one in await council.changes.preserved(work)}
     question = f"Delete {', '.join(names)} of run {work}?"
-    if kept.issuperset(names) and not await confirm_action(context.output, question, yes=yes):
+    if not kept.isdisjoint(names) and not await confirm_action(context.output, question, yes=yes):
         return 1
     await council.changes.drop(names, work)
     context.output.answer(lambda: {"dropped": list(names)}, [f"dropped {', '.join(names)}"])
