@@ -256,8 +256,7 @@ async def test_exhausted_machine_is_distinguished_from_a_missing_program(agent: 
 
 
 def _has_open(process: psutil.Process, path: Path) -> bool:
-    folder = Path(f"/proc/{process.pid}/fd")
-    return any(fd.resolve() == path for fd in folder.iterdir())
+    return any(file.path == str(path) for file in process.open_files())
 
 
 @pytest.mark.extended_variants
