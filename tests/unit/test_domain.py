@@ -400,7 +400,7 @@ def test_report_names_all_awaited_adapters() -> None:
             "late": f"waits for adapter 'parked' until {first}, or for 'later' until {second}; "
             "'shut' is disabled: log in",
             "open": None,
-            "needy": None,
+            "needy": "waits for 'parked'",
             "failed": "no",
         }
         assert tasks_by_id["late"].status == "pending"
