@@ -357,7 +357,7 @@ async def test_run_that_only_waits_for_adapters_reports_it_once(repository: Repo
                 reasons = {task.id: task.reason for task in (await council.runs.status(run)).tasks}
                 waits = f"waits for adapter 'limited' until {format_local_time(instants[-1])}; 'locked' is disabled: "
                 assert str(reasons["t"]).startswith(waits)
-                assert (reasons["after2"], reasons["other"]) == (None, None)
+                assert (reasons["after2"], reasons["other"]) == ("waits for 't'", None)
                 await council.tasks.cancel(f"after{count}", run=run)  # it checks again for ready tasks
                 await anyio.wait_all_tasks_blocked()
                 clock.advance(seconds)
