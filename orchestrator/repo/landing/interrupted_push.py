@@ -27,6 +27,14 @@ from orchestrator.repo.git.command import (
     parse_raw_diff,
     printable_name,
 )
+from orchestrator.repo.source.checkout_update import (
+    Stamp,
+    read_stamp,
+    remove_folder,
+    replace_files,
+    return_files,
+    staging_folder,
+)
 from orchestrator.repo.source.user_checkouts import (
     LocalRepository,
     find_checkout,
@@ -109,9 +117,9 @@ async def recover_push(
     if checkout is not None and await _has_all_objects(checkout, old, new, git):
         tip = await _tip(checkout, git)
         if tip is None or not await git.is_ancestor(new, tip, cwd=checkout):
-            empty = await _empty_tree(checkout, git) if old is None else ""
+            before = old or repository.empty_tree
             # If the user has deleted the branch, leave the files at its old commit.
-            update = _InterruptedUpdate(checkout, branch, git, old or empty, tip or old or empty, new)
+            update = _InterruptedUpdate(checkout, branch, git, before, tip or before, new)
             may_finish = may_finish and tip == old and await read_current_branch(checkout, git) == branch
             if may_finish and await update.is_staged():
                 # The index stays locked, as in a push. Git locks the rest itself.
@@ -122,6 +130,8 @@ async def recover_push(
                 foreign = await update.undo(stale, has_just_ended=has_just_ended)
                 foreign += await _catch_up(update, tip)
     # Unlock last: while the index is locked, the next recovery can tell that this one was interrupted.
+    if checkout is not None:
+        await anyio.to_thread.run_sync(remove_folder, await _staging(checkout, branch))
     await anyio.to_thread.run_sync(_unlink, stale)
     await anyio.to_thread.run_sync(remove_incoming_objects, repository.git_dir, since)
     return foreign
@@ -159,10 +169,6 @@ async def _tip(checkout: Path, git: Git) -> str | None:
     return ref.stdout.decode().strip() or None
 
 
-async def _empty_tree(checkout: Path, git: Git) -> str:
-    return (await git("hash-object", "-t", "tree", "--stdin", cwd=checkout, input_=b"")).stdout.decode().strip()
-
-
 @dataclass(frozen=True, slots=True)
 class _InterruptedUpdate:
     """An interrupted update of a checkout from `old` to `new`, with HEAD at `tip`."""
@@ -187,6 +193,8 @@ class _InterruptedUpdate:
         or carry it to another branch. The index is written first, so that after an interruption the next recovery still
         detects an interrupted push, and does not finish an update whose files are already undone.
         """
+        staging = await _staging(self.checkout, self.branch)
+        await anyio.to_thread.run_sync(return_files, str(self.checkout), staging)
         ours = {change.path for change in await self._changes(self.old)}
         changes = {change.path: change for change in await self._changes(self.tip) if change.path in ours}
         unlike_new, unlike_tip = await self._staged_unlike(self.new), await self._staged_unlike(self.tip)
@@ -196,8 +204,10 @@ class _InterruptedUpdate:
         after = {path: change.new_id for path, change in changes.items() if int(change.new_mode, 8)}
         kinds = ("old", "new", "partial", "restored", "empty", "foreign")
         by_kind: dict[str, list[str]] = {kind: [] for kind in kinds}
+        stamps: dict[str, Stamp | None] = {}
         for path in sorted(changes):
             is_theirs = path in unlike_new and path in unlike_tip
+            stamps[path] = await anyio.to_thread.run_sync(read_stamp, str(self.checkout), path)  # before reading it
             kind = await _classify_file(self.git, self.checkout, path, before.get(path), after.get(path))
             if kind == "empty" and path in left_out:
                 kind = "old"
@@ -222,24 +232,26 @@ class _InterruptedUpdate:
                     options = ("--skip-worktree", "-z", "--stdin")
                     await self.git("update-index", *options, cwd=self.checkout, env=env, input_=join_nul(again))
                 await anyio.to_thread.run_sync(index.replace, git_dir / "index")
-            await self._restore(git_dir, [path for path in written if path in before])
-            added = [path for path in written if path not in before]
-            await anyio.to_thread.run_sync(_delete_added, self.checkout, added)
+            foreign += await self._restore(git_dir, staging, {path: stamps[path] for path in written})
             await anyio.to_thread.run_sync(_unlink, [git_dir / "index.lock"])
             await self.git("update-index", "-q", "--refresh", "--ignore-submodules", cwd=self.checkout, ok=range(256))
         return [printable_name(path) for path in sorted(foreign)]
 
-    async def _restore(self, git_dir: Path, paths: Sequence[str]) -> None:
-        if not paths:
-            return
-        # Like a copy that replaces the index, it is removed by the next recovery if this one fails.
+    async def _restore(self, git_dir: Path, staging: str, stamps: Mapping[str, Stamp | None]) -> list[str]:
+        """Give these files the content of `tip`; return the paths that have changed since they were read."""
+        # Like a copy that replaces the index, these are removed by the next recovery if this one fails.
         index, lock = _copies(git_dir, self.branch)
         await anyio.to_thread.run_sync(_unlink, [index, lock])
+        await anyio.to_thread.run_sync(remove_folder, staging)
+        await anyio.Path(staging, "new").mkdir(parents=True)
         env = {"GIT_INDEX_FILE": str(index)}
-        await self.git("read-tree", self.tip, cwd=self.checkout, env=env)
-        arguments = ("checkout-index", "--force", "-z", "--stdin")
-        await self.git(*arguments, cwd=self.checkout, env=env, input_=join_nul(paths))
+        await self.git("read-tree", self.new, cwd=self.checkout, env=env)
+        env["GIT_WORK_TREE"] = f"{staging}/new"
+        await self.git("read-tree", "-u", "-m", self.new, self.tip, cwd=self.checkout, env=env)
+        changed = await anyio.to_thread.run_sync(replace_files, str(self.checkout), staging, stamps)
         await anyio.to_thread.run_sync(_unlink, [index])
+        await anyio.to_thread.run_sync(remove_folder, staging)
+        return changed
 
     async def _changes(self, since: str) -> list[FileChange]:
         return await self.git.changes(since, self.new, cwd=self.checkout)
@@ -273,12 +285,9 @@ def _copy_index(git_dir: Path, branch: str) -> Path:
     return copy
 
 
-def _delete_added(checkout: Path, paths: Sequence[str]) -> None:
-    for path in paths:
-        (checkout / path).unlink(missing_ok=True)
-        for folder in Path(path).parents:
-            if folder != Path() and not any((checkout / folder).iterdir()):
-                (checkout / folder).rmdir()
+async def _staging(checkout: Path, branch: str) -> str:
+    git_dir = await anyio.to_thread.run_sync(find_git_dir, checkout)
+    return staging_folder(str(git_dir), lock_marker(branch))
 
 
 async def _classify_file(git: Git, checkout: Path, path: str, before: str | None, after: str | None) -> str:

@@ -13,15 +13,9 @@ import anyio
 
 from orchestrator.repo.git.command import Git, printable_name, was_killed
 from orchestrator.repo.git.reading import read_ref
+from orchestrator.repo.source.checkout_update import MARK_VARIABLE, OLD_VARIABLE, TARGET_VARIABLE
 from orchestrator.repo.source.user_checkouts import LocalRepository, find_checkout, find_repository, lock_marker
-from orchestrator.repo.source.user_programs import (
-    MARK_VARIABLE,
-    OLD_COMMIT_VARIABLE,
-    TARGET_VARIABLE,
-    UPDATE_HOOK,
-    UPDATED_FILE,
-    write_landing_hooks,
-)
+from orchestrator.repo.source.user_programs import UPDATE_HOOK, UPDATED_FILE, write_landing_hooks
 
 # For the receiving side of a push to a path: a checked-out branch moves together with its files if they are clean, the
 # push starts no maintenance in the user's repository, and branches hidden by its configuration are visible. The objects
@@ -134,7 +128,7 @@ class UpstreamRepository:
         await write_landing_hooks(repository, users, folder, checkout)
         hooks = shlex.quote(f"core.hooksPath={folder}")
         given = {
-            OLD_COMMIT_VARIABLE: old or "",
+            OLD_VARIABLE: old or repository.empty_tree,
             TARGET_VARIABLE: f"refs/heads/{branch}",
             MARK_VARIABLE: lock_marker(branch),
         }

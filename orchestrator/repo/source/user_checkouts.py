@@ -44,6 +44,11 @@ class LocalRepository:
         """The folder to run commands in, which `safe.directory` may have to list."""
         return self.top or self.git_dir
 
+    @property
+    def empty_tree(self) -> str:
+        """The object ID of a tree without files, which git knows without storing it."""
+        return hashlib.new(self.object_format, b"tree 0\0", usedforsecurity=False).hexdigest()
+
 
 async def find_repository(path: Path, git: Git) -> LocalRepository:
     """Find the repository at or above a path. Raises RefusedError if git accepts none."""

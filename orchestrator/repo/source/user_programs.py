@@ -19,48 +19,15 @@ from typing import Final
 import anyio.to_thread
 
 from orchestrator.repo.git.command import Git, printable_name, split_nul
+from orchestrator.repo.source.checkout_update import MARK_VARIABLE, UPDATED_VARIABLE, run_hook
 from orchestrator.repo.source.user_checkouts import LocalRepository, list_checkouts
 from orchestrator.system.files import atomic_write
+from orchestrator.system.process import internal_program
 
 #: The hook that updates a checkout for a push (githooks(5)).
 UPDATE_HOOK: Final = "push-to-checkout"
-#: The hook's environment variable with the target's commit before the push; empty if there was no target.
-OLD_COMMIT_VARIABLE: Final = "COUNCIL_OLD_COMMIT"
-#: The file that the hook creates in its folder after updating a checkout.
+#: The file in the hooks folder that our hook creates after updating a checkout.
 UPDATED_FILE: Final = "updated"
-#: The hook's environment variables with the ref to move and the content of our index locks.
-TARGET_VARIABLE: Final = "COUNCIL_TARGET"
-MARK_VARIABLE: Final = "COUNCIL_MARK"
-# Like git's built-in update, with two differences. First, `read-tree` gets both commits and therefore keeps index
-# entries and files that are equal in both; git's own update resets everything to the new commit, which reverts the
-# user's commits since the push began. Second, the index stays locked until the ref is moved (`_RELEASE`); otherwise
-# uncommitted staged changes would become part of the user's next commit or be carried along by a branch switch.
-_UPDATE: Final = f"""#!/bin/sh
-refuse() {{
-    echo "$1" >&2
-    rm -f "$new" "$GIT_DIR/index.lock"
-    exit 1
-}}
-new=$GIT_DIR/index.${MARK_VARIABLE}
-error=$( (set -C && : >"$GIT_DIR/index.lock") 2>&1) || {{
-    [ ! -e "$GIT_DIR/index.lock" ] || error="its index is locked by another git command"
-    echo "$error" >&2
-    exit 1
-}}
-# In two steps: in one, a full disk would leave a lock without the content that marks it as ours.
-echo "${MARK_VARIABLE}" >"$GIT_DIR/index.lock" || refuse "its index can't be locked"
-read -r head <"$GIT_DIR/HEAD"
-[ "$head" = "ref: ${TARGET_VARIABLE}" ] || [ "$(git symbolic-ref -q HEAD)" = "${TARGET_VARIABLE}" ] ||
-    refuse "another branch was checked out in the meantime"
-[ ! -e "$new.lock" ] || rm -f "$new.lock"
-[ ! -e "$GIT_DIR/index" ] || cp -p "$GIT_DIR/index" "$new" || refuse "its index can't be copied"
-export GIT_INDEX_FILE="$new"
-old=${{{OLD_COMMIT_VARIABLE}:-$(git hash-object -t tree --stdin </dev/null)}}
-git update-index -q --ignore-submodules --refresh
-git diff-files --quiet --ignore-submodules -- && git diff-index --quiet --cached --ignore-submodules "$old" -- ||
-    refuse "the checkout has changes"
-git read-tree -u -m "$old" "$1" && mv "$new" "$GIT_DIR/index" && : >"${{0%/*}}/{UPDATED_FILE}"
-"""
 #: The hook that runs after the ref has moved. It unlocks the indexes, then calls the user's hook.
 _RELEASE_HOOK: Final = "post-receive"
 _RELEASE: Final = f"""#!/bin/sh
@@ -116,7 +83,9 @@ async def write_landing_hooks(repository: LocalRepository, git: Git, folder: Pat
     to the branch during the push.
     """
     _, outside = await _classify_hooks(repository, git, checkout)
-    calls = {UPDATE_HOOK: _UPDATE, _RELEASE_HOOK: _RELEASE} | {hook.name: _call(hook) for hook in outside}
+    program, _ = internal_program(run_hook.__module__, run_hook.__name__)
+    update = f'#!/bin/sh\nexport {UPDATED_VARIABLE}="${{0%/*}}/{UPDATED_FILE}"\nexec {shlex.join(program)} "$@"\n'
+    calls = {UPDATE_HOOK: update, _RELEASE_HOOK: _RELEASE} | {hook.name: _call(hook) for hook in outside}
     await anyio.to_thread.run_sync(_write_hooks, folder, calls)
 
 

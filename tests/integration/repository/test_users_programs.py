@@ -163,7 +163,7 @@ async def test_hooks_outside_of_the_checkouts_run(repository: Repository, tmp_pa
     [
         (".git/objects", "unable to create temporary object directory: grant your user access"),
         (".git", "index.lock: Permission denied: grant your user access"),
-        (".", "unable to create file a.txt: Permission denied: grant your user access"),
+        (".", "can't write a.txt: Permission denied: grant your user access"),
     ],
 )
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="root ignores permissions without setpriv")

@@ -18,8 +18,8 @@ from orchestrator.system.files import copy_folder
 from tests import small_disk as small_disks
 from tests.conftest import Repository, hermetic_environ
 from tests.faults import SHELL_ADAPTER
-from tests.integration.landing.test_interrupted_landings import Landing
 from tests.integration.runs.test_shared_runs import states
+from tests.landings import Landing
 from tests.merge_leases import hold_merge_lease
 from tests.small_disk import mounted
 from tests.waiting import wait_for
