@@ -38,6 +38,8 @@ USER_MARKER = "CHAOS_USER=1"
 #: Set where mounts belong to this process only.
 INSIDE_VARIABLE = "CHAOS_INSIDE"
 DISK_BYTES = 96 << 20
+#: Let a hanging program print its tasks and threads.
+_DEBUGGING = {"PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(Path(__file__).parent / "task_stacks")}
 #: Process kinds to kill and stop, with weights.
 KINDS = {"orchestrator": 2, "git": 4, "session": 2, "supervisor": 2, "bwrap": 1, "check": 1}
 ACTIVE = ("run", "resume", "work")
@@ -147,7 +149,7 @@ class ChaosTrial:
         self._frozen: dict[int, float] = {}
         self._has_restored = False
         self.repository = Repository(
-            root / "project", {**hermetic_environ(root), "PYTHONFAULTHANDLER": "1"}, root / "ledger" / "spawns"
+            root / "project", {**hermetic_environ(root), **_DEBUGGING}, root / "ledger" / "spawns"
         )
         for folder in (self.repository.top, self.repository.spawns.parent):
             folder.mkdir()
@@ -357,12 +359,14 @@ class ChaosTrial:
                 os.kill(one.pid, signal.SIGKILL)
 
     def _abort(self) -> None:
-        """Abort a hanging process so that faulthandler prints its stacks; log the kernel's stacks."""
+        """Abort a hanging process so that it prints the stacks of its tasks and threads; log its threads."""
         hanging = [one for one in self.commands if one.ended is None]
         for one in hanging:
             with suppress(OSError):
                 threads = [(task / "comm").read_text().strip() for task in Path(f"/proc/{one.pid}/task").iterdir()]
                 self.findings.append(f"threads of `council {one.name}`: {threads}")
+                os.kill(one.pid, signal.SIGUSR2)
+                one.join(2)
                 os.kill(one.pid, signal.SIGABRT)
         for one in hanging:
             one.join(5)
