@@ -141,7 +141,8 @@ class OpenLog:
         found_segments = self._listing.read() or [Segment(0)]
         newest, last = found_segments[-1], found_segments[-1].first
         is_settled = _is_settled(mark)
-        if found_segments[0].last > self.replay.table.position:  # unread commits were pruned
+        pruned = found_segments[0]
+        if pruned.last > self.replay.table.position or self.cursor.is_replaced_by(pruned):
             self._reset()
         size = segment_size(self._directory, newest) if last else 0
         cursor = self.cursor

@@ -125,7 +125,8 @@ def read_records(
                 after = found.item.line.position
             if cursor.segment != start[0] or cursor.offset - start[1] >= PART_BYTES:
                 return records, False
-    except FileNotFoundError:
+    except FileNotFoundError:  # the segment was pruned before it was opened
         check_retained(directory, after)
-        raise
+        cursor.restart(after)
+        return records, False
     return records, True

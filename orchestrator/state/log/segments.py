@@ -126,6 +126,8 @@ class LogLock:
         self._path = str(directory / _LOCK)
         self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", 0)
         self._identity = _identity(os.fstat(self._file.fileno()))
+        # A `flock` belongs to the open file: its threads would share it, and the first to unlock it would end it.
+        self._mutex = threading.Lock()
         self._read: tuple[bytes, HighWaterMark | None] = b"", None
 
     def read(self) -> HighWaterMark | None:
@@ -158,7 +160,7 @@ class LogLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Exclude all other appenders, including those in this process. Blocks.
+        """Exclude all other appenders, including other threads of this process. Blocks; not reentrant.
 
         Raises the errors of `check_not_replaced`.
         """
@@ -176,6 +178,17 @@ class LogLock:
 
     @contextmanager
     def _taken(self, *, block: bool) -> Iterator[bool]:
+        if not self._mutex.acquire(blocking=block):
+            yield False
+            return
+        try:
+            with self._flocked(block=block) as is_taken:
+                yield is_taken
+        finally:
+            self._mutex.release()
+
+    @contextmanager
+    def _flocked(self, *, block: bool) -> Iterator[bool]:
         fd = self._file.fileno()
         if not lock_descriptor(fd, block=False):
             if not block:
@@ -291,7 +304,7 @@ class LogCursor:
         self._file = Segment(0)
         self._source: SegmentReader | None = None
         self._before = 0  # the position of the previous line; 0 if unknown
-        self._start = max((one.first for one in list_segments(directory) if one.first <= after + 1), default=0)
+        self._start = _find_start(directory, after)
 
     @property
     def is_closed(self) -> bool:
@@ -306,6 +319,10 @@ class LogCursor:
     def is_near(self, mark: HighWaterMark) -> bool:
         """Return True if the data up to a mark is short enough for the event loop."""
         return mark.segment == self.segment and mark.end - self.offset <= AT_ONCE_BYTES
+
+    def is_replaced_by(self, pruned: Segment) -> bool:
+        """Return True if the cursor's segment is one that was pruned into another."""
+        return 0 < self.segment <= pruned.last and not self._file.is_pruned
 
     def size(self) -> int:
         """Return the current size of the segment's file in bytes; -1 if packed.
@@ -339,6 +356,12 @@ class LogCursor:
         self.offset += len(data)
         self._before = 0
         self._add(data)
+
+    def restart(self, after: int) -> None:
+        """Move to the beginning of the segment with the position after `after`, whose files were replaced."""
+        self.close()
+        self._start = _find_start(self._directory, after)
+        self._file, self.segment, self.offset = Segment(0), 0, 0
 
     def resume(self, sums: Mapping[int, Checksum]) -> None:
         """Move to the known end of some segments, and continue in the last one."""
@@ -409,6 +432,10 @@ class LogCursor:
         return True
 
 
+def _find_start(directory: Path, after: int) -> int:
+    return max((one.first for one in list_segments(directory) if one.first <= after + 1), default=0)
+
+
 def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, ScanResult]]:
     """Yield the items in `data` with their offsets.
 
@@ -426,11 +453,10 @@ def _items(data: bytes, *, is_whole: bool) -> Iterator[tuple[int, ScanResult]]:
 
 def find_line(directory: Path, position: int) -> LogLine | None:
     """Return the line of a commit, or None if missing or unreadable."""
-    found = [one for one in list_segments(directory) if one.first <= position]
-    if not found:
-        return None
-    with closing(open_segment(directory, found[-1])) as source:
-        return _find_line(source.around(position), position)
+    while found := [one for one in list_segments(directory) if one.first <= position]:
+        with suppress(FileNotFoundError), closing(open_segment(directory, found[-1])) as source:
+            return _find_line(source.around(position), position)
+    return None
 
 
 def _find_line(data: bytes, position: int) -> LogLine | None:

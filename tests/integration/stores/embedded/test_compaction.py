@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import anyio
@@ -146,6 +146,65 @@ async def test_lagging_reader_starts_again(store: FileStore, tmp_path: Path, clo
         assert found.version == 2 * COMMITS
         assert await other.commit(Commit([Write(FEW, 1, {})])) == await store.position()
         assert not other.damage
+
+
+async def test_process_that_wrote_the_newest_compacted_commit_continues(tmp_path: Path, clock: ManualClock) -> None:
+    """It has read all of a segment that another process has closed and compacted."""
+    folder = tmp_path / "state"
+    async with (
+        FileStore.open(folder, clock, segment_bytes=100) as writer,
+        FileStore.open(folder, clock, segment_bytes=100) as other,
+    ):
+        await writer.commit(Commit([Write(MUCH, 0, {"text": "x" * 100})]))
+        await other.commit(Commit([Write(FEW, 0, {"text": "x" * 100})]))
+        assert (await other.compact(clock.now() + 1, 1)).first == 1
+        assert await writer.get(FEW) is not None
+        assert await writer.commit(Commit([Write(MUCH, 1, {})])) == 3
+        assert not writer.damage
+
+
+async def test_commits_and_followers_during_compactions(tmp_path: Path, clock: ManualClock) -> None:
+    """Of two processes; every commit is kept, and seen once or reported as compacted."""
+    folder, count = tmp_path / "state", 60
+    keys = [Key("task", name) for name in "abc"]
+    async with (
+        FileStore.open(folder, clock, segment_bytes=2_000) as compacting,
+        FileStore.open(folder, clock, segment_bytes=2_000) as other,
+    ):
+
+        async def write(store: FileStore, key: Key) -> None:
+            for number in range(count):
+                await store.commit(Commit([Write(key, number, {"n": number, "text": "x" * 200})], durable=False))
+
+        async def compact() -> None:
+            while True:
+                await compacting.compact(clock.now() + 1, 1)
+
+        async def follow(store: FileStore) -> None:
+            after = 0
+            while after < count * len(keys):
+                with suppress(HistoryCompacted):
+                    async with aclosing(store.watch(after)) as watched:
+                        record = await anext(watched)
+                        assert record.position == after + 1
+                        after = record.position
+                        continue
+                after = (await store.statistics()).first
+
+        async with anyio.create_task_group() as background:
+            background.start_soon(compact)
+            async with anyio.create_task_group() as group:
+                for store in (compacting, other):
+                    group.start_soon(follow, store)
+                for store, key in zip((compacting, other, compacting), keys, strict=True):
+                    group.start_soon(write, store, key)
+            background.cancel_scope.cancel()
+        for store in (compacting, other):
+            assert not store.damage
+            assert [version.version for version in await store.history(keys[0], 1)] == [count]
+            assert await store.position() == count * len(keys)
+        report = await other.verify()
+        assert (*report.damage, *report.damaged, *report.mismatched) == ()
 
 
 async def test_lagging_follower_is_notified(store: FileStore, clock: ManualClock) -> None:
