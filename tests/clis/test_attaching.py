@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -31,10 +33,8 @@ def _work_in_claude_code(terminal: Terminal) -> None:
 
 def _work_in_codex(terminal: Terminal) -> None:
     """It asks to open the worktree without trust, and offers a newer model."""
-    _wait_for_text(terminal, "Open restricted")
-    terminal.type("\r")
-    _wait_for_text(terminal, "Use existing model")
-    terminal.type("2")
+    _answer(terminal, "Open restricted", "\r")
+    _answer(terminal, "Use existing model", "2")
     _wait_for_text(terminal, "Added first.txt")
     _enter(terminal, "write second.txt 2", "write second.txt 2")
     _wait_for_text(terminal, "Added second.txt")
@@ -78,6 +78,17 @@ def _wait_for_text(terminal: Terminal, text: str) -> None:
     except AssertionError:
         raise AssertionError(terminal.text) from None
     assert text in terminal.text, terminal.text
+
+
+def _answer(terminal: Terminal, question: str, key: str) -> None:
+    """Press a key until a question is answered: a CLI discards keys that come before it reads them."""
+    _wait_for_text(terminal, question)
+    deadline = time.monotonic() + 60
+    while question in terminal.text and terminal.is_running:
+        assert time.monotonic() < deadline, terminal.text
+        terminal.type(key)
+        with suppress(AssertionError):
+            wait_for(lambda: question not in terminal.text, 5)
 
 
 def _enter(terminal: Terminal, text: str, shown: str) -> None:
