@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.api.topics.logs import LogEntry
+from orchestrator.api.topics.logs import AttemptMarker, LogEntry
 from orchestrator.cli.render.session_log import LogFormatter
+from orchestrator.domain.runs.model import Attempt
 from orchestrator.sessions.output.entries import OutputEntryKind
 
 TOOL, TEXT = OutputEntryKind.TOOL, OutputEntryKind.TEXT
@@ -67,3 +68,21 @@ def test_tables_and_code_are_not_wrapped(formatter: LogFormatter) -> None:
 def test_plan_has_a_line_per_step(formatter: LogFormatter) -> None:
     entry = LogEntry(OutputEntryKind.PLAN, "[x] look\n[ ] fix")
     assert list(formatter.lines(entry)) == [("[x] look", CYAN), ("[ ] fix", CYAN)]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "end"),
+    [
+        ("invalid_handoff", "invalid handoff from phase 'plan'", "invalid handoff from phase 'plan'"),
+        ("crashed", "exit code 4", "crashed: exit code 4"),
+        ("built", None, "built"),
+    ],
+)
+def test_end_of_a_session_states_its_outcome_once(
+    formatter: LogFormatter, outcome: str, reason: str | None, end: str
+) -> None:
+    attempt = Attempt(
+        number=1, adapter="fake", base="0" * 40, started=0, ended=1, seconds=1, outcome=outcome, reason=reason
+    )
+    ((line, _),) = formatter.lines(AttemptMarker("ended", attempt))
+    assert line == f"session 1 ended after 0:01: {end}"

@@ -112,8 +112,10 @@ def _attempt_line(one: AttemptMarker) -> str:
         spent = (used.input_tokens, used.output_tokens, used.cost)
     else:
         outcome = (attempt.outcome or "no outcome").replace("_", " ")
-        reason = f": {one_line(attempt.reason)}" if attempt.reason else ""
-        parts = [f"ended after {format_elapsed(attempt.duration(attempt.started))}: {outcome}{reason}"]
+        reason = one_line(attempt.reason) if attempt.reason else ""
+        if reason and not reason.startswith(outcome):
+            reason = f"{outcome}: {reason}"
+        parts = [f"ended after {format_elapsed(attempt.duration(attempt.started))}: {reason or outcome}"]
         spent = (attempt.input_tokens, attempt.output_tokens, attempt.cost)
     sent, received, cost = spent
     if sent or received:
