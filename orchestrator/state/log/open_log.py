@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final, TypeGuard
 
+from orchestrator.errors import RefusedError
 from orchestrator.protocols import StateSnapshot
 from orchestrator.state.log import snapshot
 from orchestrator.state.log.codec import DecodedLine, IncompleteLine, find_never_durable
@@ -77,7 +78,12 @@ class OpenLog:
             with suppress(FileNotFoundError), closing(LogCursor(self._directory)) as cursor:
                 found = cursor.read(mark) if mark else ()
                 lines = (one.item.line for one in found if isinstance(one.item, DecodedLine))
-                state = rebuild_state(position, lines, first)
+                try:
+                    state = rebuild_state(position, lines, first)
+                except RefusedError:
+                    if pruned_through(self._directory) == first:
+                        raise
+                    continue
                 if pruned_through(self._directory) == first:  # otherwise lines may have been skipped
                     return state
 
