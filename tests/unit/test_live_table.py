@@ -181,7 +181,7 @@ def test_row_awaiting_approval_has_the_command() -> None:
 def test_done_task_unblocks_others_and_is_not_a_failure() -> None:
     """It has a count of its own; its dependents do not wait for a landing."""
     shown = view({**tasks(1), "child": DispatchEntry(("t0",))})
-    assert row(shown.frame(40.0, 10), "child").words == "needs t0"
+    assert row(shown.frame(40.0, 10), "child").words == "waits for 't0'"
     shown.apply(record("t0", TaskDocument(status=TaskStatus.DONE, attempts=(BUILT,), phases=(PLANNED,))))
     assert row(shown.frame(40.0, 10), "child").words == ""
     totals = shown.totals(40.0)

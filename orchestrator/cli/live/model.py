@@ -41,7 +41,12 @@ from orchestrator.domain.scheduling.active_time import compute_active_time
 from orchestrator.domain.scheduling.claims import OrchestratorLease
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, with_subtasks
 from orchestrator.engine.reports.report import RunRecord
-from orchestrator.engine.reports.task_report import TaskReport, describe_failed_need, report_task
+from orchestrator.engine.reports.task_report import (
+    TaskReport,
+    describe_failed_need,
+    describe_missing_needs,
+    report_task,
+)
 from orchestrator.engine.state.records import parse_entry, run_key, spec_key
 from orchestrator.protocols import CommitRecord, Event, JsonObject
 
@@ -306,8 +311,7 @@ class LiveRun:
             return f"{commands}: {report.last_message or ''}"
         if words := report.reason or report.last_message:
             return words
-        missing = self._entries[report.id].missing_needs(self._tasks)
-        return f"needs {', '.join(missing)}" if missing else ""
+        return describe_missing_needs(self._entries[report.id].missing_needs(self._tasks))
 
     def totals(self, now: float) -> RunTotals:
         """Return the totals at `now` (wall-clock seconds)."""

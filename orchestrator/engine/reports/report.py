@@ -20,8 +20,13 @@ from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import describe_hold
 from orchestrator.domain.scheduling.stacked_work import describe_stack_wait, find_stack_waits
-from orchestrator.domain.wording import join_names
-from orchestrator.engine.reports.task_report import FAILURE_CLASSES, TaskReport, describe_failed_need, report_task
+from orchestrator.engine.reports.task_report import (
+    FAILURE_CLASSES,
+    TaskReport,
+    describe_failed_need,
+    describe_missing_needs,
+    report_task,
+)
 from orchestrator.protocols import JsonObject
 from orchestrator.system.clock import format_local_time
 
@@ -50,8 +55,6 @@ EXIT_CODES: Mapping[RunStatus, int] = {
 }
 
 
-#: The maximum number of named needs.
-_MAX_NAMED_NEEDS = 5
 _INTERRUPTED = "session interrupted: to retry, run `council resume {run}`"
 _PAUSED = "waits until the run continues: run `council resume {run}`"
 _DAMAGED = "its record in the state log is damaged, so an earlier state is shown: run `council state verify`"
@@ -353,8 +356,7 @@ def _describe_missing_needs(task: str, record: RunRecord) -> str:
     """Return which needs a pending task waits for; empty if none, or if another reason is recorded."""
     if record.tasks[task].status is not TaskStatus.PENDING or record.tasks[task].reason is not None:
         return ""
-    missing = record.entries[task].missing_needs(record.tasks)
-    return f"waits for {join_names(list(map(repr, missing)), _MAX_NAMED_NEEDS)}" if missing else ""
+    return describe_missing_needs(record.entries[task].missing_needs(record.tasks))
 
 
 def _waiting_to_land(record: RunRecord) -> dict[str, str]:

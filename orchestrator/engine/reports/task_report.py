@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final
@@ -12,6 +13,7 @@ from orchestrator.domain.runs.model import TaskDocument
 from orchestrator.domain.runs.phases import OPEN_STATUSES
 from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.domain.wording import join_names
 from orchestrator.protocols import JsonObject
 from orchestrator.repo.worktrees.hub import work_branch_name
 from orchestrator.sessions.output.log_files import log_file_name
@@ -162,6 +164,11 @@ def report_task(
 def describe_failed_need(need: str) -> str:
     """Return the reason why a task is blocked by one that it needs directly."""
     return f"needs {need!r}, which did not land"
+
+
+def describe_missing_needs(missing: Sequence[str]) -> str:
+    """Return the reason why a pending task waits for these needs; empty if there are none."""
+    return f"waits for {join_names(list(map(repr, missing)))}" if missing else ""
 
 
 @dataclass(frozen=True, slots=True)
