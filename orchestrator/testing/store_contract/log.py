@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from orchestrator.errors import HistoryCompacted, RefusedError, VersionConflict
@@ -21,6 +24,8 @@ from orchestrator.testing.store_contract.suite import (
     read_dump,
     watch,
 )
+
+_COMMITS_WHILE_READING: Final = 60
 
 # ruff: noqa: S101  this module is a test suite
 
@@ -154,6 +159,30 @@ class LogContract(StoreSuite):
             found = await store.get(LEASE)
             assert found is not None
             assert found.version == 3
+
+    async def test_compaction_does_not_disturb_readers(self) -> None:
+        """An earlier state that is compacted while it is read is reported as compacted."""
+        async with self.open_store() as store:
+
+            async def compact() -> None:
+                while True:
+                    await store.compact(float("inf"), 0)
+                    await anyio.lowlevel.checkpoint()
+
+            async def read() -> None:
+                while True:
+                    position = await store.position()
+                    with suppress(HistoryCompacted):
+                        assert (await store.at(position)).position == position
+                    await anyio.lowlevel.checkpoint()
+
+            async with anyio.create_task_group() as group:
+                for job in (compact, read, read, read, read):
+                    group.start_soon(job)
+                for number in range(_COMMITS_WHILE_READING):
+                    versions = (Write(TASK, number, {"n": number}), Write(OTHER_TASK, number, {"n": number}))
+                    await store.commit(Commit(versions, durable=False))
+                group.cancel_scope.cancel()
 
     async def test_compaction_without_old_commits_prunes_nothing(self) -> None:
         """The whole log stays readable."""

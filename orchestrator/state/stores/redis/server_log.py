@@ -125,7 +125,8 @@ class ServerLog:
             part = names[start : start + PART]
             records = await self.client.hmget(self.pruned, list(map(str, part)))
             for position, record in zip(part, records, strict=True):
-                yield StoredCommit(position, decode_record(position, record or b""))
+                if record is not None:  # otherwise a compaction has found newer versions of all its documents
+                    yield StoredCommit(position, decode_record(position, record))
             await _extend(lock)
         position = first
         while position < until:

@@ -207,29 +207,6 @@ async def test_commits_and_followers_during_compactions(tmp_path: Path, clock: M
         assert (*report.damage, *report.damaged, *report.mismatched) == ()
 
 
-async def test_earlier_states_are_read_during_compactions(tmp_path: Path, clock: ManualClock) -> None:
-    """A state that is compacted while it is read is reported as compacted."""
-    async with FileStore.open(tmp_path / "state", clock, segment_bytes=100) as store:
-
-        async def compact() -> None:
-            while True:
-                await store.compact(clock.now() + 1, 1)
-
-        async def read() -> None:
-            while True:
-                position = await store.position()
-                with suppress(HistoryCompacted):
-                    assert (await store.at(position)).position == position
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(compact)
-            for _ in range(4):
-                group.start_soon(read)
-            for number in range(60):
-                await store.commit(Commit([Write(MUCH, number, {"text": "x" * 100})], durable=False))
-            group.cancel_scope.cancel()
-
-
 async def test_lagging_follower_is_notified(store: FileStore, clock: ManualClock) -> None:
     """Commits that it has not seen yet are not skipped silently."""
     async with aclosing(store.watch(3)) as watched:
