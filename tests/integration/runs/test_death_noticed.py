@@ -69,7 +69,7 @@ async def test_every_task_of_a_killed_process_restarts_at_once(repository: Repos
         children.append(repository.start(*command, "--json"))
         running = 6 * len(children)
         wait_for(lambda: Counter(states(repository).values())["running"] == running, 60)  # noqa: B023
-    wait_for(lambda: len(repository.spawns.read_text().splitlines()) == 30, 60)
+    wait_for(lambda: repository.spawns.exists() and len(repository.spawns.read_text().splitlines()) == 30, 60)
     theirs = gates.keys() & await claimed_by(repository, children[victim].pid)  # others may still be landing
     for task in gates.keys() - theirs:
         gates[task].touch()

@@ -82,7 +82,7 @@ async def test_locks_of_a_session_are_limited(repository: Repository, tmp_path: 
         assert await team.ask(first, "unlock", paths=["2"])
         assert await team.ask(first, "lock", paths=["3000"])
         assert await team.ask(second, "lock", paths=["more", "2"])
-        assert "characters" in await team.refused(second, "lock", paths=[f"{n}/{'x' * 3000}" for n in range(100)])
+        assert "characters" in await team.refused(second, "lock", paths=[f"long{n}/{'x' * 3000}" for n in range(100)])
 
 
 async def test_lock_rejected_by_the_second_layer_is_undone_in_the_first(repository: Repository, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ async def test_run_on_a_terminal_is_a_table(repository: Repository, start: Start
     whole = re.compile(r"\+2 -0 +Reading the model$")
     wait_for(lambda: bool(whole.search(terminal.row("talker"))) and "2/2" in terminal.row("tries"), 60)
     assert re.fullmatch(r"talker +build +sh +1/3 +0:\d\d +\+2 -0 +Reading the model", terminal.row("talker"))
-    assert re.fullmatch(r"after +waiting +sh +needs talker", terminal.row("after"))
+    assert re.fullmatch(r"after +waiting +sh +waits for 'talker'", terminal.row("after"))
     assert re.search(r"^0 landed · 2 running · 1 waiting · 0:\d\d · ", terminal.text, re.MULTILINE)
     assert re.search(r"^\S+ created run \S+ \(target: main\)$", terminal.text, re.MULTILINE)
     assert not terminal.cursor_is_shown
