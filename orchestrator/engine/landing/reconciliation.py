@@ -14,6 +14,7 @@ from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TaskStatus, Trig
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import ClaimLost, GitError, RefusedError, VersionConflict
+from orchestrator.repo.git.reading import list_refs
 from orchestrator.repo.landing.salvage import delete_refs, list_unmerged_work
 
 #: Statuses in which built work may have been landed externally, even squashed.
@@ -94,11 +95,25 @@ class Reconciler:
             return None
         git = self._context.git
         if await self._context.target.contains(built):
-            # Not in one call: with --first-parent, --ancestry-path misses commits merged by a second parent.
-            after = set((await git.line("rev-list", "--ancestry-path", f"{built}..{tip}")).split("\n"))
-            line = (await git.line("rev-list", "--first-parent", f"{built}..{tip}")).split("\n")
-            return next((commit for commit in reversed(line) if commit and commit in after), built)
+            return await self._find_containing_commit(document, built, tip)
         tree, conflicts = await git.merge_tree(tip, built)
         if not conflicts and tree == await git.line("rev-parse", f"{tip}^{{tree}}"):
             return tip  # squashed or recreated
         return None
+
+    async def _find_containing_commit(self, document: TaskDocument, built: str, tip: str) -> str:
+        """Return the first commit on the target's own line that contains the work.
+
+        The commit that preserves a conflict contains it too, with conflict markers: the next one resolves it.
+        """
+        git = self._context.git
+        line = (await git.line("rev-list", "--first-parent", "--parents", f"{built}..{tip}")).splitlines()
+        first_parents = {commit: parents[:1] for commit, *parents in map(str.split, reversed(line))}
+        if [built] in first_parents.values():
+            return built
+        # Not in one call: with --first-parent, --ancestry-path misses commits merged by a second parent.
+        after = set((await git.line("rev-list", "--ancestry-path", f"{built}..{tip}")).splitlines())
+        containing = [commit for commit in first_parents if commit in after]
+        branch = f"refs/heads/{document.branch}"
+        marked = (await list_refs(git, branch)).get(branch) if document.branch else None
+        return next((commit for commit in containing if commit != marked), tip)

@@ -130,9 +130,12 @@ def test_resume_without_a_session_checks_no_base(repository: Repository) -> None
 
 
 @pytest.mark.extended
-@pytest.mark.parametrize("is_merged", [True, False])
-async def test_conflict_merged_by_a_person_counts_as_landed(repository: Repository, is_merged: bool) -> None:
-    """With the printed commands, after the run has ended; `resume` records it and starts dependent tasks."""
+@pytest.mark.parametrize("merge", ["--no-ff", "--ff-only", None])
+async def test_conflict_merged_by_a_person_counts_as_landed(repository: Repository, merge: str | None) -> None:
+    """With the printed commands, after the run has ended; `resume` records it and starts dependent tasks.
+
+    A fast-forward also brings the commit with the conflict markers to the target: the resolution counts.
+    """
     tasks: list[dict[str, Any]] = [
         {"id": "one", "prompt": "write README.md one"},
         {"id": "two", "prompt": "write README.md two", "attempts": 1},
@@ -145,19 +148,22 @@ async def test_conflict_merged_by_a_person_counts_as_landed(repository: Reposito
     first = next(line for line in steps if line.startswith("next: council salvage apply"))
     assert f"then: fix, commit and merge it into main, then `council resume {run}`" in steps
     assert repository.council(*first.removeprefix("next: council ").split()).code == 0
-    if is_merged:
+    if merge is not None:
         repository.git("checkout", "--quiet", f"{task}-conflict")
         repository.commit({"README.md": "both"}, "fixed")
         repository.git("checkout", "--quiet", "main")
-        repository.git("merge", "--quiet", "--no-ff", "--no-edit", f"{task}-conflict")
+        repository.git("merge", "--quiet", merge, "--no-edit", f"{task}-conflict")
+    by_hand = repository.git("rev-parse", "HEAD")
     repository.remember()
     resumed = repository.council("resume")
-    states = repository.council("status", "--json").states
-    assert ("The run has ended. To retry a task: council retry TASK" in resumed.stdout) is not is_merged, resumed
-    if not is_merged:
+    tasks = repository.council("status", "--json").result["tasks"]
+    states = {one["id"]: one["status"] for one in tasks}
+    assert ("The run has ended. To retry a task: council retry TASK" in resumed.stdout) is (merge is None), resumed
+    if merge is None:
         assert (resumed.code, states[task]) == (1, "conflict"), resumed
         return
     assert (resumed.code, set(states.values())) == (0, {"landed"}), resumed
+    assert next(one["landed"] for one in tasks if one["id"] == task) == by_hand
     assert (repository.top / "README.md").read_text() == "both"
     assert repository.council("salvage", "list", "--json").result["preserved"] == []
     await repository.assert_invariants()
