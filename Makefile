@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# More than the cores of a small machine: tests spend half of their time waiting for processes.
-WORKERS ?= 6
+# More than the cores: tests wait for processes. Each worker costs the time to collect all tests.
+WORKERS ?= $(shell echo $$((2 * $$(getconf _NPROCESSORS_ONLN))))
 # Keep the tests of a module together, so that its fixtures are created once.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Keep byte code: otherwise each worker compiles all tests.

@@ -71,6 +71,7 @@ def path_without_package(package: str, folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.extended
 def test_missing_sdk_is_reported_before_and_in_a_session(environ: dict[str, str], tmp_path: Path) -> None:
     for package, adapter, extra in (
         ("acp", AcpAdapter(AcpOptions(argv=("x",))), "cli-council[acp]"),
@@ -292,7 +293,7 @@ def warnings(events: list[SessionEvent]) -> list[str]:
     return [event.text for event in events if isinstance(event, CliWarning)]
 
 
-@pytest.mark.extended_variants
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("permissions", "read_only", "denied"),
     [
@@ -315,6 +316,7 @@ def test_requests_are_answered_by_the_mode(
     }
 
 
+@pytest.mark.extended
 def test_edit_may_be_denied_by_a_command(bridge: BridgeFixture) -> None:
     """By its reason; it gets the path of the file, for requests and for writes by the protocol."""
     answer = {"hookSpecificOutput": {"permissionDecision": "deny", "permissionDecisionReason": "it is of task b"}}
@@ -332,6 +334,7 @@ def test_edit_may_be_denied_by_a_command(bridge: BridgeFixture) -> None:
     assert sorted(file.name for file in bridge.worktree.glob("*.txt")) == ["a.txt", "c.txt"]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("methods", "auth", "outcome"),
     [
@@ -360,6 +363,7 @@ def test_tool_update_is_merged_with_its_call(bridge: BridgeFixture) -> None:
     ]
 
 
+@pytest.mark.extended
 def test_plan_and_changed_lines_are_events(bridge: BridgeFixture) -> None:
     """The change is reported once, although its call has several updates."""
     (bridge.worktree / "a.txt").write_text("one\n")
@@ -426,6 +430,7 @@ def test_agent_without_resume_gets_no_prompt(bridge: BridgeFixture, loads: bool)
     assert [one.name for one in bridge.worktree.iterdir()] == [".git"]
 
 
+@pytest.mark.extended
 def test_read_only_model_is_asked_for_prose(bridge: BridgeFixture) -> None:
     """The answer is printed and never applied; instructions precede the first prompt."""
     answer = "```file a.txt\nx\n```"

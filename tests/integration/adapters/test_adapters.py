@@ -113,6 +113,7 @@ async def test_failed_login_disables_the_adapter(bench: Bench, use: str) -> None
     assert ended.result["adapters"][0]["name"] == "it"
 
 
+@pytest.mark.extended
 async def test_usage_limit_starts_a_cooldown_until_the_reset_time(bench: Bench) -> None:
     """The end is the time that the program reported; the attempt does not count."""
     began = time.time()
@@ -437,6 +438,7 @@ async def test_ollama_model_gets_the_files_of_the_prompt(bench: Bench) -> None:
     assert len(shown) < 4096 * 3 // 2 + 200
 
 
+@pytest.mark.extended
 async def test_ollama_missing_model_has_a_remedy(bench: Bench) -> None:
     """The reason names `ollama pull`."""
     task = bench.run("ollama", "x", options={"model": "none:7b"}).result["tasks"][0]
@@ -452,6 +454,7 @@ async def test_ollama_missing_server_disables_the_adapter(bench: Bench) -> None:
     assert "ollama serve" in task["reason"]
 
 
+@pytest.mark.extended
 async def test_ollama_diffs_and_files_are_applied_together(bench: Bench) -> None:
     """A diff with wrong counts, a deletion and a new file in one answer."""
     diff = "--- a/src/app.py\n+++ b/src/app.py\n@@ -1,9 +1,7 @@\n def main():\n-    return 0\n+    return 1\n"

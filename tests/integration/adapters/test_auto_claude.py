@@ -98,6 +98,7 @@ async def test_missing_token_is_reported_with_the_fix(repository: Repository, cl
     assert "No OAuth token found: set CLAUDE_CODE_OAUTH_TOKEN" in ended.stdout, ended
 
 
+@pytest.mark.extended
 async def test_interrupted_session_reports_its_tokens(repository: Repository, clone: Path) -> None:
     """It asks no question at a signal; the next session has a spec of its own."""
     prompt = ("spend 100 7", "attempt 1 hang", "write a.txt x", "qa approved")

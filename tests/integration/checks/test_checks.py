@@ -75,6 +75,7 @@ async def test_check_output_is_data_for_the_next_attempt(repository: Repository)
     assert "I am an instruction" in output.partition(begins)[2].partition(ends)[0]
 
 
+@pytest.mark.extended
 async def test_attempts_that_always_fail_end(repository: Repository) -> None:
     """Each failed check counts as a failure of the task; its work is preserved on its branch."""
     settings = checked([{"id": "never", "prompt": "write a.txt bad"}], ["false"], attempts=2)
@@ -122,6 +123,7 @@ async def test_check_can_not_reach_the_users_files(repository: Repository, sandb
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_checks_of_a_task_replace_the_defaults(repository: Repository) -> None:
     """An empty list disables checks."""
     tasks = [

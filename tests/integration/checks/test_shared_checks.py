@@ -100,6 +100,7 @@ async def test_check_of_a_process_killed_at_a_failpoint_is_taken_over(runs: Runs
     await runs.repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_process_takes_over_a_check_that_another_stops(runs: Runs) -> None:
     runs.start("a", "print nothing")
     wait_for(lambda: runs.checks == 1)

@@ -45,6 +45,7 @@ async def test_session_with_a_failing_check_continues_until_it_succeeds(claude: 
     await claude.assert_invariants()
 
 
+@pytest.mark.extended
 def test_session_ends_after_a_few_continuations(claude: Repository) -> None:
     """The landing checks decide about its work."""
     ended = ran(claude, "write a.txt wrong")
@@ -64,6 +65,7 @@ def test_check_that_does_not_end_is_stopped(claude: Repository) -> None:
         os.kill(int(started.read_text()), 0)
 
 
+@pytest.mark.extended
 def test_check_of_other_paths_is_left_out(claude: Repository) -> None:
     """The session did not change them, and a landing does not run it either."""
     checks = [{"run": "grep -qx right a.txt", "paths": ["a.txt"]}, {"run": "false", "paths": ["web/**"]}]
@@ -72,6 +74,7 @@ def test_check_of_other_paths_is_left_out(claude: Repository) -> None:
     assert said(claude).count("failed with exit code 1") == 1
 
 
+@pytest.mark.extended
 def test_session_without_a_gate_runs_no_check(claude: Repository) -> None:
     """The check runs only before landing."""
     ended = ran(claude, "write a.txt wrong\nstopped a.txt right", stop_gate=False)

@@ -128,6 +128,7 @@ async def test_task_sent_back_from_a_batch_does_not_start_from_the_task_before_i
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_queue_waits_for_a_full_batch(repository: Repository, log: CheckLog) -> None:
     """The first of two tasks waits for the second one, which is built later."""
     gate = log.folder / "gate"
@@ -169,6 +170,7 @@ async def test_waiting_merges_are_checked_while_earlier_ones_are(repository: Rep
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_check_ahead_of_a_failed_merge_counts_for_nothing(repository: Repository, log: CheckLog) -> None:
     """The second task passed on a tree with the first, which fails: it is checked again without it."""
     begun = log.folder / "begun"
@@ -289,6 +291,7 @@ async def test_failed_tests_of_a_report_are_named(repository: Repository, log: C
     assert ["tests.test_a.test_sum" in prompt for prompt in prompts] == [False, False, True, False]
 
 
+@pytest.mark.extended
 async def test_passed_check_is_not_repeated_in_another_run(repository: Repository, log: CheckLog) -> None:
     """A recorded result counts for the same tree, command and variables only."""
 
@@ -314,6 +317,7 @@ async def test_passed_check_is_not_repeated_in_another_run(repository: Repositor
         assert await council.checks.list() == []  # the periodic maintenance deletes expired documents
 
 
+@pytest.mark.extended
 async def test_check_without_a_cache_runs_for_each_landing(repository: Repository, log: CheckLog) -> None:
     """Also if the base has the same files; the run of a check ahead of its turn counts for that turn."""
     task = {"id": "t", "prompt": "print hello"}
@@ -324,6 +328,7 @@ async def test_check_without_a_cache_runs_for_each_landing(repository: Repositor
         assert len(log.runs) == number
 
 
+@pytest.mark.extended
 async def test_changed_user_file_invalidates_a_recorded_result(repository: Repository, log: CheckLog) -> None:
     """Files of `worktrees.copy` are part of what a check sees."""
     (repository.top / ".gitignore").write_text("local.ini\n")

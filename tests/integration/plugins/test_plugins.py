@@ -182,6 +182,7 @@ async def test_skipped_plugin_is_named(repository: Repository, site: Path) -> No
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 def test_invalid_metadata_affects_no_other_plugin(repository: Repository, site: Path) -> None:
     """An entry point that names no module, and a distribution without name or version."""
     install(site, "no-module", "x = 1", module="what is this?")
@@ -202,6 +203,7 @@ def test_plugin_with_a_name_of_ours_is_skipped_completely(repository: Repository
     assert "stolen" not in found["sinks"]
 
 
+@pytest.mark.extended
 def test_first_of_two_plugins_with_one_name_is_used(repository: Repository, site: Path) -> None:
     """Whatever the order of installation."""
     install(site, "zebra", _ECHO)
@@ -211,7 +213,7 @@ def test_first_of_two_plugins_with_one_name_is_used(repository: Repository, site
     assert "the name 'echo' in adapters is already registered by the plugin 'ant' of ant" in found["left_out"]["zebra"]
 
 
-@pytest.mark.extended_variants
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
@@ -335,6 +337,7 @@ def test_adapter_of_a_skipped_plugin_is_explained_at_its_line(
     assert expected in problem["remedy"]
 
 
+@pytest.mark.extended
 async def test_resume_without_a_plugin_is_explained(repository: Repository, site: Path) -> None:
     """An adapter that was available at the start of the run and is skipped now is rejected with the reason."""
     module = install(site, "council-echo", _ECHO)
@@ -391,6 +394,7 @@ def test_run_keeps_its_state_in_a_store_of_a_plugin(repository: Repository, site
     assert list((repository.top / ".council").glob("state/*")) == []
 
 
+@pytest.mark.extended
 def test_plugin_store_local_paths_are_recorded_with_the_hub(repository: Repository, site: Path, tmp_path: Path) -> None:
     """`council clean` then knows when the store is gone, as for a state folder."""
     install(site, "council-loud", _STORE)

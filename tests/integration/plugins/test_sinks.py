@@ -97,6 +97,7 @@ async def test_sink_gets_the_printed_events(repository: Repository, tmp_path: Pa
     await repository.assert_invariants()
 
 
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("place", ["last event", "last cursor"])
 async def test_sink_gets_the_events_of_an_outage_at_the_end(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str

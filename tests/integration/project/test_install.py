@@ -7,9 +7,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.extended
 def test_wheel_runs(tmp_path: Path, environ: dict[str, str]) -> None:
     """The wheel has every imported or read file; tests, examples and benchmarks are not in it."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]

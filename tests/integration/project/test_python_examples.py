@@ -30,6 +30,7 @@ def run(repository: Repository, name: str, *arguments: str) -> CommandResult:
     return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["run_file.py", pytest.param("from_sync_code.py", marks=pytest.mark.slow)])
 def test_example_runs_a_file(name: str, repository: Repository) -> None:
     """The work lands, and the exit code is that of `council run`."""

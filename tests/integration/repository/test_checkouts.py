@@ -128,6 +128,7 @@ def test_checkout_with_a_separate_git_dir_is_rejected(repository: Repository, tm
     assert repository.git("status", "--porcelain") == ""
 
 
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("flag", ["assume-unchanged", "skip-worktree"])
 @pytest.mark.parametrize("change", ["edit", "removal"])
 def test_change_that_git_is_set_to_ignore_defers_a_landing(repository: Repository, flag: str, change: str) -> None:
@@ -156,6 +157,7 @@ def test_change_that_git_is_set_to_ignore_defers_a_landing(repository: Repositor
     assert (mine.read_text(), (repository.top / "other").read_text()) == ("2\n", "mine\n")
 
 
+@pytest.mark.extended_variants
 @pytest.mark.parametrize("hook", ["update", "reference-transaction"])
 def test_landing_keeps_a_sparse_checkout(repository: Repository, hook: str) -> None:
     """Without a file outside of its folders, also after the undo of a push that a hook rejects early or late."""

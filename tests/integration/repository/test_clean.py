@@ -384,6 +384,7 @@ async def test_hub_being_created_is_not_a_leftover(repository: Repository) -> No
     assert len(run_outside(repository, "clean", "--json").result["found"]) == 1
 
 
+@pytest.mark.extended
 async def test_old_logs_are_removed_on_request(repository: Repository) -> None:
     """Logs of runs that ended before; the task's work and state stay, and logs of a run that has not ended."""
     old = run_once(repository, {"id": "a", "prompt": "write a.txt a\nprint hello"})
@@ -450,6 +451,7 @@ async def listed_in_process(repository: Repository, store: FileStore) -> tuple[C
     return cleaner, [one for one in await cleaner.find() if one.kind is LeftoverKind.WORKTREE]
 
 
+@pytest.mark.extended
 async def test_leftover_needed_since_listing_stays(repository: Repository) -> None:
     """A run that becomes active is not touched, and neither is an item whose status has changed."""
     run = run_once(repository, KEEPS, code=1)
@@ -464,6 +466,7 @@ async def test_leftover_needed_since_listing_stays(repository: Repository) -> No
         assert trees(repository) == ["keeps.1"]
 
 
+@pytest.mark.extended
 async def test_hub_used_since_listing_stays(repository: Repository) -> None:
     """The repository exists again: its hub is not removed."""
     run_once(repository, {"id": "a", "prompt": "write a.txt a"})
@@ -511,7 +514,7 @@ def confirmation(repository: Repository) -> Iterator[tuple[subprocess.Popen[byte
         os.close(ours)
 
 
-@pytest.mark.extended_variants
+@pytest.mark.extended
 @pytest.mark.parametrize(("answer", "stays"), [("y", False), ("", True), ("no", True)])
 async def test_clean_on_a_terminal_asks_once(repository: Repository, answer: str, stays: bool) -> None:
     """Only `yes` removes."""
@@ -556,6 +559,7 @@ async def test_clean_follows_no_link(repository: Repository) -> None:
             moved.rename(link)
 
 
+@pytest.mark.extended
 async def test_folder_that_only_looks_like_a_partial_hub_stays(repository: Repository) -> None:
     """Our folders are also recognized by their content: COUNCIL_HOME may contain anything."""
     run_once(repository, {"id": "a", "prompt": "write a.txt 1"})
@@ -566,6 +570,7 @@ async def test_folder_that_only_looks_like_a_partial_hub_stays(repository: Repos
     assert (photos / "one.jpg").exists()
 
 
+@pytest.mark.extended
 async def test_signal_ends_the_confirmation(repository: Repository) -> None:
     run_once(repository, KEEPS, code=1)
     with confirmation(repository) as (child, _):

@@ -153,6 +153,7 @@ async def test_planted_programs_never_run_outside_of_the_session(repository: Rep
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_damaged_git_directory_of_a_session_damages_nothing_else(repository: Repository) -> None:
     """Deleted `.git`, moved main, switched branches and commits: only the files count."""
     config = repository.configure(
@@ -304,6 +305,7 @@ async def test_work_that_can_not_be_staged_is_preserved(repository: Repository, 
     assert (kept / "inner/file.txt").exists()
 
 
+@pytest.mark.extended
 async def test_reverted_changes_of_an_agent_do_not_land(repository: Repository) -> None:
     """An older commit on its branch has changes that the checkout does not have any more."""
     config = repository.configure([{"id": "undo", "prompt": "write x.txt x\ncommit x\ndelete x.txt"}])
@@ -326,6 +328,7 @@ async def test_replaced_worktree_is_not_followed(repository: Repository, tmp_pat
     assert await_free == ""
 
 
+@pytest.mark.extended
 async def test_conflict_in_a_non_utf8_name_is_reported(repository: Repository) -> None:
     """The name is printed with escapes; the run ends normally."""
     shell = {"use": "command", "argv": ["sh", "{prompt_file}"]}
@@ -407,6 +410,7 @@ async def test_work_merged_by_the_user_is_not_merged_again(repository: Repositor
     assert not (repository.top / "b.txt").exists()
 
 
+@pytest.mark.extended
 async def test_folder_that_becomes_a_link_lands(repository: Repository) -> None:
     """A folder that is replaced by a file or a link lands on a clean checkout."""
     repository.commit({"d/one.txt": "1\n", "f/two.txt": "2\n"}, "folders")

@@ -44,6 +44,7 @@ async def test_session_is_stopped_at_its_token_limit(claude: Repository) -> None
     await claude.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_session_near_its_budget_causes_one_warning(claude: Repository) -> None:
     """At 80%, and the session continues."""
     budget = {"session_budget": {"tokens": 1000}, "budget": {"tokens": 1000}}
@@ -87,6 +88,7 @@ async def test_run_at_its_budget_is_halted_and_continues_with_more(claude: Repos
     await claude.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_cost_is_estimated_by_the_price_of_the_model(claude: Repository) -> None:
     """The session was stopped before its result, which has the cost."""
     prices = {"claude-opus-4-8": {"input": 1000, "output": 1000}}
@@ -141,6 +143,7 @@ async def test_uncountable_cost_is_reported(repository: Repository) -> None:
     assert happened(repository.council("run", str(known), "--json"), "budget.price_unknown") == []
 
 
+@pytest.mark.extended
 async def test_session_time_is_limited_over_all_attempts(claude: Repository) -> None:
     """A silent session uses up time as well."""
     ended = claude.council("run", str(configured(claude, "hang", task={"budget": {"time": "2s"}})), "--json")

@@ -99,6 +99,7 @@ def test_request_to_a_stopped_process_names_what_it_waits_for(repository: Reposi
     child.communicate(timeout=60)
 
 
+@pytest.mark.extended
 def test_unanswered_request_stays_recorded(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command ends with exit code 1; the process performs the request when it continues."""
     monkeypatch.setattr(control, "_REQUEST_TIMEOUT", 0.3)
@@ -194,6 +195,7 @@ def test_dropped_work_is_not_listed(repository: Repository) -> None:
     assert "preserved work 'a/1' not found: this run has no preserved work; for another run add --run" in refused.stderr
 
 
+@pytest.mark.extended
 async def test_cancel_of_all_tasks_ends_a_live_run(repository: Repository) -> None:
     """Without a name every unfinished task is cancelled, also those that wait for capacity."""
     tasks: list[dict[str, Any]] = [{"id": f"t{n}", "prompt": f"write {n}.txt x\nhang"} for n in range(3)]
@@ -228,7 +230,7 @@ async def test_cancel_of_an_ended_task_is_not_an_error(repository: Repository) -
         assert (again.code, again.result["exit"], again.states) == (0, 0, {"done": "landed", "long": "cancelled"})
 
 
-@pytest.mark.extended_variants
+@pytest.mark.extended
 @pytest.mark.parametrize("keys", [{}, {"workflow": "one"}], ids=["plain", "workflow"])
 async def test_retry_on_a_live_run_unblocks_dependents(repository: Repository, keys: dict[str, Any]) -> None:
     """It gets all of its attempts again, and its dependents continue."""
@@ -300,6 +302,7 @@ async def test_impossible_request_is_rejected(repository: Repository, command: t
     assert fragment in refused.stderr
 
 
+@pytest.mark.extended
 async def test_logs_of_a_live_session_are_followed_to_the_end(repository: Repository) -> None:
     """`logs -f` prints the existing and then each new line, attempt by attempt, and ends with the task."""
     prompt = "attempt 1 print first\nattempt 1 exit 1\nprint second\ntick 3 0.2\nwrite a.txt x"
@@ -367,6 +370,7 @@ async def test_logs_have_both_streams_and_checks(repository: Repository) -> None
     assert end.startswith("session 1 ended after ")
 
 
+@pytest.mark.extended
 async def test_diff_shows_landed_and_failed_work(repository: Repository) -> None:
     """Only the task's own changes, wherever its work is now."""
     tasks: list[dict[str, Any]] = [
@@ -480,6 +484,7 @@ async def test_request_of_a_killed_command_is_performed(repository: Repository) 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_request_answer_is_json(repository: Repository) -> None:
     """`cancel --json` prints the current result of the run, one object."""
     child = repository.start("run", str(repository.configure([{"id": "t", "prompt": "hang"}])))
@@ -534,6 +539,7 @@ async def test_blocked_task_names_what_to_retry(repository: Repository) -> None:
     assert (retried.code, {*retried.states.values()}) == (0, {"pending"}), retried
 
 
+@pytest.mark.extended
 async def test_all_runs_are_listed(repository: Repository) -> None:
     """Each with its outcome; an earlier run's preserved work is also listed, and found by the run's name."""
     repository.council(
@@ -576,7 +582,7 @@ def steps(shown: str) -> list[str]:
     return [line.partition(": ")[2] for line in lines if line.lower().startswith("next: ")]
 
 
-@pytest.mark.extended_variants
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("tasks", "settings", "expected"),
     [
@@ -666,7 +672,7 @@ async def test_ignored_task_is_not_started_until_retried(repository: Repository)
     await repository.assert_invariants()
 
 
-@pytest.mark.extended_variants
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
@@ -948,7 +954,7 @@ async def test_irreversible_command_needs_confirmation(repository: Repository, c
     assert (repository.council("status", "--json").states, repository.council("salvage", "list").stdout) != before
 
 
-@pytest.mark.extended_variants
+@pytest.mark.extended
 @pytest.mark.parametrize("answer", ["y", "n"])
 @pytest.mark.parametrize("command", [("cancel",), ("salvage", "drop", "a/1")], ids=" ".join)
 async def test_person_at_a_terminal_is_asked(repository: Repository, command: tuple[str, ...], answer: str) -> None:

@@ -48,6 +48,7 @@ async def test_failure_class_decides_about_a_retry(repository: Repository) -> No
     assert [(task["failure"], task["attempts"]) for task in ended.result["tasks"]] == [*expected.values()], ended
 
 
+@pytest.mark.extended
 async def test_retried_classes_can_be_chosen(repository: Repository) -> None:
     """`retry_on` replaces the classes that are worth another attempt, for all tasks or for one."""
     tasks: list[dict[str, Any]] = [
@@ -177,6 +178,7 @@ async def test_task_with_a_fallback_does_not_wait_for_a_limit(repository: Reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_cooldown_survives_the_process(repository: Repository) -> None:
     """A resume keeps the adapter in cooldown until the same time."""
     tasks = [{"id": "t", "prompt": "attempt 1 print limit reached, again in 7200 s\nattempt 1 exit 1\nwrite a.txt a"}]
@@ -225,6 +227,7 @@ async def test_idle_timeout_ends_a_silent_session(repository: Repository) -> Non
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_priority_decides_the_start_order(repository: Repository) -> None:
     """With capacity one, the higher priority starts first, regardless of the order of the file."""
     tasks = [{"id": f"p{value}", "prompt": f"write {value}.txt x", "priority": value} for value in (1, 3, 2)]
@@ -282,6 +285,7 @@ async def test_program_in_a_hidden_folder_is_distinguished_from_a_missing_one(re
     assert ended.states == {"t": "landed"}, ended
 
 
+@pytest.mark.extended
 async def test_machine_without_capacity_is_waited_for(repository: Repository) -> None:
     """A session that can't start for lack of space costs no attempt: nothing starts for a while, then it does."""
     path = repository.configure([{"id": "t", "prompt": "write a.txt x", "attempts": 1}])

@@ -198,6 +198,7 @@ def test_program_that_is_not_executable_is_not_called_missing(repository: Reposi
     assert ended.result["remedy"].startswith(f"`chmod +x {program}`")
 
 
+@pytest.mark.extended
 async def test_prompt_on_stdin_is_passed(repository: Repository) -> None:
     prompt = "-x\n`id` $HOME \u2603\n"
     cat = {"use": "command", "argv": ["sh", "-c", "cat > got.txt"], "prompt": "stdin"}
@@ -208,6 +209,7 @@ async def test_prompt_on_stdin_is_passed(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_output_is_kept_in_files(repository: Repository) -> None:
     """The log of the attempt has the output of the program."""
     config = repository.configure([{"id": "one", "prompt": "print hello there\nwrite one.txt 1"}])
@@ -267,6 +269,7 @@ async def test_invalid_file_is_rejected_with_every_mistake(repository: Repositor
     assert {(problem["line"], problem["column"]) for problem in as_json.result["errors"]} >= {(2, 1), (5, 13)}
 
 
+@pytest.mark.extended
 async def test_closed_output_does_not_end_the_run(repository: Repository) -> None:
     """`council run … | head -1` lands everything, with the exit code of success."""
     config = repository.configure([{"id": name, "prompt": f"write {name}.txt x"} for name in ("a", "b", "c")])

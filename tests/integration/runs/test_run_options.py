@@ -42,6 +42,7 @@ def write_config(repository: Repository, tasks: list[dict[str, Any]]) -> None:
     (repository.top / "council.yaml").write_text(json.dumps({**written, "repo": "."}))
 
 
+@pytest.mark.extended
 async def test_prompt_argument_equals_the_option(repository: Repository) -> None:
     """`run "..."` equals `run --task "..."`, with the file's settings; both together are two tasks."""
     write_config(repository, CHAIN)
@@ -113,6 +114,7 @@ async def test_only_option_runs_tasks_with_their_needs(repository: Repository) -
     assert repository.council("run", config, "--only", "a", "--task", "x y").code == 2
 
 
+@pytest.mark.extended
 async def test_capacity_option_overrides_the_file(repository: Repository) -> None:
     """The run records the option; the difference is no change of the file."""
     tasks = [{"id": f"t{n}", "prompt": f"attempt 1 exit 1\nwrite {n} {n}", "attempts": 1} for n in range(3)]
@@ -327,6 +329,7 @@ async def test_merge_into_a_dirty_checkout_is_rejected_before_a_run(repository: 
     assert repository.council("merge", "--json").states == {"merge": "landed"}
 
 
+@pytest.mark.extended
 async def test_merge_that_fails_its_checks_moves_nothing(repository: Repository) -> None:
     """No session follows; the unmerged work is preserved."""
     write_config(repository, [{**CHAIN[0], "checks": ["test ! -e forbidden"]}])
@@ -483,7 +486,7 @@ def printed_next(repository: Repository) -> list[str]:
     return [line.strip() for line in shown.splitlines() if "next:" in line.lower()]
 
 
-@pytest.mark.extended_variants
+@pytest.mark.extended
 @pytest.mark.parametrize("how", ["merged", "deleted", "squashed", "lost"])
 async def test_branch_merged_or_deleted_by_the_user_is_not_awaited(repository: Repository, how: str) -> None:
     """`status` and `runs` print no next command any more, and `council merge` has nothing to merge."""

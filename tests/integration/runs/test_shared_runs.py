@@ -408,7 +408,7 @@ async def test_unshared_run_can_not_be_joined(repository: Repository) -> None:
         assert one.ended is not None
 
 
-@pytest.mark.extended_variants
+@pytest.mark.extended
 @pytest.mark.parametrize("by", ["option", "environment"])
 async def test_exclusive_process_can_not_be_joined(repository: Repository, by: str) -> None:
     """It makes no claims, so both could run one task: the new process is rejected, and the first continues."""
@@ -490,6 +490,7 @@ async def test_process_without_a_program_does_not_end_the_run(repository: Reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_last_process_records_the_end_of_a_run(repository: Repository) -> None:
     """Its leader was killed after the last task; sinks receive the end."""
     sink = repository.top.parent / "events.jsonl"
@@ -510,6 +511,7 @@ async def test_no_active_run_can_be_joined(repository: Repository) -> None:
     assert "no active run" in ended_at_once.stderr
 
 
+@pytest.mark.extended
 async def test_task_ended_elsewhere_before_its_claim_ends_here(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,6 +95,7 @@ async def recorded(repository: Repository) -> list[Event]:
     return [event for one in commits for event in one.events if event.type == "steering.called"]
 
 
+@pytest.mark.extended
 async def test_agent_plans_starts_approves_and_merges(repository: Repository) -> None:
     """And every call is recorded with the name that the client gave itself, quoted."""
     task = {"id": "t", "prompt": "\n".join(STEPS), "workflow": "asks"}

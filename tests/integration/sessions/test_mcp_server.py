@@ -80,6 +80,7 @@ async def test_tool_asks_as_the_session(site: Site) -> None:
     assert {str(session) for session, _, _ in site.session_service.asked} == {"run-1/models.1"}
 
 
+@pytest.mark.extended
 async def test_values_are_passed_unchanged(site: Site) -> None:
     async with client(site) as session:
         value = {"ports": [8080, None], "name": "größer"}

@@ -65,6 +65,7 @@ async def test_session_requests_from_shell_and_hook(
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_lock_timeout_comes_from_the_file(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +81,7 @@ async def test_lock_timeout_comes_from_the_file(
     assert reported == [2.0]
 
 
+@pytest.mark.extended
 async def test_session_without_a_session_api_gets_nothing(
     repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

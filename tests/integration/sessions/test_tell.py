@@ -71,6 +71,7 @@ async def test_message_reaches_a_running_agent_after_a_tool_call(claude: Reposit
     await claude.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_message_reaches_an_acp_agent_in_the_same_connection(repository: Repository, tmp_path: Path) -> None:
     """As the next prompt, after its turn; the tokens of both turns count."""
     install(tmp_path / "bin", "acp-agent", "tests.fakes.acp_agent")
@@ -97,6 +98,7 @@ async def test_message_reaches_an_acp_agent_in_the_same_connection(repository: R
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_message_before_the_first_session_is_in_its_prompt(claude: Repository) -> None:
     path = configured(claude, "tell input.json")
     assert claude.council("run", str(path), failpoints="run.seeded=kill").code != 0

@@ -86,6 +86,7 @@ def test_missing_repository_is_reported(repository: Repository, tmp_path: Path) 
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+@pytest.mark.extended
 def test_missing_git_is_reported(repository: Repository, fakes: FakePrograms) -> None:
     """Checks that do not need git run all the same."""
     fakes.remove("git")
@@ -114,6 +115,7 @@ def test_file_without_tasks_is_checked_like_a_prompt_run(repository: Repository)
     assert (level(found, "file"), "adapter fake" in found) == ("ok", True), found
 
 
+@pytest.mark.extended
 def test_default_file_is_found(repository: Repository) -> None:
     """`council.yaml` here, or at the top of the repository; a named file takes precedence."""
     (repository.top / "council.yaml").write_text("version: 1\n")
@@ -123,6 +125,7 @@ def test_default_file_is_found(repository: Repository) -> None:
     assert level(doctor(repository, str(good)), "file") == "ok"
 
 
+@pytest.mark.extended
 def test_missing_file_is_reported(repository: Repository) -> None:
     """A problem for a named file, and a hint for the default one."""
     assert level(doctor(repository), "file") == "warning"
@@ -130,6 +133,7 @@ def test_missing_file_is_reported(repository: Repository) -> None:
         assert level(doctor(repository, name), "file") == "problem"
 
 
+@pytest.mark.extended
 def test_repository_without_a_commit_is_reported(repository: Repository, tmp_path: Path) -> None:
     """Sessions have no base to start from."""
     empty = replace(repository, top=tmp_path / "empty")
@@ -240,6 +244,7 @@ def test_server_is_checked(repository: Repository, tmp_path: Path) -> None:
     assert level(doctor(repository, str(repository.configure(TASKS, repo=gone))), "repository") == "problem"
 
 
+@pytest.mark.extended
 def test_own_folder_is_checked(repository: Repository, tmp_path: Path) -> None:
     """A `.council` that git does not ignore, one that is a link, one that came with the repository."""
     folder = repository.top / ".council"
@@ -253,6 +258,7 @@ def test_own_folder_is_checked(repository: Repository, tmp_path: Path) -> None:
     assert "git tracks files in .council" in doctor(repository)[".council"][0][1]
 
 
+@pytest.mark.extended
 def test_own_repositories_inside_of_the_users_are_reported(repository: Repository) -> None:
     """COUNCIL_HOME lies elsewhere, and is known."""
     repository.environ["COUNCIL_HOME"] = str(repository.top / "home")
@@ -269,6 +275,7 @@ def test_unwritable_folder_is_reported(repository: Repository) -> None:
     assert level(doctor(repository), "state") == "problem"
 
 
+@pytest.mark.extended
 def test_low_limit_of_open_files_is_reported(repository: Repository) -> None:
     """With the number of sessions that fit."""
 
@@ -305,6 +312,7 @@ def test_sandboxes_are_checked(repository: Repository, fakes: FakePrograms) -> N
     assert level(doctor(repository, str(off)), "sandbox") == "warning"
 
 
+@pytest.mark.extended
 def test_installed_adapters_are_checked_without_a_file(repository: Repository, fakes: FakePrograms) -> None:
     """All that need no options; if none is installed, one line has the command that shows how to install them."""
     none = doctor(repository)
@@ -322,6 +330,7 @@ def test_installed_adapters_are_checked_without_a_file(repository: Repository, f
     assert "adapter needy" not in found
 
 
+@pytest.mark.extended
 def test_adapters_of_a_file_are_checked(repository: Repository, fakes: FakePrograms) -> None:
     """Adapters of tasks must be installed, of a known version, and logged in."""
     fakes.add("alpha", "echo alpha 2.1")
@@ -342,6 +351,7 @@ def test_adapters_of_a_file_are_checked(repository: Repository, fakes: FakeProgr
     assert level(doctor(repository, str(file)), "adapter two") == "ok"
 
 
+@pytest.mark.extended
 def test_skipped_plugins_are_reported(repository: Repository, tmp_path: Path) -> None:
     """Both commands name them with the reason."""
     install_plugin(tmp_path, repository, "broken_one", "raise RuntimeError('no such thing')\n")
@@ -392,6 +402,7 @@ def test_adapters_have_their_state_in_the_newest_run(repository: Repository) -> 
     assert "  disabled: not logged in" in repository.council("adapters").stdout
 
 
+@pytest.mark.extended
 def test_adapter_in_cooldown_shows_the_end(repository: Repository) -> None:
     """Also while another process runs the run."""
     argv = ["sh", "-c", "echo try again in 3000 s; exit 1"]
@@ -411,6 +422,7 @@ def test_adapter_in_cooldown_shows_the_end(repository: Repository) -> None:
         run.communicate()
 
 
+@pytest.mark.extended
 def test_invalid_file_does_not_prevent_the_list_of_types(repository: Repository) -> None:
     (repository.top / "council.yaml").write_text("version: 1\n")
     ended = repository.council("adapters", "--json")
@@ -430,6 +442,7 @@ def test_unusable_file_is_the_only_problem(repository: Repository, fakes: FakePr
     assert [name for name in found if "adapter" in name] == []
 
 
+@pytest.mark.extended
 def test_output_of_programs_is_escaped(repository: Repository, fakes: FakePrograms) -> None:
     """Neither escape sequences nor several lines."""
     fakes.add("alpha", "printf 'one\\n\\033]0;owned\\007two\\033[2J\\n' >&2; exit 1")
@@ -472,7 +485,7 @@ def test_programs_of_checks_are_looked_up_in_the_sandbox(repository: Repository)
     assert remedy == f"add {environment} to `readable`, or install it elsewhere"
 
 
-@pytest.mark.extended_variants
+@pytest.mark.extended
 @pytest.mark.parametrize("how", ["file", "option"])
 def test_script_that_a_task_may_add_is_accepted(repository: Repository, how: str) -> None:
     """A warning if the check may fail on the base; a problem if it must pass for another task."""
@@ -512,6 +525,7 @@ def test_programs_of_adapters_are_looked_up_in_the_sandbox(repository: Repositor
     assert [level for level, _, _ in found(readable=[str(hidden)])] == ["ok"]
 
 
+@pytest.mark.extended
 def test_ignored_files_are_not_to_be_committed(repository: Repository) -> None:
     """`copy` or `setup` brings them to worktrees, whether a check names them or an adapter."""
     repository.commit({".gitignore": "build/\n"})

@@ -48,6 +48,7 @@ def test_report_of_a_run_is_short_unless_verbose(repository: Repository, ends: s
     assert len([row for row in rows if row.startswith(("a-task", "bad-"))]) == len(tasks), verbose
 
 
+@pytest.mark.extended
 async def test_attempts_are_the_same_in_every_output(repository: Repository) -> None:
     """Of a task that failed, was interrupted, and failed again; a retry counts from one."""
     flag = repository.spawns.parent / "flag"

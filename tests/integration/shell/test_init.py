@@ -131,6 +131,7 @@ def test_unwritable_settings_do_not_fail_it(repository: Repository, fakes: FakeP
     assert "not confirmed, `council run` asks about it: /dev/null/config/council/trust.json" in ended.stderr
 
 
+@pytest.mark.extended
 def test_file_can_be_written_elsewhere(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """Relative to the current folder; the file has the repository's path relative to it."""
     inner = replace(repository, top=repository.top / "src")
@@ -142,6 +143,7 @@ def test_file_can_be_written_elsewhere(repository: Repository, fakes: FakeProgra
     assert "there is no folder" in refusal(repository, "no/such/folder.yaml")
 
 
+@pytest.mark.extended
 def test_unusual_names_are_quoted(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """Spaces, quotes, colons and other scripts in paths and branches load unchanged."""
     top = tmp_path / "a 'b' \"c\" # ü: ö"
@@ -164,6 +166,7 @@ def test_ambiguous_branches_are_quoted(name: str, repository: Repository, fakes:
     assert load(repository.top / "council.yaml").base == name
 
 
+@pytest.mark.extended
 def test_base_without_a_branch_is_chosen(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """With a detached HEAD: the default branch of `origin`, or one with a usual name."""
     repository.git("branch", "other")
@@ -190,6 +193,7 @@ def test_unusable_repository_is_rejected(repository: Repository, fakes: FakeProg
         assert sorted(top.iterdir()) == before
 
 
+@pytest.mark.extended
 def test_chosen_adapter_is_used(repository: Repository, fakes: FakePrograms) -> None:
     """Installed or not; one that needs options, or is unknown, is rejected with suggestions."""
     fakes.add("beta", "echo 1.0")
@@ -210,6 +214,7 @@ def test_editors_get_a_schema(repository: Repository, fakes: FakePrograms) -> No
     assert stat.S_IMODE((repository.top / ".council").stat().st_mode) == 0o700
 
 
+@pytest.mark.extended
 def test_foreign_folder_gets_no_schema(repository: Repository, fakes: FakePrograms, tmp_path: Path) -> None:
     """A `.council` that is a link, or came with the repository, is not written to."""
     (tmp_path / "trap").mkdir()
@@ -304,6 +309,7 @@ async def test_written_file_of_a_python_project_runs(repository: Repository) -> 
     assert "base.passed" in [line.get("event") for line in ended.lines]
 
 
+@pytest.mark.extended
 async def test_written_file_of_a_unittest_project_runs(repository: Repository) -> None:
     """Its check discovers the committed tests."""
     repository.commit({"tests/test_it.py": PASSES.format(module="json")})

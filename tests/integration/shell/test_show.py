@@ -163,6 +163,7 @@ def test_newest_run_is_the_default(repository: Repository) -> None:
     assert (refused.code, "did you mean 'build'?" in refused.stderr) == (2, True)
 
 
+@pytest.mark.extended
 def test_done_task_has_nothing_to_land(repository: Repository) -> None:
     """A run of such tasks succeeds; dependent tasks may start, and a checklist ticks them."""
     one = [{"plan": {"access": "read", "produces": "plan"}}]

@@ -123,6 +123,7 @@ async def compacted(store: Store) -> Event:
             await anyio.sleep(0.01)
 
 
+@pytest.mark.extended
 async def test_endless_log_stays_within_its_size(store: tuple[FileStore, ManualClock], tmp_path: Path) -> None:
     """However young its commits are, the log stays within its limit, except for its newest segment.
 

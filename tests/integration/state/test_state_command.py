@@ -23,6 +23,7 @@ def status_of(repository: Repository, task: str) -> str | None:
     return None if "documents" not in reported else str(reported["documents"][0]["value"]["status"])
 
 
+@pytest.mark.extended
 async def test_active_run_is_shown_and_followed(repository: Repository) -> None:
     """Its live session has a worktree; a follower sees each commit at once, and Ctrl-C ends only the follower."""
     tasks: list[dict[str, Any]] = [

@@ -99,6 +99,7 @@ async def test_rejected_result_is_repeated_with_the_note(repository: Repository)
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_approval_during_the_end_of_a_session_is_accepted(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ async def test_valid_run_has_no_violations(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_run_without_workflows_is_reported_as_such(repository: Repository) -> None:
     ended = repository.council("run", str(repository.configure([{"id": "t", "prompt": "write t.txt x"}])), "--json")
     report = repository.council("check")
@@ -177,6 +178,7 @@ async def test_violation_is_printed_for_people_and_programs(repository: Reposito
         await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_unreadable_record_is_reported_without_an_error(repository: Repository) -> None:
     """The repositories of the run are gone, so its files are unknown."""
     run = landed(repository)
@@ -190,6 +192,7 @@ async def test_unreadable_record_is_reported_without_an_error(repository: Reposi
     assert f"run {run}: 1 task with a workflow" in report.stdout
 
 
+@pytest.mark.extended
 async def test_done_session_without_an_end_is_reported(repository: Repository) -> None:
     """Its task would wait for it forever."""
     run = landed(repository)
@@ -224,6 +227,7 @@ async def test_done_session_without_an_end_is_reported(repository: Repository) -
                 assert commands == [["cancel", "t", "--run", run], ["retry", "t", "--run", run]]
 
 
+@pytest.mark.extended
 async def test_plugin_rules_run_and_their_errors_are_reported(repository: Repository) -> None:
     """A failing rule does not prevent the others."""
     landed(repository)
@@ -258,6 +262,7 @@ class Overtaking(MemoryStore):
         return await super().list(kind, prefix)
 
 
+@pytest.mark.extended
 async def test_records_are_read_at_one_position(repository: Repository) -> None:
     """Also if the next phase receives a handoff between two reads."""
     run = landed(repository)

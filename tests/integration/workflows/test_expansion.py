@@ -105,6 +105,7 @@ def test_printed_reload_of_a_task_that_waits_for_its_subtasks_works(repository: 
     assert repository.council("resume", "--json").states == {"all": "done", "all-one": "landed"}
 
 
+@pytest.mark.extended
 async def test_next_phase_starts_from_the_landed_subtasks(repository: Repository) -> None:
     """A build after the plan has all of it, and is reviewed and lands in turn."""
     following = [
@@ -126,6 +127,7 @@ async def test_next_phase_starts_from_the_landed_subtasks(repository: Repository
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_invalid_plan_is_repaired_once_by_the_session(repository: Repository) -> None:
     """Paths outside the task's own, a name in use, too many tasks: one message has all errors, one turn repairs it."""
     wrong = plan(
@@ -154,6 +156,7 @@ async def test_invalid_plan_is_repaired_once_by_the_session(repository: Reposito
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_plan_that_stays_invalid_fails_its_phase(repository: Repository) -> None:
     """Nothing of it becomes a task, and the task's reason has its errors."""
     circle = plan(planned("a", "write a 1", dependencies=["b"]), planned("b", "write b 1", dependencies=["a"]))

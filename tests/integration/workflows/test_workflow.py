@@ -70,6 +70,7 @@ async def test_review_rejects_work_until_it_approves(repository: Repository) -> 
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_rejections_end_and_preserve_the_work(repository: Repository) -> None:
     """A review that never approves fails the task with its findings; the branch is preserved."""
     steps = ("in build append b.txt more", "in build built b.txt", f"in review hand-over {REJECT}")
@@ -123,6 +124,7 @@ async def test_changes_of_a_reader_are_discarded_and_reported(repository: Reposi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("failpoint", ["session.ended", pytest.param("work.committed", marks=pytest.mark.extended)])
 async def test_changes_of_a_killed_reader_are_discarded(repository: Repository, failpoint: str) -> None:
     """Recovery keeps no work of a read-only session, committed or not."""
@@ -207,6 +209,7 @@ async def test_phase_continues_until_its_commands_succeed(repository: Repository
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_phases_are_skipped_by_their_condition(repository: Repository) -> None:
     scout = json.dumps({"scout_findings": ["x"], "risks": []})
     workflow = [
@@ -252,6 +255,7 @@ async def test_unmediated_value_keeps_its_name(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_mediated_and_shared_values_reach_the_next_phase(repository: Repository) -> None:
     """A transformation prepares it; the next phase reads later changes of a shared value too."""
     scout = json.dumps({"scout_findings": ["there is a README"], "priorities": ["first things"], "approach": "slowly"})
@@ -383,6 +387,7 @@ async def test_unset_keys_of_a_phase_are_those_of_the_file(repository: Repositor
     assert "of the phase" in reported
 
 
+@pytest.mark.extended
 async def test_phase_mediates_between_two_others(repository: Repository) -> None:
     """The next phase sees its output instead of the original result."""
     scout = json.dumps({"scout_findings": ["a long story"]})
@@ -438,6 +443,7 @@ async def test_handoffs_contain_no_secrets(repository: Repository) -> None:
     await repository.assert_invariants(canaries=[secret])
 
 
+@pytest.mark.extended
 async def test_phase_without_changes_gets_instructions_to_report_that(repository: Repository) -> None:
     """A handoff alone is no work that could land."""
     path = repository.configure(

@@ -78,6 +78,7 @@ async def test_setup_runs_once_per_slot_and_again_for_changed_inputs(repository:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_session_that_damages_the_setup_discards_its_slot(repository: Repository, outside: Path) -> None:
     repository.commit({".gitignore": "made/\n"}, "ignored")
     repository.remember()
@@ -180,6 +181,7 @@ async def test_live_sessions_share_no_port_or_name(repository: Repository, outsi
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_ignored_files_reach_the_next_session_only_if_kept(repository: Repository, outside: Path) -> None:
     """Shared caches are for all sessions, those of an adapter for its own, all others for none."""
     repository.commit({".gitignore": "cache/\n.tool/\njunk/\n"}, "ignored")
@@ -218,6 +220,7 @@ async def test_unselected_folders_are_absent_and_not_lost(repository: Repository
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_output_of_teardown_is_recorded(repository: Repository, outside: Path) -> None:
     """It runs in a slot before its deletion, with the slot's own name."""
     worktrees = {
