@@ -270,8 +270,7 @@ def _describe_failure(
     correction = correction if is_check else SETUP_REMEDY
     if failed.unrunnable is not None:
         return describe_unrunnable([failed], correction, run.id, base.merge)
-    kind, resume = "check" if is_check else "setup", f"council resume {run.id}"
+    kind, allowed = ("check", " or pass --allow-failing-base:") if is_check else ("setup", ", then")
     headline = f"{kind} `{failed.short}` fails on {base.branch} ({base.commit[:10]}): {failed.how_it_ended}"
-    allow = (f"or start sessions anyway: `{resume} --allow-failing-base`",) if is_check else ()
-    remedy = f"fix {run.base}{base.merge}, then `{resume}`", *allow, f"or {correction}"
+    remedy = f"fix {run.base}{base.merge}{allowed} `council resume {run.id}`", f"or {correction}"
     return str(HaltReason(headline, tuple(failed.output_tail.splitlines()), str(failed.log), remedy))
