@@ -5,7 +5,7 @@ its options, which a pydantic model of the type validates.
 
 adapter   describes how to run a CLI, as data; it never starts a process.     AdapterType, Adapter
 sink      receives the events of a run, to notify another system.             SinkType, Sink
-tracker   provides tasks from an external list, and receives a run's events.  TrackerType, Tracker
+tracker   provides tasks from an external list, and shows their states there. TrackerType, Tracker
 store     stores all state, which only `commit` changes.                      StoreType, Store
 
 `orchestrator.testing` has a test suite for each contract that every implementation must pass.
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
@@ -76,10 +76,13 @@ __all__ = [
     "Store",
     "StoreStatistics",
     "StoreType",
+    "SyncResult",
     "ToolCall",
     "ToolResult",
+    "TrackedState",
     "TrackedTask",
     "Tracker",
+    "TrackerRequest",
     "TrackerType",
     "UsageReport",
     "VerificationReport",
@@ -928,19 +931,82 @@ SinkType = PluginType[AbstractAsyncContextManager[Sink]]
 class TrackedTask:
     """A tracker's task: its id, its prompt, and the ids of required tasks.
 
-    The id is stable, and valid in a YAML file.
+    The id is stable, and valid in a YAML file. The other fields mean the same as in a file; for None and empty ones,
+    the defaults of the file apply.
     """
 
     id: str
     prompt: str
     needs: Sequence[str] = ()
+    priority: int | None = None
+    owns: Sequence[str] = ()
+    adapter: str | None = None
+    workflow: str | None = None
 
 
-class Tracker(Sink, Protocol):
-    """An external task list, which provides tasks and receives events about them."""
+@dataclass(frozen=True, slots=True)
+class TrackedState:
+    """The state of a tracker's task in a run, for the people who read the list."""
+
+    run: str
+    task: JsonObject
+    """The fields of the task, as in `council status --json`."""
+    label: str
+    """Its status in words."""
+    has_ended: bool
+    """Whether no attempt follows unless a user asks for one."""
+    is_done: bool
+    """Whether it has ended successfully."""
+    owner: str | None = None
+    """The process that executes it; None: none does."""
+    heartbeat: float | None = None
+    """The time of the owner's last sign of life (wall-clock seconds)."""
+    epoch: int = 0
+    """The number of its claims; a later claim has a higher epoch."""
+    retries: int = 0
+    """Its failed claims before this one."""
+
+    @property
+    def id(self) -> str:
+        """The id of the task."""
+        return str(self.task["id"])
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerRequest:
+    """An action that a person requests in the list, such as by a comment."""
+
+    id: str
+    """The name of the request, unique in the list: each is performed once."""
+    task: str
+    action: Literal["retry", "cancel", "ignore", "approve", "reject"]
+    note: str | None = None
+    """The reason, or the comment on an approval or rejection."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncResult:
+    """What a tracker found in the list while it showed the states of tasks."""
+
+    requests: Sequence[TrackerRequest] = ()
+    conflicts: Sequence[str] = ()
+    """The tasks whose state it did not show, because another run that is alive claims them in the list."""
+
+
+class Tracker(Protocol):
+    """An external task list, which provides tasks, shows their states, and passes on what people request."""
 
     async def tasks(self) -> Sequence[TrackedTask]:
-        """Return the open tasks."""
+        """Return the open tasks; raise RefusedError if the list can't be read."""
+
+    async def sync(self, states: Sequence[TrackedState]) -> SyncResult:
+        """Show the states of all tasks of this tracker in a run; return what people requested.
+
+        This is called when a run starts, when a task changes, every `sync_interval`, and when the run ends. Unchanged
+        states change nothing. If it raises an error or takes longer than 30 seconds (then it is cancelled), a new
+        tracker is opened and called again, after increasing pauses. It is called on the run's event loop, so it must
+        not block.
+        """
 
 
 TrackerType = PluginType[AbstractAsyncContextManager[Tracker]]

@@ -1,6 +1,6 @@
 """The tracker for a Markdown checklist: open items are tasks.
 
-Items are ticked once their tasks have landed:
+Items are ticked once their tasks have landed; a task whose item a person ticks is cancelled:
 
     - [ ] Add a User model. {#models}
     - [ ] Fix the typo in the README
@@ -29,10 +29,9 @@ import pluggy
 from pydantic import BaseModel, ConfigDict
 
 from orchestrator.config.source.files import open_regular_file
-from orchestrator.domain.events.tasks import TaskDone, TaskLanded
 from orchestrator.errors import RefusedError
 from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterTracker
-from orchestrator.protocols import PathOption, RecordedEvent, TrackedTask
+from orchestrator.protocols import PathOption, SyncResult, TrackedState, TrackedTask, TrackerRequest
 from orchestrator.repo.git.command import Git
 from orchestrator.system.files import atomic_write
 
@@ -43,8 +42,6 @@ _ID: Final = re.compile(r"\{#([^{}\s]+)\}\s*$")
 _FENCE: Final = re.compile(rb"[ ]{0,3}(`{3,}|~{3,})")
 _NOT_IN_SLUG: Final = re.compile(r"[^a-z0-9]+")
 _LONGEST_SLUG: Final = 48
-#: The events of successful tasks.
-_SUCCESSFUL: Final = frozenset({TaskLanded.type, TaskDone.type})
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +125,15 @@ class ChecklistTracker:
                 raise RefusedError(message, "add an id at its end, such as {#fix-login}")
         return [TrackedTask(item.id, item.text) for item in items if not item.done]
 
-    async def send(self, events: Sequence[RecordedEvent]) -> None:
-        """Tick the items of successful tasks."""
-        done = {str(recorded.event.data.get("task")) for recorded in events if recorded.event.type in _SUCCESSFUL}
+    async def sync(self, states: Sequence[TrackedState]) -> SyncResult:
+        """Tick the items of successful tasks; an item that a person ticks meanwhile cancels its task."""
+        done = {state.id for state in states if state.is_done}
         if done:
             await anyio.to_thread.run_sync(self._tick, done, abandon_on_cancel=True)
+        items = read_items(await anyio.to_thread.run_sync(self._read, abandon_on_cancel=True))
+        ticked = {item.id for item in items if item.done}
+        open_tasks = [state.id for state in states if not state.has_ended and state.id in ticked]
+        return SyncResult([TrackerRequest(f"ticked-{task}", task, "cancel") for task in open_tasks])
 
     async def _check_untracked(self) -> None:
         """Refuse a file that git tracks: uncommitted ticks would keep tasks from landing."""

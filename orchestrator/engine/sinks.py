@@ -1,8 +1,8 @@
-"""Deliver the events of a run to its sinks and trackers.
+"""Deliver the events of a run to its sinks.
 
-Delivery neither delays nor fails the run. One forwarder per subscriber follows the store from a cursor that is recorded
-after delivery, so that each event arrives at least once, even across restarts. Events about the forwarders themselves
-are not delivered, because two failing subscribers could keep each other busy.
+Delivery neither delays nor fails the run. One forwarder per sink follows the store from a cursor that is recorded after
+delivery, so that each event arrives at least once, even across restarts. Events about the forwarders themselves, and
+about trackers, are not delivered, because two failing receivers could keep each other busy.
 """
 
 from __future__ import annotations
@@ -24,10 +24,6 @@ from orchestrator.domain.events.runs import (
     SinkRecovered,
     SinkSkipped,
     SinkUndelivered,
-    TrackerFailing,
-    TrackerRecovered,
-    TrackerSkipped,
-    TrackerUndelivered,
 )
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.records import cursor_key
@@ -62,12 +58,11 @@ DELIVERY_TIMEOUTS = DeliveryTimeouts()
 
 @dataclass(frozen=True, slots=True)
 class EventSubscriber:
-    """A sink or tracker of a run.
+    """A sink of a run.
 
     `patterns` select its events; `open` opens it.
     """
 
-    kind: str
     name: str
     patterns: Sequence[str]
     open: Callable[[], AbstractAsyncContextManager[Sink]]
@@ -118,7 +113,7 @@ class EventForwarder:
     ) -> None:
         self._store, self._clock, self._redactor = store, clock, redactor
         self._run, self._subscriber, self._timeouts = run, subscriber, timeouts
-        self._key = cursor_key(run, subscriber.kind, subscriber.name)
+        self._key = cursor_key(run, "sink", subscriber.name)
         self._version = 0
         self._recorded = 0
         self._recorded_at = -inf
@@ -159,7 +154,7 @@ class EventForwarder:
             await self._record()
             undelivered = await self._count(goal)
             if undelivered:
-                await self._note(SinkUndelivered, TrackerUndelivered, undelivered=undelivered)
+                await self._note(SinkUndelivered, undelivered=undelivered)
         except (CouncilError, OSError):
             return
 
@@ -174,7 +169,7 @@ class EventForwarder:
         before = self._delivered
         if (reason := await self._deliver()) is not None and not self._is_failing:
             self._is_failing = True
-            await self._note(SinkFailing, TrackerFailing, reason=self._redactor.text(reason))
+            await self._note(SinkFailing, reason=self._redactor.text(reason))
         return self._delivered > before
 
     async def _deliver(self) -> str | None:
@@ -239,7 +234,7 @@ class EventForwarder:
 
     async def _skip(self, first: int) -> None:
         """Continue after the pruned part of the log, and report the gap."""
-        await self._note(SinkSkipped, TrackerSkipped, after=self._done, until=first)
+        await self._note(SinkSkipped, after=self._done, until=first)
         self._done = self._delivered = max(self._delivered, first)
         await self._record()
 
@@ -258,7 +253,7 @@ class EventForwarder:
         try:
             if self._is_failing:
                 self._is_failing = False
-                await self._note(SinkRecovered, TrackerRecovered)
+                await self._note(SinkRecovered)
             if self._clock.monotonic() - self._recorded_at >= self._timeouts.cursor:
                 await self._record()
         except (CouncilError, OSError) as error:
@@ -277,9 +272,8 @@ class EventForwarder:
                 self._version += 1
                 self._recorded, self._recorded_at = self._delivered, self._clock.monotonic()
 
-    async def _note(self, of_sink: type[RunEvent], of_tracker: type[RunEvent], **fields: Any) -> None:
-        kind = self._subscriber.kind
-        event = (of_sink if kind == "sink" else of_tracker)(run=self._run, **{kind: self._subscriber.name}, **fields)
+    async def _note(self, event_type: Callable[..., RunEvent], **fields: Any) -> None:
+        event = event_type(run=self._run, sink=self._subscriber.name, **fields)
         await self._store.commit(Commit([], [Event.of(event)]))
 
     def _choose_wait(self, state: RetryCallState) -> float:

@@ -213,6 +213,12 @@ class Claims:
         return [Write(document.key, document.version, value)]
 
 
+async def read_claims(store: Store, run: str) -> dict[str, Claim]:
+    """Return the readable claims of a run by task."""
+    found = {one.key.id.partition("/")[2]: _read(one) for one in await store.list(CLAIM_KIND, f"{run}/")}
+    return {task: claim for task, claim in found.items() if claim is not None}
+
+
 def _read(document: Document | None) -> Claim | None:
     """Return a claim, or None if missing or damaged."""
     return None if document is None or document.damaged else Claim.model_validate_json(document.encoded)

@@ -21,10 +21,38 @@ import anyio
 import pytest
 from pydantic import BaseModel
 
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.settings.names import check_name
-from orchestrator.protocols import Event, RecordedEvent, TrackedTask, TrackerType
+from orchestrator.protocols import SyncResult, TrackedState, TrackedTask, TrackerType
 from orchestrator.testing.options_contract import OptionsContract
-from orchestrator.testing.sink_contract import TIMEOUT, sample_events
+from orchestrator.testing.sink_contract import TIMEOUT
+
+_RUN = "20260101-120000-abcd"
+
+
+def make_state(task: str, status: TaskStatus, **fields: object) -> TrackedState:
+    """Return the state of a task with a status."""
+    report = {
+        "id": task,
+        "status": str(status),
+        "attempts": 1,
+        "landed": "1" * 40 if status is TaskStatus.LANDED else None,
+        "branch": None,
+        "reason": None,
+        "cost": 0.25,
+        "pull_request": None,
+        **fields,
+    }
+    return TrackedState(
+        run=_RUN,
+        task=report,
+        label=status.record.label,
+        has_ended=status in FINAL_STATUSES,
+        is_done=status in SUCCESS_STATUSES,
+        owner="process 1 on example",
+        heartbeat=1_767_265_200.0,
+        epoch=1,
+    )
 
 
 class TrackerContract(OptionsContract):
@@ -34,7 +62,7 @@ class TrackerContract(OptionsContract):
     """
 
     tracker_type: ClassVar[TrackerType]
-    own_keys: ClassVar[frozenset[str]] = frozenset({"use"})
+    own_keys: ClassVar[frozenset[str]] = frozenset({"use", "sync_interval"})
 
     def options_type(self) -> type[BaseModel]:
         """Return the tracker's `Options`."""
@@ -46,11 +74,11 @@ class TrackerContract(OptionsContract):
             async with self.tracker_type(options) as tracker:
                 return await tracker.tasks()
 
-    async def send_events(self, options: BaseModel, *events: RecordedEvent) -> None:
-        """Open the tracker and send events."""
+    async def sync(self, options: BaseModel, *states: TrackedState) -> SyncResult:
+        """Open the tracker and synchronize it."""
         with anyio.fail_after(TIMEOUT):
             async with self.tracker_type(options) as tracker:
-                await tracker.send(events)
+                return await tracker.sync(states)
 
     async def test_open_tasks_are_valid_tasks_of_a_file(self, tmp_path: Path) -> None:
         """Ids are unique in any case, prompts not empty, `needs` refer to listed tasks."""
@@ -66,32 +94,30 @@ class TrackerContract(OptionsContract):
         options = self.validated(tmp_path)
         assert await self.open_tasks(options) == await self.open_tasks(options)
 
-    async def test_landed_task_is_not_open(self, tmp_path: Path) -> None:
-        """A repeated event changes nothing, and the other tasks stay open."""
+    @pytest.mark.parametrize("status", sorted(SUCCESS_STATUSES))
+    async def test_finished_task_is_not_open(self, tmp_path: Path, status: TaskStatus) -> None:
+        """A repeated synchronization changes nothing, and the other tasks stay open."""
         options = self.validated(tmp_path)
         first, *rest = await self.open_tasks(options)
-        landed = _event("task.landed", first.id)
-        await self.send_events(options, landed, landed)
+        state = make_state(first.id, status)
+        for _ in range(2):
+            assert not (await self.sync(options, state)).requests
         left = await self.open_tasks(options)
         assert [task.id for task in left] == [task.id for task in rest]
 
-    @pytest.mark.parametrize("kind", ["started", "retrying", "failed", "cancelled", "no_change", "conflict"])
-    async def test_task_that_has_not_landed_stays_open(self, tmp_path: Path, kind: str) -> None:
-        """Another run may execute the task."""
+    @pytest.mark.parametrize("status", sorted(set(TaskStatus) - SUCCESS_STATUSES))
+    async def test_unfinished_task_is_open_for_its_run(self, tmp_path: Path, status: TaskStatus) -> None:
+        """Nobody has requested anything, and the tracker shows the next state too."""
         options = self.validated(tmp_path)
-        tasks = await self.open_tasks(options)
-        await self.send_events(options, _event(f"task.{kind}", tasks[0].id))
-        assert [task.id for task in await self.open_tasks(options)] == [task.id for task in tasks]
+        first, *rest = await self.open_tasks(options)
+        for _ in range(2):
+            assert not (await self.sync(options, make_state(first.id, status))).requests
+        assert not (await self.sync(options, make_state(first.id, TaskStatus.LANDED))).requests
+        assert [task.id for task in await self.open_tasks(options)] == [task.id for task in rest]
 
-    async def test_events_of_other_tasks_are_accepted(self, tmp_path: Path) -> None:
-        """A tracker receives all events of the run, also those of tasks not in its list."""
+    async def test_state_of_a_task_that_has_left_the_list_is_accepted(self, tmp_path: Path) -> None:
+        """A person may have deleted it."""
         options = self.validated(tmp_path)
         tasks = await self.open_tasks(options)
-        others = [event for event in sample_events() if event.event.data.get("task") not in {task.id for task in tasks}]
-        await self.send_events(options, *others, _event("task.landed", "no-task-of-this-list"))
+        await self.sync(options, make_state("no-task-of-this-list", TaskStatus.LANDED))
         assert await self.open_tasks(options) == tasks
-
-
-def _event(kind: str, task: str) -> RecordedEvent:
-    data = {"run": "20260101-120000-abcd", "task": task, "attempt": 1, "landed": "1" * 40, "reason": "none"}
-    return RecordedEvent(7, 1_767_265_200.0, Event(kind, data))

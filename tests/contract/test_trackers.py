@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from orchestrator.builtin.checklist import ChecklistTracker
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.errors import RefusedError
-from orchestrator.protocols import Event, RecordedEvent
-from orchestrator.testing.tracker_contract import TrackerContract
+from orchestrator.protocols import SyncResult, TrackedState, TrackerRequest
+from orchestrator.testing.tracker_contract import TrackerContract, make_state
 
 TEXT = """\
 # To do\r
@@ -62,7 +63,7 @@ class TestChecklist(TrackerContract):
         path.rename(tmp_path / "real.md")
         path.symlink_to("real.md")
         path.chmod(0o640)
-        await self.send_events(options, _landed("ends"), _landed("models"))
+        await self.sync(options, _landed("ends"), _landed("models"))
         expected = TEXT.replace("[ ] Add a User", "[x] Add a User").replace("[ ] Ünïcode", "[x] Ünïcode")
         assert path.read_bytes() == expected.encode()
         assert path.is_symlink()
@@ -73,8 +74,15 @@ class TestChecklist(TrackerContract):
         """Moved items are found, deleted ones are no error."""
         options = self.validated(tmp_path)
         (tmp_path / "todo.md").write_text("- [ ] New\n- [ ] Add a User model {#models}\n")
-        await self.send_events(options, _landed("models"), _landed("ends"))
+        await self.sync(options, _landed("models"), _landed("ends"))
         assert (tmp_path / "todo.md").read_text() == "- [ ] New\n- [x] Add a User model {#models}\n"
+
+    async def test_item_ticked_by_a_person_cancels_its_task(self, tmp_path: Path) -> None:
+        """Unless the task has ended."""
+        options = self.validated(tmp_path)
+        (tmp_path / "todo.md").write_text("- [x] Add a User model {#models}\n- [x] Done {#ends}\n")
+        states = make_state("models", TaskStatus.RUNNING), make_state("ends", TaskStatus.FAILED)
+        assert await self.sync(options, *states) == SyncResult([TrackerRequest("ticked-models", "models", "cancel")])
 
     @pytest.mark.parametrize(
         ("text", "what"),
@@ -104,5 +112,5 @@ class TestChecklist(TrackerContract):
             await self.open_tasks(options)
 
 
-def _landed(task: str) -> RecordedEvent:
-    return RecordedEvent(1, 0.0, Event("task.landed", {"run": "r", "task": task}))
+def _landed(task: str) -> TrackedState:
+    return make_state(task, TaskStatus.LANDED)

@@ -22,7 +22,10 @@ from orchestrator.config.source.validation import validate
 from orchestrator.config.source.values import read_value
 from orchestrator.config.store import MEMORY
 from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.settings.fields import NO_WORKFLOW
+from orchestrator.domain.settings.names import entry_of_adapter
 from orchestrator.domain.settings.run_settings import TaskSpec
+from orchestrator.domain.wording import suggest
 from orchestrator.engine.diagnostics.preflight import (
     check_branches,
     check_checkout,
@@ -121,13 +124,20 @@ async def _fetch_tracked_tasks(
     try:
         with plugin_code(RefusedError, TimeoutError), anyio.fail_after(FETCH_TIMEOUT):
             async with open_tracker() as tracker:
-                return [TrackedTask(task.id, task.prompt, tuple(task.needs)) for task in await tracker.tasks()]
+                return [_checked(task) for task in await tracker.tasks()]
     except RefusedError as error:
         raise RefusedError(f"tracker {name!r}: {error.message}", error.remedy) from error
     except TimeoutError as error:
         raise RefusedError(f"tracker {name!r} did not list its tasks within {FETCH_TIMEOUT:g} s", remedy) from error
     except PluginFailed as failed:
         raise RefusedError(f"tracker {name!r} can't list its tasks: {failed}", remedy) from failed
+
+
+def _checked(task: TrackedTask) -> TrackedTask:
+    """Return a task of a tracker with tuples; raise AttributeError or TypeError if it is none."""
+    return TrackedTask(
+        task.id, task.prompt, tuple(task.needs), task.priority, tuple(task.owns), task.adapter, task.workflow
+    )
 
 
 async def create_merge_run(context: ProjectContext, run: str) -> str:
@@ -195,8 +205,8 @@ def add_tracked_tasks(
 ) -> RunConfig:
     """Return the run with the tasks of its trackers (by tracker) after its own tasks.
 
-    They are equivalent to tasks in the file with the same id, prompt and needs. Raises ConfigError with all errors,
-    located by paths such as `trackers.todo[0].prompt`.
+    They are equivalent to tasks in the file with the same fields. Raises ConfigError with all errors, located by paths
+    such as `trackers.todo[0].prompt`.
     """
     problems = Problems(config.path)
     own, tracked = _nodes(config.tasks, found, problems)
@@ -204,6 +214,7 @@ def add_tracked_tasks(
     references.check_size(everything, problems)
     references.check_ids(everything, problems)
     references.check_needs(everything, problems)
+    _check_names(tracked, config, problems)
     entries = [validate(Task, node, problems) for node in tracked]
     prompts = references.read_prompts(ours, config.path.parent, problems)
     template = config.template
@@ -215,7 +226,13 @@ def add_tracked_tasks(
     trackers = [name for name, tasks in found.items() for _ in tasks]
     specs = [
         template.model_copy(
-            update={"id": entry.id, "prompt": prompts[index], **resolve_needs(entry), "tracker": trackers[index]}
+            update={
+                **_settings(entry, config),
+                "id": entry.id,
+                "prompt": prompts[index],
+                **resolve_needs(entry),
+                "tracker": trackers[index],
+            }
         )
         for index, entry in enumerate(entries)
         if entry is not None
@@ -237,7 +254,34 @@ def _nodes(
 
 
 def _facts(task: TaskSpec | TrackedTask) -> dict[str, object]:
-    return {"id": task.id, "prompt": task.prompt, "needs": list(task.needs)}
+    facts: dict[str, object] = {"id": task.id, "prompt": task.prompt, "needs": list(task.needs)}
+    if isinstance(task, TaskSpec):
+        return facts
+    settings = {"priority": task.priority, "owns": list(task.owns), "adapter": task.adapter, "workflow": task.workflow}
+    return facts | {key: value for key, value in settings.items() if value not in (None, [])}
+
+
+def _check_names(tracked: Sequence[Node], config: RunConfig, problems: Problems) -> None:
+    """Report adapters and workflows of tracked tasks that the file does not have."""
+    known = {"adapter": [*map(entry_of_adapter, config.adapters), *config.adapters], "workflow": config.workflows}
+    for task in tracked:
+        for key, names in known.items():
+            node = task.get(key)
+            if node is not None and node.value not in names and (key, node.value) != ("workflow", NO_WORKFLOW):
+                remedy = suggest(str(node.value), names, f"the {key}s of the file")
+                problems.add(node.at, f"there is no {key} {node.value!r} in the file", remedy)
+
+
+def _settings(entry: Task, config: RunConfig) -> dict[str, object]:
+    """Return the settings of a tracked task that replace the defaults of the file."""
+    update: dict[str, object] = {name: getattr(entry, name) for name in entry.model_fields_set & {"priority", "owns"}}
+    if entry.adapter is not None:
+        accounts = [one for one in config.adapters if entry.adapter in (one, entry_of_adapter(one))]
+        update |= {"adapter": accounts[0], "fallback": tuple(accounts[1:])}
+    if entry.workflow is not None:
+        is_none = entry.workflow == NO_WORKFLOW
+        update |= {"workflow": None if is_none else entry.workflow, "context": {} if is_none else config.context}
+    return update
 
 
 def _as_root(tasks: Sequence[Node]) -> Node:

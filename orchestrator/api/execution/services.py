@@ -1,4 +1,4 @@
-"""Services of an executing run: event sinks, views, and handling of store outages."""
+"""Services of an executing run: event sinks, trackers, views, and handling of store outages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import anyio
 import anyio.to_thread
 
 from orchestrator.api.context import ProjectContext
+from orchestrator.api.run_reader import RunReader
 from orchestrator.config.store import MEMORY
 from orchestrator.domain.events.base import TypedEvent
 from orchestrator.domain.events.runs import ViewsFailing
@@ -19,8 +20,10 @@ from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.engine.sinks import EventSubscriber, forward_events
+from orchestrator.engine.tracker_sync import TrackedRun, TrackerLink, sync_trackers
 from orchestrator.engine.views import export_views
 from orchestrator.errors import CouncilError
+from orchestrator.locking.claims import read_claims
 from orchestrator.plugins import Plugins
 from orchestrator.protocols import Commit, Event
 from orchestrator.state.documents.validation import DOCUMENT_KINDS
@@ -33,11 +36,12 @@ _VIEWS_TIMEOUT = 10.0
 
 @asynccontextmanager
 async def background_services(context: ProjectContext, run: RunDocument) -> AsyncIterator[None]:
-    """Forward events to sinks and trackers during the body; update views after it."""
+    """Forward events to sinks and synchronize with trackers during the body; update views after it."""
     redactor = Redactor(secret_values(context.environ))
-    subscribers = _subscribers(await context.plugins.load(), run)
-    forward = partial(forward_events, context.store, context.clock, redactor, run.id, subscribers)
-    async with forward():
+    plugins = await context.plugins.load()
+    forward = partial(forward_events, context.store, context.clock, redactor, run.id, _subscribers(plugins, run))
+    links, read = tracker_links(plugins, run), partial(read_tracked_run, context, run.id)
+    async with forward(), sync_trackers(context.store, context.clock, redactor, run.id, links, read):
         yield
         await flush_outage_events(context.store)
     while await flush_outage_events(context.store):  # of an outage during the last delivery
@@ -61,17 +65,30 @@ async def _update_views(context: ProjectContext, run: str) -> None:
 
 
 def _subscribers(plugins: Plugins, run: RunDocument) -> list[EventSubscriber]:
-    """Return the subscribers for a run's sinks and trackers.
+    """Return the subscribers for a run's sinks.
 
     Opening a subscriber reports a missing plugin.
     """
     return [
-        EventSubscriber("sink", name, sink.events, partial(plugins.open, "sink", name, sink))
+        EventSubscriber(name, sink.events, partial(plugins.open, "sink", name, sink))
         for name, sink in run.sinks.items()
-    ] + [
-        EventSubscriber("tracker", name, ("*",), partial(plugins.open, "tracker", name, tracker))
+    ]
+
+
+def tracker_links(plugins: Plugins, run: RunDocument) -> list[TrackerLink]:
+    """Return the trackers of a run; opening one reports a missing plugin."""
+    return [
+        TrackerLink(name, tracker.sync_interval, partial(plugins.open, "tracker", name, tracker))
         for name, tracker in run.trackers.items()
     ]
+
+
+async def read_tracked_run(context: ProjectContext, run: str) -> TrackedRun:
+    """Return a run as its trackers see it."""
+    reader = RunReader(context)
+    record = await reader.record(run)
+    report = reader.describe(record, is_live=record.run.ended is None)
+    return TrackedRun(record, report, await read_claims(context.store, run))
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from orchestrator.domain.documents.times import Instant
 
@@ -40,9 +40,10 @@ class RunLease(_Stored):
 
 
 class Cursor(_Stored):
-    """The position of a sink or tracker."""
+    """The position of a sink, or the requests of a tracker that were passed on."""
 
-    position: int
+    position: int = 0
+    handled: list[str] = Field(default_factory=list)
 
 
 class SharedValue(_Stored):

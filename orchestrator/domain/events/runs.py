@@ -446,7 +446,7 @@ class SinkUndelivered(RunEvent):
 
 
 class TrackerFailing(RunEvent):
-    """Delivery to a tracker failed; it is retried with increasing delays."""
+    """The synchronization with a tracker failed; it is retried with increasing delays."""
 
     type = "tracker.failing"
     sentence = "tracker {tracker} failed and will be retried: {reason}"
@@ -456,7 +456,7 @@ class TrackerFailing(RunEvent):
 
 
 class TrackerRecovered(RunEvent):
-    """Delivery to the tracker works again."""
+    """The synchronization with the tracker works again."""
 
     type = "tracker.recovered"
     sentence = "tracker {tracker} recovered"
@@ -464,35 +464,52 @@ class TrackerRecovered(RunEvent):
     tracker: str
 
 
-class TrackerSkipped(RunEvent):
-    """The log no longer contains some events that the tracker has not received.
+class TrackerOutdated(RunEvent):
+    """The tracker does not show the state of the tasks at the end of the run.
 
-    Delivery continues after them.
+    `council sync` updates it.
     """
 
-    type = "tracker.skipped"
-    sentence = "tracker {tracker} missed the events of positions {after} to {until}, which the log no longer has"
-    shown = Shown.NEVER
+    type = "tracker.outdated"
+    sentence = "tracker {tracker} does not show the end of the run; to update it: `council sync {run}`"
 
     tracker: str
-    after: int
-    """The position of the last event that the tracker received."""
-    until: int
-    """The last position that the tracker missed."""
 
 
-class TrackerUndelivered(RunEvent):
-    """The tracker has not received all events at the end of the run.
+class TrackerConflict(RunEvent):
+    """Another run that is alive claims a task in the tracker, which keeps showing that run."""
 
-    `council resume` delivers the rest.
-    """
-
-    type = "tracker.undelivered"
-    sentence = "tracker {tracker} has not received {undelivered} events; to deliver them: `council resume {run}`"
+    type = "tracker.conflict"
+    sentence = "tracker {tracker} shows another run for {task}"
 
     tracker: str
-    undelivered: int
-    """The number of missing events."""
+    task: str
+
+
+class TrackerRequested(RunEvent):
+    """A person requested an action in the tracker."""
+
+    type = "tracker.requested"
+    sentence = "requested in tracker {tracker}: {action} {task}"
+
+    tracker: str
+    task: str
+    action: str
+    request: str
+    """The name of the request in the tracker."""
+
+
+class TrackerRequestRefused(RunEvent):
+    """A person requested an action in the tracker that the state of the task does not allow."""
+
+    type = "tracker.request_refused"
+    sentence = "refused a request in tracker {tracker}, {action} {task}: {reason}"
+
+    tracker: str
+    task: str
+    action: str
+    request: str
+    reason: str
 
 
 class ViewsFailing(RunEvent):

@@ -497,7 +497,9 @@ class TrackerSettings(Settings):
     """An external task list, without the options of its type."""
 
     use: str
-    """The kind of tracker: `checklist`, or one from an installed plugin."""
+    """The kind of tracker: `checklist`, `github`, `gitlab`, or one from an installed plugin."""
+    sync_interval: Duration = 60.0
+    """How often the tracker shows the states of tasks and looks for requests, in addition to when a task changes."""
 
 
 class _WithOptions(Settings):

@@ -24,7 +24,7 @@ import os
 from contextlib import asynccontextmanager
 from pathlib import Path
 from pydantic import BaseModel, ConfigDict
-from orchestrator.protocols import TrackedTask
+from orchestrator.protocols import SyncResult, TrackedTask, TrackerRequest
 
 
 class Moody:
@@ -49,6 +49,13 @@ class Moody:
 
     async def tasks(self):
         return eval((self.folder / "tasks").read_text(), {"Task": TrackedTask})
+
+    async def sync(self, states):
+        with (self.folder / "shown").open("a") as file:
+            file.writelines(f"{one.id} {one.label} {one.owner is not None}\\n" for one in states)
+        asked = self.folder / "requests"
+        requests = eval(asked.read_text(), {"Request": TrackerRequest}) if asked.exists() else []
+        return SyncResult(requests)
 
 
 @hookimpl
@@ -316,8 +323,47 @@ async def test_tasks_of_a_tracker_and_the_file_can_need_each_other(repository: R
     ended = repository.council("run", str(config), "--json")
     assert ended.states == {"own": "landed", "last": "landed", "mid": "landed"}, ended
     assert (repository.top / "log.txt").read_text() == "1\n2\n3\n"
-    assert len((moody / "arrived").read_text().splitlines()) == len(_events(ended))
+    assert {"last landed False", "mid landed False"} <= set((moody / "shown").read_text().splitlines()[-2:])
+    assert "own" not in (moody / "shown").read_text()
     await repository.assert_invariants()
+
+
+async def test_tracker_shows_a_live_task_and_passes_on_each_request_once(repository: Repository, moody: Path) -> None:
+    """A person cancels a running task in the list, and retries it after the run; refused requests are reported."""
+    (moody / "tasks").write_text("[Task('hangs', 'hang'), Task('other', 'write other.txt 1', priority=5)]")
+    trackers = {"m": {"use": "moody", "folder": str(moody), "sync_interval": "100ms"}}
+    child = repository.start("run", str(repository.configure([], trackers=trackers)), "--json")
+    wait_for(lambda: (moody / "shown").exists() and "hangs running True" in (moody / "shown").read_text())
+    (moody / "requests").write_text("[Request('1', 'hangs', 'cancel'), Request('2', 'other', 'approve')]")
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert ended.states == {"hangs": "cancelled", "other": "landed"}, ended
+    events = [line for line in _events(ended) if line["event"].startswith("tracker.")]
+    assert [(one["event"], one["task"]) for one in events] == [
+        ("tracker.requested", "hangs"),
+        ("tracker.request_refused", "other"),
+    ]
+    assert {"hangs cancelled False", "other landed False"} == set((moody / "shown").read_text().splitlines()[-2:])
+    assert repository.council("resume").code == 1
+    assert repository.council("state", "log", "--json").stdout.count('"tracker.requested"') == 1
+    await repository.assert_invariants()
+
+
+def test_settings_of_a_tracked_task_replace_the_defaults(repository: Repository, moody: Path) -> None:
+    (moody / "tasks").write_text(
+        "[Task('a', 'x', priority=7, owns=['src/**'], adapter='other'), Task('b', 'x', adapter='none')]"
+    )
+    trackers = {"m": {"use": "moody", "folder": str(moody)}}
+    adapters = {"fake": {"use": "command", "argv": ["true"]}, "other": {"use": "command", "argv": ["true"]}}
+    config = repository.configure([], trackers=trackers, adapters=adapters, defaults={"adapter": "fake"})
+    refused = repository.council("run", str(config), "--json")
+    [error] = refused.result["errors"]
+    assert (error["path"], error["message"]) == ("trackers.m[1].adapter", "there is no adapter 'none' in the file")
+    (moody / "tasks").write_text("[Task('a', 'x', priority=7, owns=['src/**'], adapter='other'), Task('b', 'x')]")
+    planned = repository.council("run", str(config), "--dry-run", "--json")
+    tasks = {one["id"]: one for wave in planned.result["waves"] for one in wave["tasks"]}
+    assert (tasks["a"]["adapter"], tasks["a"]["priority"]) == ("other", 7), tasks
+    assert (tasks["b"]["adapter"], tasks["b"]["priority"]) == ("fake", 0), tasks
 
 
 @pytest.mark.extended_variants

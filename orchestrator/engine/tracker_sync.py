@@ -1,0 +1,327 @@
+"""Synchronize a run with its trackers: show the states of their tasks, and pass on what people request there.
+
+Each synchronization compares whole states, so that a lost or repeated one does no harm. It neither delays nor fails the
+run. A request is recorded together with the fact that it is handled: a person's request is performed once, even if a
+process is killed at any point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import anyio
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_exponential
+from tenacity.wait import wait_base
+
+from orchestrator.domain.events.base import RunEvent
+from orchestrator.domain.events.runs import (
+    RequestSubmitted,
+    TrackerConflict,
+    TrackerFailing,
+    TrackerOutdated,
+    TrackerRecovered,
+    TrackerRequested,
+    TrackerRequestRefused,
+)
+from orchestrator.domain.runs.model import RequestAction, RunRequest
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES
+from orchestrator.domain.scheduling.claims import Claim, OrchestratorLease
+from orchestrator.domain.security.secrets import Redactor
+from orchestrator.engine.reports.report import RunRecord, RunReport
+from orchestrator.engine.scheduler.requests import check_note, check_request
+from orchestrator.engine.state.records import cursor_key, request_key
+from orchestrator.errors import CouncilError, HistoryCompacted, PluginFailed, RefusedError, VersionConflict, plugin_code
+from orchestrator.protocols import Commit, Event, Store, SyncResult, TrackedState, Tracker, TrackerRequest, Write
+from orchestrator.system.background import run_in_background
+from orchestrator.system.clock import Clock
+from orchestrator.system.failpoints import failpoint
+
+#: The time limits of one call, and of the last synchronization of a run, in seconds.
+CALL_TIMEOUT: Final = 30.0
+LAST_TIMEOUT: Final = 10.0
+#: The minimum pause between two synchronizations, in seconds: changes in between are shown together.
+MIN_PAUSE: Final = 2.0
+_RETRY_WAIT: Final[wait_base] = wait_exponential(max=60.0)
+_FINAL_RETRY_DELAY: Final = 0.5
+_BLOCKED: Final = "blocked"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedRun:
+    """A run at one point in time, as its trackers see it."""
+
+    record: RunRecord
+    report: RunReport
+    claims: Mapping[str, Claim]
+
+    def states(self, tracker: str) -> list[TrackedState]:
+        """Return the states of the tasks of a tracker."""
+        leases = {one.owner.id: one for one in self.record.orchestrators}
+        return [
+            self._state(task.to_json(), self.claims.get(task.id), leases)
+            for task in self.report.tasks
+            if self.record.entries[task.id].tracker == tracker
+        ]
+
+    def _state(
+        self, task: dict[str, Any], claim: Claim | None, leases: Mapping[str, OrchestratorLease]
+    ) -> TrackedState:
+        is_blocked = task["status"] == _BLOCKED
+        status = self.record.tasks[task["id"]].status
+        owner = claim.owner if claim is not None and claim.released is None else None
+        lease = None if owner is None else leases.get(owner.id)
+        return TrackedState(
+            run=self.record.run.id,
+            task=task,
+            label=_BLOCKED if is_blocked else status.record.label,
+            has_ended=is_blocked or status in FINAL_STATUSES,
+            is_done=status in SUCCESS_STATUSES,
+            owner=None if owner is None else f"process {owner.pid} on {owner.host}",
+            heartbeat=None if lease is None else lease.heartbeat,
+            epoch=0 if claim is None else claim.epoch,
+            retries=0 if claim is None else claim.retries,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TrackerLink:
+    """A tracker of a run: its name, how often it is synchronized in seconds, and what opens it."""
+
+    name: str
+    interval: float
+    open: Callable[[], AbstractAsyncContextManager[Tracker]]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """The result of one synchronization with a tracker, for `council sync`."""
+
+    tracker: str
+    shown: int
+    """The number of tasks whose states were compared."""
+    requested: Sequence[str]
+    """The requests that were passed on, as `<action> <task>`."""
+    refused: Sequence[str]
+    """The requests that the states of their tasks do not allow, with the reasons."""
+    conflicts: Sequence[str]
+    """The tasks that another run claims in the list."""
+
+
+@asynccontextmanager
+async def sync_trackers(
+    store: Store,
+    clock: Clock,
+    redactor: Redactor,
+    run: str,
+    links: Sequence[TrackerLink],
+    read: Callable[[], Awaitable[TrackedRun]],
+) -> AsyncIterator[None]:
+    """Synchronize with the trackers during the body and once afterwards.
+
+    A tracker that does not show the end of the run is reported as `tracker.outdated`.
+    """
+    syncs = [TrackerSync(store, clock, redactor, run, link, read) for link in links]
+    watchers = [one.watch_changes for one in syncs]
+    async with run_in_background(*(one.repeat for one in syncs), *watchers, grace=LAST_TIMEOUT, grace_after_error=0):
+        yield
+        for one in syncs:
+            one.end()
+    for one in syncs:
+        await one.close()
+
+
+class TrackerSync:
+    """Synchronizes one run with one tracker."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        redactor: Redactor,
+        run: str,
+        link: TrackerLink,
+        read: Callable[[], Awaitable[TrackedRun]],
+    ) -> None:
+        self._store, self._clock, self._redactor = store, clock, redactor
+        self._run, self._link, self._read = run, link, read
+        self._key = cursor_key(run, "tracker", link.name)
+        self._conflicts = frozenset[str]()
+        self._is_finished = self._is_failing = False
+        self._changed, self._ended = anyio.Event(), anyio.Event()
+        self._watch_scope = anyio.CancelScope()
+
+    async def repeat(self) -> None:
+        """Synchronize until the end of the run; retry failures."""
+        retrying = AsyncRetrying(
+            retry=retry_if_result(lambda _: not self._is_finished), wait=self._choose_wait, sleep=self._pause
+        )
+        try:
+            await retrying(self._try)
+        except (CouncilError, OSError):  # the store is unavailable: the next process continues
+            return
+
+    async def watch_changes(self) -> None:
+        """Synchronize soon after a task of the run changes."""
+        with self._watch_scope:
+            while True:
+                try:
+                    async with aclosing(self._store.watch(await self._store.position())) as records:
+                        async for record in records:
+                            data = [event.data for event in record.events if not event.type.startswith("tracker.")]
+                            if any(one.get("run") == self._run and "task" in one for one in data):
+                                self._changed.set()
+                except HistoryCompacted:
+                    continue
+                except (CouncilError, OSError):
+                    return
+
+    def end(self) -> None:
+        """Stop after one more synchronization."""
+        self._watch_scope.cancel()
+        self._ended.set()
+        self._changed.set()
+
+    async def close(self) -> None:
+        """Report a tracker that does not show the end of the run."""
+        try:
+            if not self._is_finished:
+                await self._note(TrackerOutdated)
+        except (CouncilError, OSError):
+            return
+
+    async def sync_once(self, tracker: Tracker) -> SyncReport:
+        """Show the states of all tasks, and record the requests found.
+
+        Raises PluginFailed, RefusedError or TimeoutError if the tracker fails, CouncilError if the store does.
+        """
+        found = await self._read()
+        states = found.states(self._link.name)
+        result = await _call(lambda: tracker.sync(states)) if states else SyncResult()
+        requested, refused = await self._record(result, found)
+        return SyncReport(self._link.name, len(states), requested, refused, sorted(self._conflicts))
+
+    async def _try(self) -> None:
+        """Synchronize until the end or a failure, which is reported once."""
+        try:
+            await self._sync_until_end()
+        except (PluginFailed, RefusedError) as failed:
+            reason = str(failed)
+        except TimeoutError:
+            reason = f"timed out after {CALL_TIMEOUT:g} s"
+        else:
+            return
+        if not self._is_failing:
+            self._is_failing = True
+            await self._note(TrackerFailing, reason=self._redactor.text(reason))
+
+    async def _sync_until_end(self) -> None:
+        async with AsyncExitStack() as stack:
+            tracker = await _enter(stack, self._link.open)
+            while True:
+                is_last = self._ended.is_set()
+                await self.sync_once(tracker)
+                if self._is_failing:
+                    self._is_failing = False
+                    await self._note(TrackerRecovered)
+                if is_last:
+                    self._is_finished = True
+                    return
+                await self._wait()
+
+    async def _wait(self) -> None:
+        """Wait until the next synchronization is due."""
+        await self._clock.wait(self._changed, self._clock.monotonic() + self._link.interval)
+        await self._clock.wait(self._ended, self._clock.monotonic() + MIN_PAUSE)
+        self._changed = self._ended if self._ended.is_set() else anyio.Event()
+
+    async def _record(self, result: SyncResult, found: TrackedRun) -> tuple[list[str], list[str]]:
+        """Record new requests and conflicts in one commit; return those passed on, and those refused with reasons."""
+        cursor = await self._store.get(self._key)
+        handled: list[str] = [] if cursor is None else cursor.value.get("handled", [])
+        new = {one.id: one for one in result.requests if one.id not in handled}
+        added = [task for task in result.conflicts if task not in self._conflicts]
+        self._conflicts = frozenset(result.conflicts)
+        if not new and not added:
+            return [], []
+        position = 0 if cursor is None else cursor.value.get("position", 0)
+        value = {"position": position, "handled": [*handled, *new]}
+        writes = [Write(self._key, 0 if cursor is None else cursor.version, value)] if new else []
+        events: list[RunEvent] = [self._event(TrackerConflict, task=task) for task in added]
+        requested, refused = [], []
+        for request in new.values():
+            facts = {"task": request.task, "action": request.action, "request": request.id}
+            try:
+                made = self._to_request(request, found.record)
+            except RefusedError as error:
+                events.append(self._event(TrackerRequestRefused, reason=self._redactor.text(error.message), **facts))
+                refused.append(f"{request.action} {request.task}: {error.message}")
+                continue
+            writes.append(Write(request_key(self._run, made.id), 0, made.model_dump(mode="json")))
+            events.append(self._event(TrackerRequested, **facts))
+            events.append(RequestSubmitted(run=self._run, request=made.id, action=made.action, tasks=made.tasks))
+            requested.append(f"{request.action} {request.task}")
+        try:
+            await self._store.commit(Commit(writes, [Event.of(one) for one in events]))
+        except VersionConflict:  # another process passes them on
+            return [], []
+        failpoint("request.recorded")
+        return requested, refused
+
+    def _to_request(self, request: TrackerRequest, record: RunRecord) -> RunRequest:
+        """Return the request for the run's leader; raise RefusedError if the state of its task does not allow it."""
+        action = RequestAction(request.action)
+        check_note(request.note)
+        if request.action in {"cancel", "ignore"} and record.tasks[request.task].status in FINAL_STATUSES:
+            raise RefusedError(f"task {request.task!r} has already ended", "there is nothing to cancel")
+        check_request(action, (request.task,), record, is_live=True)
+        return RunRequest(
+            id=f"{self._link.name}-{request.id}",
+            action=action,
+            tasks=(request.task,),
+            asked=self._clock.now(),
+            reason=request.note,
+        )
+
+    def _event(self, event_type: Callable[..., RunEvent], **fields: Any) -> RunEvent:
+        return event_type(run=self._run, tracker=self._link.name, **fields)
+
+    async def _note(self, event_type: Callable[..., RunEvent], **fields: Any) -> None:
+        await self._store.commit(Commit([], [Event.of(self._event(event_type, **fields))]))
+
+    def _choose_wait(self, state: RetryCallState) -> float:
+        return min(_RETRY_WAIT(state), _FINAL_RETRY_DELAY) if self._ended.is_set() else _RETRY_WAIT(state)
+
+    async def _pause(self, delay: float) -> None:
+        is_last = self._ended.is_set()
+        await self._clock.wait(anyio.Event() if is_last else self._ended, self._clock.monotonic() + delay)
+
+
+async def _enter(stack: AsyncExitStack, open_tracker: Callable[[], AbstractAsyncContextManager[Tracker]]) -> Tracker:
+    with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
+        return await stack.enter_async_context(open_tracker())
+
+
+async def _call(call: Callable[[], Awaitable[T]]) -> T:
+    """Call a plugin in a separate task, so that a cancellation inside it does not cancel the run."""
+    results: list[T] = []
+    raised: BaseException | None = RuntimeError("the tracker cancelled its own task")
+
+    async def run() -> None:
+        nonlocal raised
+        try:
+            with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
+                results.append(await call())
+            raised = None
+        except (PluginFailed, RefusedError, TimeoutError) as failed:
+            raised = failed
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+    if raised is not None:
+        raise raised if isinstance(raised, CouncilError | TimeoutError) else PluginFailed(raised)
+    return results[0]
