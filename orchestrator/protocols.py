@@ -63,6 +63,7 @@ __all__ = [
     "ProfileFormat",
     "Program",
     "RecordedEvent",
+    "RequestedAction",
     "SessionCommand",
     "SessionEnd",
     "SessionEvent",
@@ -972,6 +973,9 @@ class TrackedState:
         return str(self.task["id"])
 
 
+RequestedAction = Literal["retry", "cancel", "ignore", "approve", "reject"]
+
+
 @dataclass(frozen=True, slots=True)
 class TrackerRequest:
     """An action that a person requests in the list, such as by a comment."""
@@ -979,7 +983,7 @@ class TrackerRequest:
     id: str
     """The name of the request, unique in the list: each is performed once."""
     task: str
-    action: Literal["retry", "cancel", "ignore", "approve", "reject"]
+    action: RequestedAction
     note: str | None = None
     """The reason, or the comment on an approval or rejection."""
 

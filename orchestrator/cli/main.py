@@ -50,6 +50,7 @@ COMMANDS_BY_SECTION: Mapping[str, Mapping[str, tuple[str, str]]] = {
             "List predicted merge conflicts between the running sessions of a run.",
         ),
         "queue": ("runs.queue:queue", "Show the merge queue of a run, and why each task waits."),
+        "sync": ("runs.sync:sync", "Show the states of a run's tasks in its trackers, and read the requests there."),
         "locks": ("state.locks:locks", "List locks with their holders, times and waiters."),
         "where": ("runs.status:where", "Print the locations of the state, the logs and the repositories."),
     },

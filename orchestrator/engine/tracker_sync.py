@@ -194,11 +194,15 @@ class TrackerSync:
         except (CouncilError, OSError):
             return
 
-    async def sync_once(self, tracker: Tracker) -> SyncReport:
-        """Show the states of all tasks, and record the requests found.
+    async def once(self) -> SyncReport:
+        """Open the tracker, show the states of all tasks, and record the requests found.
 
         Raises PluginFailed, RefusedError or TimeoutError if the tracker fails, CouncilError if the store does.
         """
+        async with AsyncExitStack() as stack:
+            return await self._sync(await _enter(stack, self._link.open))
+
+    async def _sync(self, tracker: Tracker) -> SyncReport:
         found = await self._read()
         states = found.states(self._link.name)
         result = await _call(lambda: tracker.sync(states)) if states else SyncResult()
@@ -224,7 +228,7 @@ class TrackerSync:
             tracker = await _enter(stack, self._link.open)
             while True:
                 is_last = self._ended.is_set()
-                await self.sync_once(tracker)
+                await self._sync(tracker)
                 if self._is_failing:
                     self._is_failing = False
                     await self._note(TrackerRecovered)

@@ -1,8 +1,9 @@
 """Creation and execution of runs in this process, and requests on runs.
 
 `RunExecutor` runs tasks, `RunController` performs requests of a user, `perform_dry_run` checks a run without starting
-it, `find_invisible_files` warns of files that sessions can't see, `start_in_background` starts another process. Each is
-imported on first use: commands that only show a run need none of them, and no command needs all.
+it, `find_invisible_files` warns of files that sessions can't see, `start_in_background` starts another process,
+`sync_with_trackers` updates external task lists. Each is imported on first use: commands that only show a run need none
+of them, and no command needs all.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.api.execution.creation import create_merge_run, create_run
     from orchestrator.api.execution.dry_run import find_invisible_files, perform_dry_run
     from orchestrator.api.execution.executor import RunExecutor
+    from orchestrator.api.execution.services import sync_with_trackers
 
 __all__ = [
     "BackgroundProcess",
@@ -27,6 +29,7 @@ __all__ = [
     "find_invisible_files",
     "perform_dry_run",
     "start_in_background",
+    "sync_with_trackers",
 ]
 
 if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown names
@@ -38,5 +41,6 @@ if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown
             "executor": ["RunExecutor"],
             "creation": ["create_merge_run", "create_run"],
             "dry_run": ["find_invisible_files", "perform_dry_run"],
+            "services": ["sync_with_trackers"],
         },
     )

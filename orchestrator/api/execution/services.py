@@ -20,9 +20,9 @@ from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.engine.sinks import EventSubscriber, forward_events
-from orchestrator.engine.tracker_sync import TrackedRun, TrackerLink, sync_trackers
+from orchestrator.engine.tracker_sync import SyncReport, TrackedRun, TrackerLink, TrackerSync, sync_trackers
 from orchestrator.engine.views import export_views
-from orchestrator.errors import CouncilError
+from orchestrator.errors import CouncilError, PluginFailed, RefusedError
 from orchestrator.locking.claims import read_claims
 from orchestrator.plugins import Plugins
 from orchestrator.protocols import Commit, Event
@@ -89,6 +89,28 @@ async def read_tracked_run(context: ProjectContext, run: str) -> TrackedRun:
     record = await reader.record(run)
     report = reader.describe(record, is_live=record.run.ended is None)
     return TrackedRun(record, report, await read_claims(context.store, run))
+
+
+async def sync_with_trackers(context: ProjectContext, run: RunDocument) -> list[SyncReport]:
+    """Synchronize a run with all of its trackers once.
+
+    Raises RefusedError if a tracker fails; the others are synchronized.
+    """
+    redactor, read = Redactor(secret_values(context.environ)), partial(read_tracked_run, context, run.id)
+    reports, failures = [], []
+    for link in tracker_links(await context.plugins.load(), run):
+        sync = TrackerSync(context.store, context.clock, redactor, run.id, link, read)
+        try:
+            reports.append(await sync.once())
+        except TimeoutError:
+            failures.append(RefusedError(f"tracker {link.name!r} timed out", "try again later"))
+        except (PluginFailed, RefusedError) as error:
+            remedy = error.remedy if isinstance(error, RefusedError) else "fix the tracker"
+            message = error.message if isinstance(error, RefusedError) else str(error)
+            failures.append(RefusedError(f"tracker {link.name!r}: {redactor.text(message)}", remedy))
+    if failures:
+        raise failures[0]
+    return reports
 
 
 @asynccontextmanager

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from orchestrator.config.coordination import CoordinationOverrides
     from orchestrator.config.model import RunConfig
     from orchestrator.domain.settings.run_settings import Budget
+    from orchestrator.engine.tracker_sync import SyncReport
     from orchestrator.sessions.terminal import UserTerminal
 
 #: The events that end a run's event stream, until the run is resumed.
@@ -195,6 +196,18 @@ class Runs(RunIndex):
         holds = find_conflict_holds(record.run, record.tasks, priorities)
         held, bumped, stacked = record.run.held, record.run.bumped, find_stack_waits(record.tasks)
         return describe_queue(QueueFacts(name, record.tasks, priorities, held, holds, stacked, bumped, active, is_live))
+
+    async def sync(self, run: str | None = None) -> Sequence[SyncReport]:
+        """Synchronize a run with its trackers once: show the states of tasks, and record what people request there.
+
+        The leader of the run performs the requests, or the next `resume`. Raises RefusedError if the run has no
+        trackers, or if one fails.
+        """
+        document = await read_run(self.context.store, await self.find(run))
+        if not document.trackers:
+            raise RefusedError(f"run {document.id} has no trackers", "add some to the file, and start a new run")
+        await self.context.check_writable()
+        return await execution.sync_with_trackers(self.context, document)
 
     async def list(self, *, active: bool = False) -> Sequence[RunReport]:
         """Return the reports of all runs of the project, oldest first.

@@ -1,0 +1,111 @@
+"""What the trackers need from a forge, as the base of `github` and `gitlab`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import anyio
+
+from orchestrator.forges.issues import Issue
+
+if TYPE_CHECKING:
+    from orchestrator.forges.http import ForgeHttp
+
+#: Requests at the same time: forges ask for few.
+_CONCURRENCY: Final = 4
+
+
+class Forge(ABC):
+    """The issues of one repository."""
+
+    #: The field with the number of an issue, and the state of an open one.
+    number_field: ClassVar[str]
+    open_state: ClassVar[str]
+
+    def __init__(self, http: ForgeHttp) -> None:
+        self.http = http
+        self._limiter = anyio.CapacityLimiter(_CONCURRENCY)
+        self._own: Any = None
+        self._trusted: dict[Any, bool] = {}
+
+    @abstractmethod
+    async def list_selected(self) -> Sequence[Mapping[str, Any]]:
+        """Return the selected open issues, as the API lists them."""
+
+    @abstractmethod
+    async def read(self, number: int) -> Mapping[str, Any] | None:
+        """Return an issue, as in the list; None if it does not exist."""
+
+    @abstractmethod
+    async def complete(self, found: Mapping[str, Any]) -> Issue:
+        """Return a listed issue with its comments, dependencies and permissions."""
+
+    @abstractmethod
+    async def write_comment(self, number: int, comment: int | None, body: str) -> None:
+        """Write a comment, or replace an existing one."""
+
+    @abstractmethod
+    async def change_labels(self, number: int, added: Collection[str], removed: Collection[str]) -> None:
+        """Add and remove labels; the others stay."""
+
+    @abstractmethod
+    async def close(self, number: int) -> None:
+        """Close an issue as completed."""
+
+    @abstractmethod
+    async def read_own_user(self) -> Any:
+        """Return the user of the token; None if it has none, such as the token of an app."""
+
+    @abstractmethod
+    async def may_write(self, user: Any) -> bool:
+        """Return True if a user may write to the repository."""
+
+    async def is_trusted(self, user: Any) -> bool:
+        """Return True for the user of the token, and for users who may write to the repository."""
+        if self._own is None:
+            self._own = await self.read_own_user() or ""
+        if user in (None, "", self._own):
+            return bool(user)
+        if user not in self._trusted:
+            self._trusted[user] = await self.may_write(user)
+        return self._trusted[user]
+
+    async def open_issues(self) -> list[Issue]:
+        """Return the selected open issues, with their comments."""
+        return await self._complete_all(await self.list_selected())
+
+    async def issues(self, numbers: Collection[int]) -> list[Issue]:
+        """Return these issues, with their comments; missing ones are left out."""
+        return await self._complete_all(await self._read_all(numbers))
+
+    async def open_among(self, numbers: Collection[int]) -> set[int]:
+        """Return those of the issues that are open."""
+        found = await self._read_all(numbers)
+        return {one[self.number_field] for one in found if one["state"] == self.open_state}
+
+    async def _read_all(self, numbers: Collection[int]) -> list[Mapping[str, Any]]:
+        found: dict[int, Mapping[str, Any]] = {}
+
+        async def read(number: int) -> None:
+            async with self._limiter:
+                if (one := await self.read(number)) is not None:
+                    found[number] = one
+
+        async with anyio.create_task_group() as group:
+            for number in numbers:
+                group.start_soon(read, number)
+        return [found[number] for number in sorted(found)]
+
+    async def _complete_all(self, found: Sequence[Mapping[str, Any]]) -> list[Issue]:
+        issues: dict[int, Issue] = {}
+
+        async def complete(one: Mapping[str, Any]) -> None:
+            async with self._limiter:
+                issues[one[self.number_field]] = await self.complete(one)
+
+        async with anyio.create_task_group() as group:
+            for one in found:
+                group.start_soon(complete, one)
+        return [issues[one[self.number_field]] for one in found]

@@ -1,0 +1,162 @@
+"""The tracker `gitlab`: issues of a project on gitlab.com or on another GitLab server are tasks.
+
+    trackers:
+      issues:
+        use: gitlab
+        project: acme/shop
+        labels: [council]
+
+The API is that of docs.gitlab.com/api, version 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
+from urllib.parse import quote, urlsplit
+
+import pluggy
+from pydantic import BaseModel, Field
+
+from orchestrator.forges.forge import Forge
+from orchestrator.forges.issues import RETRY_LABEL, Comment, Issue
+from orchestrator.forges.tracker import Connection, ForgeOptions, ForgeTracker, find_token
+from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterTracker
+
+if TYPE_CHECKING:
+    from orchestrator.forges.http import ForgeHttp
+
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
+
+_REMEDIES: Final = {
+    401: "set the variable of `token` to a valid token with the scope `api`",
+    403: "use a token with the scope `api` of a user who may edit issues",
+    404: "check `project`, and that the token may read it",
+}
+#: The access level of developers, who may push (docs.gitlab.com, "Valid access levels").
+_DEVELOPER: Final = 30
+
+
+class GitLabOptions(ForgeOptions):
+    """The options of a tracker with `use: gitlab`."""
+
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)+$")]
+    """The project, `group/name`."""
+    api: str = "https://gitlab.com/api/v4"
+    """The URL of the API."""
+    token: str = "GITLAB_TOKEN"  # noqa: S105  the name of a variable
+    """The variable with the token. If it is not set, `glab config get token` is asked."""
+    query: str | None = None
+    """Only issues whose title or description contains this text."""
+
+
+class GitLab(Forge):
+    """The issues of one project on GitLab."""
+
+    number_field, open_state = "iid", "opened"
+
+    def __init__(self, http: ForgeHttp, options: GitLabOptions) -> None:
+        super().__init__(http)
+        self._options, self._project = options, f"projects/{quote(options.project, safe='')}"
+
+    async def list_selected(self) -> Sequence[Mapping[str, Any]]:
+        """Return the selected open issues, as the API lists them."""
+        options = self._options
+        filters: dict[str, str] = {"state": "opened", "order_by": "created_at", "sort": "asc"}
+        filters |= {"labels": ",".join(options.labels)} if options.labels else {}
+        filters |= {"assignee_username": options.assignee} if options.assignee else {}
+        filters |= {"milestone": options.milestone} if options.milestone else {}
+        filters |= {"search": options.query} if options.query else {}
+        return await self.http.pages(f"{self._project}/issues", filters)
+
+    async def read(self, number: int) -> Mapping[str, Any] | None:
+        """Return an issue; None if it does not exist."""
+        found = await self.http.get(f"{self._project}/issues/{number}")
+        return None if found is None else dict(found)
+
+    async def complete(self, found: Mapping[str, Any]) -> Issue:
+        """Return a listed issue with its comments, dependencies and permissions."""
+        labels = frozenset(found["labels"])
+        path = f"{self._project}/issues/{found['iid']}"
+        notes = await self.http.pages(f"{path}/notes", {"sort": "asc"}) if found.get("user_notes_count", 1) else []
+        links = await self.http.get(f"{path}/links") or []  # not in every edition
+        events = await self.http.pages(f"{path}/resource_label_events") if RETRY_LABEL in labels else []
+        author = found.get("author") or {}
+        return Issue(
+            number=found["iid"],
+            title=found["title"],
+            body=found.get("description") or "",
+            is_open=found["state"] == "opened",
+            labels=labels,
+            author=author.get("username", ""),
+            is_trusted=await self.is_trusted(author.get("id")),
+            blocked_by=tuple(
+                one["iid"] for one in links if one.get("link_type") == "is_blocked_by" and one["state"] == "opened"
+            ),
+            closed=found.get("closed_at"),
+            url=found.get("web_url", ""),
+            comments=tuple([await self._comment(one) for one in notes if not one.get("system")]),
+            retry_requests=tuple(
+                str(one["id"])
+                for one in events
+                if one["action"] == "add" and (one.get("label") or {}).get("name") == RETRY_LABEL
+            ),
+        )
+
+    async def _comment(self, found: Mapping[str, Any]) -> Comment:
+        author = found.get("author") or {}
+        is_trusted = await self.is_trusted(author.get("id"))
+        return Comment(found["id"], author.get("username", ""), found.get("body") or "", is_trusted)
+
+    async def read_own_user(self) -> Any:
+        """Return the id of the token's user."""
+        return ((await self.http.get("user")) or {}).get("id")
+
+    async def may_write(self, user: Any) -> bool:
+        """Return True if the user with an id may push to the project."""
+        found = await self.http.get(f"{self._project}/members/all/{user}") or {}
+        return int(found.get("access_level", 0)) >= _DEVELOPER
+
+    async def write_comment(self, number: int, comment: int | None, body: str) -> None:
+        """Write a comment, or replace an existing one."""
+        path = f"{self._project}/issues/{number}/notes"
+        if comment is None:
+            await self.http.send("POST", path, {"body": body})
+        else:
+            await self.http.send("PUT", f"{path}/{comment}", {"body": body})
+
+    async def change_labels(self, number: int, added: Collection[str], removed: Collection[str]) -> None:
+        """Add and remove labels; the others stay."""
+        body = {"add_labels": ",".join(sorted(added)), "remove_labels": ",".join(sorted(removed))}
+        await self.http.send("PUT", f"{self._project}/issues/{number}", body)
+
+    async def close(self, number: int) -> None:
+        """Close an issue."""
+        await self.http.send("PUT", f"{self._project}/issues/{number}", {"state_event": "close"})
+
+
+class GitLabTracker(ForgeTracker):
+    """A tracker whose tasks are issues on GitLab."""
+
+    Options: ClassVar[type[BaseModel]] = GitLabOptions
+
+    def __init__(self, options: GitLabOptions, /) -> None:
+        super().__init__(options)
+        self._gitlab = options
+
+    async def connection(self) -> Connection:
+        """Return the API, and the header with the token."""
+        options = self._gitlab
+        host = urlsplit(options.api).netloc
+        token = await find_token(options.token, ["glab", "config", "get", "token", "--host", host])
+        return Connection(options.api, {"PRIVATE-TOKEN": token}, _REMEDIES)
+
+    def forge(self, http: ForgeHttp) -> Forge:
+        """Return the project."""
+        return GitLab(http, self._gitlab)
+
+
+@hookimpl
+def council_register_trackers(register: RegisterTracker) -> None:
+    """Register `use: gitlab`."""
+    register("gitlab", GitLabTracker)

@@ -1,0 +1,182 @@
+"""The trackers of forges: what to read, what to show, and what people requested.
+
+A forge is the place where people look, so a person's change wins: a closed issue cancels its task, and a label or a
+comment of someone with write access requests an action. Nothing that `council` wrote itself is read as a request.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from orchestrator.domain.settings.fields import Duration, Strings
+from orchestrator.errors import RefusedError
+from orchestrator.forges.forge import Forge
+from orchestrator.forges.issues import RETRY_LABEL, Comment, Issue, find_requests, issue_number, needed_issues, to_tasks
+from orchestrator.forges.state_comment import (
+    STATUS_LABELS,
+    is_state_comment,
+    needs_write,
+    read_state,
+    status_label,
+    write_comment,
+)
+from orchestrator.protocols import SyncResult, TrackedState, TrackedTask
+from orchestrator.system.process import run
+
+if TYPE_CHECKING:
+    from orchestrator.forges.http import ForgeHttp
+
+_TOKEN_TIMEOUT: Final = 10.0
+
+
+class ForgeOptions(BaseModel):
+    """The options of all trackers of forges."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
+
+    labels: Strings = ()
+    """Only issues with all of these labels."""
+    milestone: str | None = None
+    """Only issues of the milestone with this title."""
+    assignee: str | None = None
+    """Only issues that are assigned to this user."""
+    close: bool = True
+    """Whether to close the issue of a task that has landed."""
+    stale_after: Annotated[Duration, Field(gt=0)] = 300.0
+    """How long after its last sign of life another run's claim on an issue expires."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """The URL of an API, the headers of each request, and the remedies for status codes."""
+
+    api: str
+    headers: Mapping[str, str] = field(repr=False)
+    remedies: Mapping[int, str]
+
+
+class ForgeTracker(ABC):
+    """A tracker whose tasks are issues of a repository."""
+
+    Options: ClassVar[type[BaseModel]]
+
+    def __init__(self, options: ForgeOptions) -> None:
+        self._options = options
+        self._stack = AsyncExitStack()
+        self._forge: Forge
+        self._passed_on = frozenset[str]()
+        """The requests of the previous synchronization, which are recorded by now."""
+
+    @abstractmethod
+    async def connection(self) -> Connection:
+        """Return the API and the token; raise RefusedError if there is none."""
+
+    @abstractmethod
+    def forge(self, http: ForgeHttp) -> Forge:
+        """Return the repository."""
+
+    async def __aenter__(self) -> Self:
+        """Find the token and open the connection; raise RefusedError if a package is missing."""
+        try:
+            from orchestrator.forges.http import ForgeHttp  # noqa: PLC0415  optional, and slow to import
+        except ModuleNotFoundError as error:
+            remedy = "install it: `pip install 'cli-council[forge]'`"
+            raise RefusedError(f"the package {error.name} is not installed", remedy) from error
+        connection = await self.connection()
+        http = ForgeHttp(connection.api, connection.headers, connection.remedies)
+        self._forge = self.forge(await self._stack.enter_async_context(http))
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        """Close the connection."""
+        await self._stack.aclose()
+
+    async def tasks(self) -> Sequence[TrackedTask]:
+        """Return the tasks of the selected issues, except those that another live run claims."""
+        now, stale_after = time.time(), self._options.stale_after
+        issues = []
+        for issue in await self._forge.open_issues():
+            comment = _state_comment(issue)
+            shared = None if comment is None else read_state(comment.body)
+            if shared is None or not shared.is_claimed(now, stale_after):
+                issues.append(_without_own_comments(issue))
+        listed = {issue.number for issue in issues}
+        others = {need for issue in issues for need in needed_issues(issue)} - listed
+        return to_tasks(issues, await self._forge.open_among(others))
+
+    async def sync(self, states: Sequence[TrackedState]) -> SyncResult:
+        """Show the states on the issues, and return what people requested there."""
+        by_number = {number: state for state in states if (number := issue_number(state.id)) is not None}
+        issues = await self._forge.issues(by_number)
+        requests, conflicts = [], []
+        for issue in issues:
+            state = by_number[issue.number]
+            requests += find_requests(_without_own_comments(issue), state.id, has_ended=state.has_ended)
+            if not await self._show(issue, state):
+                conflicts.append(state.id)
+        self._passed_on = frozenset(request.id for request in requests)
+        return SyncResult(requests, conflicts)
+
+    async def _show(self, issue: Issue, state: TrackedState) -> bool:
+        """Show a state on its issue; return False if another live run claims the issue."""
+        now, comment = time.time(), _state_comment(issue)
+        shared = None if comment is None else read_state(comment.body)
+        if shared is not None and shared.run != state.run and shared.is_claimed(now, self._options.stale_after):
+            return False
+        is_shown = shared is not None and (shared.run, shared.status) == (state.run, state.task["status"])
+        if state.is_done and self._options.close and issue.is_open and not is_shown:
+            await self._forge.close(issue.number)
+        await self._show_label(issue, state)
+        # Last: it records that the rest is shown, so that a person can reopen the issue afterwards.
+        body = write_comment(state, None if state.has_ended else now)
+        before = None if comment is None else comment.body
+        if needs_write(before, body, now=now, refresh=self._options.stale_after / 2):
+            await self._forge.write_comment(issue.number, None if comment is None else comment.id, body)
+        return True
+
+    async def _show_label(self, issue: Issue, state: TrackedState) -> None:
+        label = status_label(state)
+        shown = frozenset[str]() if label is None else frozenset({label})
+        removed = (issue.labels & STATUS_LABELS) - shown
+        asked = {f"label-{event}" for event in issue.retry_requests}
+        if asked and asked <= self._passed_on:
+            removed |= {RETRY_LABEL}
+        added = shown - issue.labels
+        if added or removed:
+            await self._forge.change_labels(issue.number, added, removed)
+
+
+def _state_comment(issue: Issue) -> Comment | None:
+    """Return the first comment that shows a state and whose author may write to the repository."""
+    found = (one for one in issue.comments if is_state_comment(one.body) and one.is_trusted)
+    return next(found, None)
+
+
+def _without_own_comments(issue: Issue) -> Issue:
+    """Return an issue without the comments that show states, whoever wrote them."""
+    return replace(issue, comments=tuple(one for one in issue.comments if not is_state_comment(one.body)))
+
+
+async def find_token(variable: str, command: Sequence[str]) -> str:
+    """Return the token from a variable, or else from the forge's own CLI.
+
+    Raises RefusedError if neither has one.
+    """
+    if token := os.environ.get(variable, "").strip():
+        return token
+    try:
+        done = await run(command, env=os.environ, timeout=_TOKEN_TIMEOUT)
+    except (OSError, TimeoutError):
+        done = None
+    token = "" if done is None or done.returncode else done.stdout.decode(errors="replace").strip()
+    if not token:
+        raise RefusedError(f"there is no token: ${variable} is not set", f"set it, or run `{command[0]} auth login`")
+    return token

@@ -1,0 +1,115 @@
+"""Runs whose tasks are issues of a scripted forge, with real processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from orchestrator.testing.forge_servers import GitHubServer, GitLabServer
+from orchestrator.testing.forge_servers.server import ForgeServer
+from tests.conftest import CommandResult, Repository
+from tests.waiting import wait_for
+
+SERVERS: dict[str, type[ForgeServer]] = {"github": GitHubServer, "gitlab": GitLabServer}
+
+
+@pytest.fixture(params=["github", pytest.param("gitlab", marks=pytest.mark.extended)])
+def forge(request: pytest.FixtureRequest, repository: Repository) -> Iterator[ForgeServer]:
+    """Yield a server whose token the commands of the repository have."""
+    repository.environ["FORGE_TOKEN"] = "t0ken"
+    with SERVERS[request.param]() as server:
+        yield server
+
+
+def trackers(forge: ForgeServer, **options: Any) -> dict[str, Any]:
+    """Return the trackers of a run."""
+    use, key = ("github", "repo") if isinstance(forge, GitHubServer) else ("gitlab", "project")
+    common = {"api": forge.url, "token": "FORGE_TOKEN", "sync_interval": "200ms", "labels": ["work"]}
+    return {"board": {"use": use, key: forge.repository, **common, **options}}
+
+
+def shown(forge: ForgeServer, number: int) -> str:
+    """Return the comment with the state on an issue, which must not be repeated."""
+    [comment] = [one.body for one in forge.issue(number).comments if "council:state" in one.body] or [""]
+    return comment
+
+
+async def test_issues_land_and_people_direct_them(repository: Repository, forge: ForgeServer) -> None:
+    """One issue needs another; a person closes a third one while its session runs, and retries a fourth one."""
+    forge.add_issue("Write one", "write one.txt 1", ["work"])
+    forge.add_issue("Write two", "Blocked by #1\nappend one.txt 2", ["work"])
+    hanging = forge.add_issue("Hang", "hang", ["work"])
+    failing = forge.add_issue("Fail", "exit 1 no", ["work"])
+    config = repository.configure([], trackers=trackers(forge), defaults={"attempts": 1})
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: "council: running" in shown(forge, hanging) and "council: failed" in shown(forge, failing))
+    forge.edit(failing, body="write four.txt 4")
+    forge.comment(failing, "/council retry")
+    wait_for(lambda: "tracker.requested" in repository.council("state", "log", "--json").stdout)
+    forge.close(hanging)
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    states = {"issue-1": "landed", "issue-2": "landed", "issue-3": "cancelled", "issue-4": "failed"}
+    assert ended.states == states, ended
+    assert (repository.top / "one.txt").read_text() == "1\n2\n"
+    assert [forge.issue(number).is_open for number in (1, 2, 3, 4)] == [False, False, False, True]
+    assert [label for number in (1, 2, 3, 4) for label in forge.issue(number).labels if "council" in label] == [
+        "council:landed", "council:landed", "council:cancelled", "council:failed"
+    ]  # fmt: skip
+    requested = [line for line in ended.lines if line.get("event") == "tracker.requested"]
+    assert sorted((one["action"], one["task"]) for one in requested) == [("cancel", "issue-3"), ("retry", "issue-4")]
+    await repository.assert_invariants()
+
+
+async def test_sync_of_an_ended_run_records_a_request_once(repository: Repository, forge: ForgeServer) -> None:
+    """`resume` performs it; a refused request is reported, and an unreachable forge too."""
+    forge.add_issue("Fail", "exit 1 no", ["work"])
+    forge.add_issue("Write", "write two.txt 2", ["work"])
+    config = repository.configure([], trackers=trackers(forge, close=False), defaults={"attempts": 1})
+    assert repository.council("run", str(config)).code == 1
+    forge.comment(1, "/council retry")
+    forge.comment(2, "/council approve")
+    synced = repository.council("sync", "--json")
+    [report] = synced.result["trackers"]
+    assert (report["shown"], report["requested"], len(report["refused"])) == (2, ["retry issue-1"], 1), synced
+    again = repository.council("sync")
+    assert (again.code, again.stdout) == (0, "board: 2 tasks shown\n"), again
+    before = len(repository.spawns.read_text().splitlines())
+    resumed = repository.council("resume", "--json")
+    assert resumed.states == {"issue-1": "failed", "issue-2": "landed"}, resumed
+    assert len(repository.spawns.read_text().splitlines()) == before + 1
+    assert "council: failed" in shown(forge, 1)
+    assert forge.issue(2).is_open
+    forge.fail_next(1, 401)
+    failed = repository.council("sync")
+    assert (failed.code, "tracker 'board': 127.0.0.1 answered 401" in failed.stderr) == (2, True), failed
+    assert "t0ken" not in repository.council("state", "log", "--json").stdout
+    await repository.assert_invariants()
+
+
+def test_run_without_trackers_has_nothing_to_sync(repository: Repository) -> None:
+    assert repository.council("run", str(repository.configure([{"id": "a", "prompt": "write a.txt 1"}]))).code == 0
+    synced = repository.council("sync")
+    assert (synced.code, "has no trackers: add some to the file" in synced.stderr) == (2, True), synced
+
+
+async def test_outage_of_the_forge_delays_no_work(repository: Repository, forge: ForgeServer) -> None:
+    """It is reported, and the board shows the end once it answers again."""
+    gate = repository.spawns.parent / "gate"
+    forge.add_issue("Wait", f"await {gate}\nwrite one.txt 1", ["work"])
+    config = repository.configure([], trackers=trackers(forge))
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: "council: running" in shown(forge, 1))
+    forge.fail_next(100, 503)
+    wait_for(lambda: "tracker.failing" in repository.council("state", "log", "--json").stdout)
+    forge.recover()
+    gate.touch()
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert ended.states == {"issue-1": "landed"}, ended
+    events = [line["event"] for line in ended.lines if line.get("event", "").startswith("tracker.")]
+    assert events == ["tracker.failing", "tracker.recovered"]
+    assert "council: landed" in shown(forge, 1)
+    await repository.assert_invariants()
