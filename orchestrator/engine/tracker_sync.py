@@ -8,7 +8,7 @@ process is killed at any point.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -112,6 +112,32 @@ class SyncReport:
     """The tasks that another run claims in the list."""
 
 
+@dataclass(frozen=True, slots=True)
+class TrackerStatus:
+    """What is recorded about a tracker of a run, for `council sync --status`."""
+
+    tracker: str
+    tasks: int
+    """The number of its tasks."""
+    ended: int
+    """How many of them have ended."""
+    handled: int
+    """The number of requests that were passed on or refused."""
+    failing: str | None
+    """The reason why the last synchronization failed; None: it did not."""
+
+
+async def read_tracker_statuses(store: Store, found: TrackedRun) -> list[TrackerStatus]:
+    """Return the statuses of all trackers of a run."""
+    statuses = []
+    for name in found.record.run.trackers:
+        states, cursor = found.states(name), await store.get(cursor_key(found.record.run.id, "tracker", name))
+        value = {} if cursor is None else cursor.value
+        ended = sum(state.has_ended for state in states)
+        statuses.append(TrackerStatus(name, len(states), ended, len(value.get("handled", [])), value.get("failing")))
+    return statuses
+
+
 @asynccontextmanager
 async def sync_trackers(
     store: Store,
@@ -190,7 +216,7 @@ class TrackerSync:
         """Report a tracker that does not show the end of the run."""
         try:
             if not self._is_finished:
-                await self._note(TrackerOutdated)
+                await self._store.commit(Commit([], [Event.of(self._event(TrackerOutdated))]))
         except (CouncilError, OSError):
             return
 
@@ -200,7 +226,9 @@ class TrackerSync:
         Raises PluginFailed, RefusedError or TimeoutError if the tracker fails, CouncilError if the store does.
         """
         async with AsyncExitStack() as stack:
-            return await self._sync(await _enter(stack, self._link.open))
+            report = await self._sync(await _enter(stack, self._link.open))
+        await self._record_recovery()
+        return report
 
     async def _sync(self, tracker: Tracker) -> SyncReport:
         found = await self._read()
@@ -220,8 +248,8 @@ class TrackerSync:
         else:
             return
         if not self._is_failing:
-            self._is_failing = True
-            await self._note(TrackerFailing, reason=self._redactor.text(reason))
+            self._is_failing, reason = True, self._redactor.text(reason)
+            await self._record_failure(reason, self._event(TrackerFailing, reason=reason))
 
     async def _sync_until_end(self) -> None:
         async with AsyncExitStack() as stack:
@@ -229,9 +257,7 @@ class TrackerSync:
             while True:
                 is_last = self._ended.is_set()
                 await self._sync(tracker)
-                if self._is_failing:
-                    self._is_failing = False
-                    await self._note(TrackerRecovered)
+                await self._record_recovery()
                 if is_last:
                     self._is_finished = True
                     return
@@ -246,14 +272,15 @@ class TrackerSync:
     async def _record(self, result: SyncResult, found: TrackedRun) -> tuple[list[str], list[str]]:
         """Record new requests and conflicts in one commit; return those passed on, and those refused with reasons."""
         cursor = await self._store.get(self._key)
+        # Another process may have recorded it.
+        self._is_failing = self._is_failing or (cursor is not None and cursor.value.get("failing") is not None)
         handled: list[str] = [] if cursor is None else cursor.value.get("handled", [])
         new = {one.id: one for one in result.requests if one.id not in handled}
         added = [task for task in result.conflicts if task not in self._conflicts]
         self._conflicts = frozenset(result.conflicts)
         if not new and not added:
             return [], []
-        position = 0 if cursor is None else cursor.value.get("position", 0)
-        value = {"position": position, "handled": [*handled, *new]}
+        value = {**({} if cursor is None else cursor.value), "handled": [*handled, *new]}
         writes = [Write(self._key, 0 if cursor is None else cursor.version, value)] if new else []
         events: list[RunEvent] = [self._event(TrackerConflict, task=task) for task in added]
         requested, refused = [], []
@@ -294,8 +321,18 @@ class TrackerSync:
     def _event(self, event_type: Callable[..., RunEvent], **fields: Any) -> RunEvent:
         return event_type(run=self._run, tracker=self._link.name, **fields)
 
-    async def _note(self, event_type: Callable[..., RunEvent], **fields: Any) -> None:
-        await self._store.commit(Commit([], [Event.of(self._event(event_type, **fields))]))
+    async def _record_recovery(self) -> None:
+        if self._is_failing:
+            self._is_failing = False
+            await self._record_failure(None, self._event(TrackerRecovered))
+
+    async def _record_failure(self, reason: str | None, event: RunEvent) -> None:
+        """Record why synchronization fails (None: it works again), with an event."""
+        cursor = await self._store.get(self._key)
+        value = {**({} if cursor is None else cursor.value), "failing": reason}
+        write = Write(self._key, 0 if cursor is None else cursor.version, value)
+        with suppress(VersionConflict):  # another process synchronizes too
+            await self._store.commit(Commit([write], [Event.of(event)]))
 
     def _choose_wait(self, state: RetryCallState) -> float:
         return min(_RETRY_WAIT(state), _FINAL_RETRY_DELAY) if self._ended.is_set() else _RETRY_WAIT(state)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.api.execution.creation import create_merge_run, create_run
     from orchestrator.api.execution.dry_run import find_invisible_files, perform_dry_run
     from orchestrator.api.execution.executor import RunExecutor
-    from orchestrator.api.execution.services import sync_with_trackers
+    from orchestrator.api.execution.services import read_sync_status, sync_with_trackers
 
 __all__ = [
     "BackgroundProcess",
@@ -28,6 +28,7 @@ __all__ = [
     "create_run",
     "find_invisible_files",
     "perform_dry_run",
+    "read_sync_status",
     "start_in_background",
     "sync_with_trackers",
 ]
@@ -41,6 +42,6 @@ if not TYPE_CHECKING:  # type checkers see the imports above, and report unknown
             "executor": ["RunExecutor"],
             "creation": ["create_merge_run", "create_run"],
             "dry_run": ["find_invisible_files", "perform_dry_run"],
-            "services": ["sync_with_trackers"],
+            "services": ["read_sync_status", "sync_with_trackers"],
         },
     )

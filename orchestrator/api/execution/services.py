@@ -20,7 +20,15 @@ from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.security.secrets import Redactor, secret_values
 from orchestrator.domain.settings.run_settings import CoordinationSettings
 from orchestrator.engine.sinks import EventSubscriber, forward_events
-from orchestrator.engine.tracker_sync import SyncReport, TrackedRun, TrackerLink, TrackerSync, sync_trackers
+from orchestrator.engine.tracker_sync import (
+    SyncReport,
+    TrackedRun,
+    TrackerLink,
+    TrackerStatus,
+    TrackerSync,
+    read_tracker_statuses,
+    sync_trackers,
+)
 from orchestrator.engine.views import export_views
 from orchestrator.errors import CouncilError, PluginFailed, RefusedError
 from orchestrator.locking.claims import read_claims
@@ -111,6 +119,11 @@ async def sync_with_trackers(context: ProjectContext, run: RunDocument) -> list[
     if failures:
         raise failures[0]
     return reports
+
+
+async def read_sync_status(context: ProjectContext, run: RunDocument) -> list[TrackerStatus]:
+    """Return what is recorded about the trackers of a run."""
+    return await read_tracker_statuses(context.store, await read_tracked_run(context, run.id))
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ from orchestrator.domain.events.runs import (
     RunTakenOver,
 )
 from orchestrator.domain.events.state import CheckpointCreated, CheckpointRestored
-from orchestrator.domain.runs.model import RequestAction
+from orchestrator.domain.runs.model import RequestAction, RunDocument
 from orchestrator.domain.scheduling.conflict_reactions import find_conflict_holds
 from orchestrator.domain.scheduling.landing_order import QueuedTask, QueueFacts, describe_queue
 from orchestrator.domain.scheduling.stacked_work import find_stack_waits
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from orchestrator.config.coordination import CoordinationOverrides
     from orchestrator.config.model import RunConfig
     from orchestrator.domain.settings.run_settings import Budget
-    from orchestrator.engine.tracker_sync import SyncReport
+    from orchestrator.engine.tracker_sync import SyncReport, TrackerStatus
     from orchestrator.sessions.terminal import UserTerminal
 
 #: The events that end a run's event stream, until the run is resumed.
@@ -203,11 +203,22 @@ class Runs(RunIndex):
         The leader of the run performs the requests, or the next `resume`. Raises RefusedError if the run has no
         trackers, or if one fails.
         """
+        document = await self._with_trackers(run)
+        await self.context.check_writable()
+        return await execution.sync_with_trackers(self.context, document)
+
+    async def sync_status(self, run: str | None = None) -> Sequence[TrackerStatus]:
+        """Return what is recorded about the trackers of a run, without asking them.
+
+        Raises RefusedError if the run has no trackers.
+        """
+        return await execution.read_sync_status(self.context, await self._with_trackers(run))
+
+    async def _with_trackers(self, run: str | None) -> RunDocument:
         document = await read_run(self.context.store, await self.find(run))
         if not document.trackers:
             raise RefusedError(f"run {document.id} has no trackers", "add some to the file, and start a new run")
-        await self.context.check_writable()
-        return await execution.sync_with_trackers(self.context, document)
+        return document
 
     async def list(self, *, active: bool = False) -> Sequence[RunReport]:
         """Return the reports of all runs of the project, oldest first.

@@ -40,10 +40,13 @@ class RunLease(_Stored):
 
 
 class Cursor(_Stored):
-    """The position of a sink, or the requests of a tracker that were passed on."""
+    """The position of a sink, or what is known about a tracker."""
 
     position: int = 0
     handled: list[str] = Field(default_factory=list)
+    """The requests that were passed on."""
+    failing: str | None = None
+    """The reason why the last synchronization failed; None: it did not."""
 
 
 class SharedValue(_Stored):

@@ -76,6 +76,8 @@ async def test_sync_of_an_ended_run_records_a_request_once(repository: Repositor
     assert (report["shown"], report["requested"], len(report["refused"])) == (2, ["retry issue-1"], 1), synced
     again = repository.council("sync")
     assert (again.code, again.stdout) == (0, "board: 2 tasks shown\n"), again
+    status = repository.council("sync", "--status")
+    assert (status.code, status.stdout) == (0, "board: 2 tasks, 2 ended, 2 requests handled\n"), status
     before = len(repository.spawns.read_text().splitlines())
     resumed = repository.council("resume", "--json")
     assert resumed.states == {"issue-1": "failed", "issue-2": "landed"}, resumed
@@ -103,7 +105,7 @@ async def test_outage_of_the_forge_delays_no_work(repository: Repository, forge:
     child = repository.start("run", str(config), "--json")
     wait_for(lambda: "council: running" in shown(forge, 1))
     forge.fail_next(100, 503)
-    wait_for(lambda: "tracker.failing" in repository.council("state", "log", "--json").stdout)
+    wait_for(lambda: "failing: " in repository.council("sync", "--status").stdout)
     forge.recover()
     gate.touch()
     output, error = child.communicate(timeout=60)
