@@ -6,8 +6,10 @@ repeated after errors of the network or the server, except those that would crea
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
@@ -152,6 +154,12 @@ class ForgeHttp:
         message = f"{self._host} answered {answer.status_code} to {method} {urlsplit(url).path}{_describe(answer)}"
         failed = RefusedError(message, self._remedies.get(answer.status_code, "try again later"))
         raise _Repeatable(failed) if answer.status_code >= 500 else failed
+
+
+@cache
+def _ssl_context() -> ssl.SSLContext:
+    """Return the certificates to trust, which take a tenth of a second to read."""
+    return httpx.create_ssl_context()
 
 
 def _choose_wait(state: RetryCallState) -> float:

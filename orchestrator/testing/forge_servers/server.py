@@ -217,9 +217,10 @@ class ForgeServer(ABC):
             self._faults += [answer] * count
 
     def recover(self) -> None:
-        """Fail no more requests."""
+        """Fail no more requests, and lose no more answers."""
         with self._lock:
             self._faults.clear()
+            self._lost_answers = 0
 
     def lose_answers(self, count: int) -> None:
         """Perform the next writes, and close their connections instead of answering."""
@@ -311,6 +312,7 @@ class ForgeServer(ABC):
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = 1 << 16  # one packet: the second would wait for an acknowledgement of the first
 
             def _handle(self) -> None:
                 data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
