@@ -133,6 +133,8 @@ class RunReader:
             except RefusedError:
                 if not allow_missing:
                     raise
+            if not is_live:  # a process may have ended the run since
+                record = await self.without_dropped(await self.record(run, whole=False))
         described = self.describe(record, is_live=is_live)
         if described.status is RunStatus.INTERRUPTED:
             return replace(described, background=await anyio.to_thread.run_sync(self._background_error, run))

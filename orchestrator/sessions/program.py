@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,6 +24,7 @@ from orchestrator.domain.runs.outcome import (
     classify_outcome,
 )
 from orchestrator.domain.security.secrets import secret_values
+from orchestrator.domain.sessions.shell_commands import is_in_worktree, make_chmod_hint
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.errors import PluginFailed, RefusedError, plugin_code
@@ -107,7 +109,10 @@ class SessionProgram:
         error, is_missing = ended.spawn_error, False
         if error is not None:
             program = command.argv[0]
-            error += self.tools.sandbox.explain_missing_program(program, self.tools.environ, reach)
+            if is_in_worktree(program) and os.strerror(errno.EACCES) in error:
+                error += f": {make_chmod_hint(program)}"
+            else:
+                error += self.tools.sandbox.explain_missing_program(program, self.tools.environ, reach)
             is_missing = await anyio.to_thread.run_sync(_is_missing, program, self.tools.environ)
         return replace(ended, spawn_error=error, missing=is_missing)
 

@@ -130,12 +130,17 @@ class RunController:
             check_phase(record.run.id, task, phase or "", [one.name for one in phases], record.tasks[task])
 
     async def _wait_until_ended(self, run: str, tasks: Sequence[str]) -> None:
-        """Wait until cancelled tasks have ended, but no longer than `_STOP_TIMEOUT`."""
+        """Wait until cancelled tasks, and a run without other tasks, have ended, at most for `_STOP_TIMEOUT`."""
         store = self._context.store
         with anyio.move_on_after(_STOP_TIMEOUT):
             for task in tasks:
                 while (await read_task(store, run, task)).status not in FINAL_STATUSES:  # noqa: ASYNC110  another process
                     await anyio.sleep(_REQUEST_POLL_INTERVAL)
+            reader = RunReader(self._context)
+            while (record := await reader.record(run)).run.ended is None and not record.has_open_tasks:
+                if not await reader.index.has_live_process(run):
+                    return
+                await anyio.sleep(_REQUEST_POLL_INTERVAL)
 
     async def restore(self, checkpoint: str, *, force: bool) -> RestoreResult:
         """Restore a checkpoint; see `Checkpoints.restore`."""

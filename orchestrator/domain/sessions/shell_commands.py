@@ -110,9 +110,7 @@ def _programs(text: str) -> Iterator[str]:
         return
 
 
-def find_missing_program(command: str, output: str) -> str:
-    """Return the program that a shell reports as missing, else the first called one."""
+def find_missing_program(output: str) -> str | None:
+    """Return the program that a shell reports as missing or not executable, or None."""
     matches = [match for pattern in _MESSAGES for match in pattern.finditer(output)]
-    if matches:
-        return max(matches, key=lambda match: match.start())["name"]
-    return next(iter(find_programs(command)), command.strip())
+    return max(matches, key=lambda match: match.start())["name"] if matches else None

@@ -14,8 +14,9 @@ import anyio.to_thread
 
 from orchestrator.domain.documents.stored import CheckpointOrigin
 from orchestrator.domain.events.state import CheckpointRestored
-from orchestrator.domain.runs.model import TaskDocument
-from orchestrator.domain.runs.statuses import TaskStatus
+from orchestrator.domain.runs.model import RunDocument, TaskDocument
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus
+from orchestrator.engine.state.records import read_tasks, task_documents
 from orchestrator.errors import GitError, to_unusable_error
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
 from orchestrator.repo.git.command import Git
@@ -58,11 +59,17 @@ async def restore_checkpoint(
     return RestoreResult(
         checkpoint=plan.checkpoint.id,
         before=before.id if before else None,
-        runs=[name for name, run in plan.runs.items() if run.ended is None],
+        runs=[name for name, run in plan.runs.items() if await _can_resume(store, run)],
         written=[str(key) for key in plan.written],
         deleted=[str(key) for key in plan.deleted],
         skipped={str(key): reason for key, reason in plan.skipped.items()},
     )
+
+
+async def _can_resume(store: Store, run: RunDocument) -> bool:
+    """Return True if a run has not ended, or has tasks that wait, for example after a retry."""
+    tasks = task_documents(await read_tasks(store, run.id), run.tasks) if run.ended is not None else {}
+    return run.ended is None or any(one.status not in FINAL_STATUSES for one in tasks.values())
 
 
 async def _checkpoint_before(store: Store, plan: RestorePlan) -> Checkpoint | None:

@@ -21,10 +21,12 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.shell_commands import (
     NOT_EXECUTABLE,
     find_missing_program,
+    find_programs,
     is_in_worktree,
     is_not_runnable,
     is_of_environment,
     make_chmod_hint,
+    make_lookup_command,
 )
 from orchestrator.domain.settings.run_settings import PathAccess
 from orchestrator.domain.wording import join_names
@@ -229,8 +231,13 @@ class Shell:
         unrunnable = await self._unrunnable(command, exited.exit, output) if is_not_runnable(exited.exit) else None
         return CommandFailed(command.text, how, output, command.log, unrunnable)
 
-    async def _unrunnable(self, command: ShellCommand, exit_code: int | None, output: str) -> UnrunnableProgram:
-        program = find_missing_program(command.text, output)
+    async def _unrunnable(self, command: ShellCommand, exit_code: int | None, output: str) -> UnrunnableProgram | None:
+        """Return the program that can't be run; None if it is there, and chose the exit code itself."""
+        program = find_missing_program(output)
+        if program is None:
+            program = next(iter(find_programs(command.text)), command.text.strip())
+            if await self._succeeds(make_lookup_command(program)):
+                return None
         is_there = exit_code == NOT_EXECUTABLE
         reason = f"program {program!r} {'cannot be executed' if is_there else 'was not found'}"
         if is_in_worktree(program):
@@ -261,7 +268,9 @@ class Shell:
 
     async def _is_ignored(self, path: str) -> bool:
         """Return whether git ignores a path in the worktree; False if git fails."""
-        text = f"git check-ignore --quiet -- {shlex.quote(path)}"
+        return await self._succeeds(f"git check-ignore --quiet -- {shlex.quote(path)}")
+
+    async def _succeeds(self, text: str) -> bool:
         command = self._supervised(ShellCommand(text, Path(os.devnull), _GIT_TIMEOUT, ""))
         async with self.sandbox.apply(self.scope, command, self.reach) as sandboxed:
             return (await run_supervised(sandboxed.command)).exit == 0

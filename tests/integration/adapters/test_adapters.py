@@ -464,3 +464,17 @@ async def test_ollama_diffs_and_files_are_applied_together(bench: Bench) -> None
     assert (bench.repository.top / "src/app.py").read_text() == "def main():\n    return 1\n"
     assert (bench.repository.top / "n.md").read_text() == "```x\n```\n"
     assert not (bench.repository.top / "README.md").exists()
+
+
+@pytest.mark.extended
+def test_program_that_git_does_not_make_executable_names_the_fix(repository: Repository) -> None:
+    """In the user's checkout it is executable, so it is not hidden from sessions."""
+    repository.commit({"tools/cli": "#!/bin/sh\nexit 0\n"}, "a program")
+    repository.git("config", "core.fileMode", "false")
+    (repository.top / "tools/cli").chmod(0o755)
+    adapters = {"own": {"use": "command", "argv": ["tools/cli"]}}
+    config = repository.configure([{"id": "one", "prompt": "x", "attempts": 1}], adapters=adapters)
+    ended = repository.council("run", str(config), "--json", "--allow-deferred")
+    reasons = " ".join(str(line.get("reason")) for line in ended.lines)
+    assert "Permission denied: `chmod +x tools/cli` and commit it" in reasons, ended
+    assert "hidden" not in reasons

@@ -272,6 +272,16 @@ async def test_remedy_for_tasks_outside_of_a_file_is_a_new_run(repository: Repos
     assert "not from a file: start a new run to change them" in " ".join(refused.stderr.split())
 
 
+def test_check_that_exits_with_127_by_itself_is_an_ordinary_failure(repository: Repository) -> None:
+    """The shell was found, and nothing names a missing program."""
+    config = repository.configure([{"id": "one", "prompt": "write a.txt a", "checks": ["sh -c 'exit 127'"]}])
+    ended = repository.council("run", str(config))
+    assert ended.code == 1, ended
+    assert "ended with exit code 127" in ended.stdout
+    assert "not found" not in ended.stdout
+    assert "--allow-failing-base" in ended.stdout
+
+
 async def test_halt_report_has_the_end_of_the_output_and_the_log(repository: Repository) -> None:
     """At most ten lines of 80 columns for four tasks; the event's line is one short sentence."""
     check = "python3 -c 'import json; print(1); json.loads(\"x\")'"

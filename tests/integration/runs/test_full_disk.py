@@ -66,7 +66,7 @@ async def test_run_on_a_full_disk_waits_and_lands_everything(small_disk: Reposit
     sh = {**SHELL_ADAPTER, "writable": [str(folder)]}
     room = f"until [ -e {folder}/go ]; do sleep 0.05; done"
     # The session can't write this file while the disk is full, like a program that finds the disk full.
-    fails = "head -c 100000 /dev/zero > big.txt || exit 7"
+    fails = f"head -c 100000 /dev/zero > big.txt || {{ touch {folder}/has-failed; exit 7; }}"
     tasks: list[dict[str, Any]] = [
         {"id": "finished", "prompt": f"echo done > finished.txt; touch {folder}/is-done; {room}"},
         {"id": "failing", "prompt": f"touch {folder}/is-there; {room}; {fails}", "attempts": 1},
@@ -76,6 +76,7 @@ async def test_run_on_a_full_disk_waits_and_lands_everything(small_disk: Reposit
     wait_for(lambda: (folder / "is-done").exists() and (folder / "is-there").exists())
     fill(small_disk)
     (folder / "go").touch()
+    wait_for((folder / "has-failed").exists)
     done = small_disk.council("status", "--json")
     assert "landed" not in done.states.values(), done
     assert run.poll() is None

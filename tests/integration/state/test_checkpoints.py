@@ -297,6 +297,19 @@ async def test_clean_creates_a_checkpoint_of_each_run_first(repository: Reposito
         assert [(one.run, one.reason) for one in await council.checkpoints.list()] == [(run, "before clean")]
 
 
+async def test_restore_names_the_command_that_continues_waiting_tasks(repository: Repository) -> None:
+    """The checkpoint was created after a retry, in a run without an active process."""
+    path = repository.configure([{"id": "one", "prompt": "exit 1 no", "attempts": 1}])
+    assert repository.council("run", str(path)).code == 1
+    assert repository.council("retry", "one").code == 0
+    created = repository.council("checkpoint", "create").stdout.split()[-1]
+    assert repository.council("cancel", "--yes").code == 0
+    restored = repository.council("checkpoint", "restore", created)
+    run = created.partition("/")[0]
+    assert (restored.code, restored.stdout.splitlines()[-1]) == (0, f"`council resume {run}` continues it"), restored
+    assert repository.council("resume", "--json").states == {"one": "failed"}
+
+
 async def test_all_runs_are_restored_with_readable_output(repository: Repository) -> None:
     """The whole store has its own checkpoints; every command prints text for people."""
     idle = {"id": "two", "prompt": "exit 0"}

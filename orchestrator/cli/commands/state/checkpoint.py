@@ -144,7 +144,7 @@ def _restored(done: RestoreResult) -> Iterator[str]:
         before = f"the previous state is checkpoint {done.before}" if done.before else "there was no previous state"
         yield f"restored {done.checkpoint}; {before}"
         if not done.runs:
-            yield "the run had already ended: there is nothing to resume"
+            yield "the run has ended: there is nothing to resume"
     for run in done.runs:
         yield f"`council resume {run}` continues it"
 
