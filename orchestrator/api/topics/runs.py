@@ -195,7 +195,11 @@ class Runs(RunIndex):
         active = [window for process, window in windows.items() if process not in ended]
         holds = find_conflict_holds(record.run, record.tasks, priorities)
         held, bumped, stacked = record.run.held, record.run.bumped, find_stack_waits(record.tasks)
-        return describe_queue(QueueFacts(name, record.tasks, priorities, held, holds, stacked, bumped, active, is_live))
+        facts = QueueFacts(
+            name, record.tasks, priorities, held, holds, stacked, bumped, active, is_live,
+            has_ended=record.run.ended is not None,
+        )  # fmt: skip
+        return describe_queue(facts)
 
     async def sync(self, run: str | None = None) -> Sequence[SyncReport]:
         """Synchronize a run with its trackers once: show the states of tasks, and record what people request there.

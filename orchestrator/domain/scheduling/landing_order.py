@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from orchestrator.domain.documents.stored import StoredDocument
 from orchestrator.domain.documents.times import Instant
 from orchestrator.domain.runs.model import TaskDocument
-from orchestrator.domain.runs.statuses import LANDING_STATUSES, TaskStatus
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, LANDING_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.conflict_reactions import describe_conflict_hold
 from orchestrator.domain.scheduling.dispatch import AGING_SECONDS
 from orchestrator.domain.scheduling.stacked_work import describe_stack_wait
@@ -128,6 +128,8 @@ class QueueFacts:
     """The merges that active processes check."""
     is_live: bool
     """Whether a process is active in the run."""
+    has_ended: bool
+    """Whether the run has ended."""
 
 
 def describe_queue(facts: QueueFacts) -> list[QueuedTask]:
@@ -185,7 +187,10 @@ def _describe_wait(task: str, facts: QueueFacts, check: WindowEntry | None, befo
     if (hold := _describe_hold(task, facts)) is not None:
         return hold
     if not facts.is_live:
-        idle = f"no process is active in the run: `council resume {facts.run}` lands it"
+        # Only landings are left.
+        is_built = all(one.status in FINAL_STATUSES | LANDING_STATUSES for one in facts.tasks.values())
+        command = "merge" if facts.has_ended and is_built else "resume"
+        idle = f"no process is active in the run: `council {command} {facts.run}` lands it"
         return idle if document.reason is None else f"{document.reason}; {idle}"
     ahead = [one for one in before if not _is_held(one, facts)]
     first = f"{join_names(ahead, _MAX_NAMED)} to land" if ahead else ""

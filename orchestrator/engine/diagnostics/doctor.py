@@ -395,8 +395,9 @@ def _check_file(
     remedy = f"create it in `worktrees.setup`: {_ONLY_COMMITTED}"
     if is_uncommitted and not is_of_tools:
         remedy = f"list it under `worktrees.copy`, or {remedy}"
-    if not is_uncommitted and top is not None and os.path.lexists(top / path):
-        remedy = "commit it"
+    if not is_uncommitted:
+        is_there = top is not None and os.path.lexists(top / path)
+        remedy = "commit it" if is_there else f"commit it, or {remedy}"
     return Finding(_TITLE, Level.PROBLEM, printable_name(message), remedy)
 
 

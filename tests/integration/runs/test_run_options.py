@@ -427,7 +427,11 @@ def test_queue_of_an_inactive_run_shows_the_recorded_reason(repository: Reposito
     ended = repository.council("run", config, "--allow-deferred", "--json")
     [queued] = repository.council("queue", "--json").result["queue"]
     assert ended.result["tasks"][0]["reason"] in queued["reason"]
-    assert queued["reason"].endswith(f"`council resume {ended.result['run']}` lands it")
+    assert queued["reason"].endswith(f"`council merge {ended.result['run']}` lands it")
+    assert f"Next: council merge {ended.result['run']}" in repository.council("status").stdout
+    assert repository.council("resume", "--json").states == {"built": "queued"}
+    repository.git("checkout", "--quiet", "README.md")
+    assert repository.council("merge", "--json").states == {"built": "landed"}
 
 
 @pytest.mark.extended
