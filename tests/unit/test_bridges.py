@@ -456,6 +456,7 @@ def test_bridges_import_nothing_of_the_package(environ: dict[str, str]) -> None:
     subprocess.run([sys.executable, "-P", "-c", code], env={**environ, "HOME": os.devnull}, check=True)
 
 
+@pytest.mark.extended
 def test_turn_of_an_interrupted_agent_is_cancelled(bridge: BridgeFixture) -> None:
     """So it reports its usage; then the bridge ends by the signal."""
     prompt = bridge.folder / "prompt"

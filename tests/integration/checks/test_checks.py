@@ -136,6 +136,7 @@ async def test_checks_of_a_task_replace_the_defaults(repository: Repository) -> 
     assert checking == ["own"]
 
 
+@pytest.mark.extended
 async def test_signal_ends_a_check_and_resume_repeats_it(repository: Repository) -> None:
     """A task that is stopped during a check keeps its place in the queue."""
     flag = repository.spawns.parent / "flag"

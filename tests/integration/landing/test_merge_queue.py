@@ -234,6 +234,7 @@ async def test_forgotten_check_runs_again(repository: Repository, log: CheckLog)
     assert repository.council("checks", "list").stdout == "no recorded checks\n"
 
 
+@pytest.mark.extended
 async def test_check_does_not_see_the_task_that_it_runs_for(repository: Repository, log: CheckLog) -> None:
     """Its result counts for other tasks: what names a task is not in its environment."""
     check = "! env | grep -E '^COUNCIL_(RUN|TASK|ATTEMPT|PHASE|SESSION|HANDOFF)='"

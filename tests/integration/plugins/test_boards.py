@@ -97,6 +97,7 @@ def test_run_without_trackers_has_nothing_to_sync(repository: Repository) -> Non
     assert (synced.code, "has no trackers: add some to the file" in synced.stderr) == (2, True), synced
 
 
+@pytest.mark.extended
 async def test_outage_of_the_forge_delays_no_work(repository: Repository, forge: ForgeServer) -> None:
     """It is reported, and the board shows the end once it answers again."""
     gate = repository.spawns.parent / "gate"

@@ -195,6 +195,7 @@ def test_invalid_metadata_affects_no_other_plugin(repository: Repository, site: 
     assert found["left_out"] == {}
 
 
+@pytest.mark.extended
 def test_plugin_with_a_name_of_ours_is_skipped_completely(repository: Repository, site: Path) -> None:
     """The built-in plugin stays, and nothing else that the other registers is used."""
     install(site, "thief", _BROKEN["thief"][0])

@@ -185,6 +185,7 @@ async def test_council_without_a_file_can_not_run(repository: Repository) -> Non
             await council.runs.run()
 
 
+@pytest.mark.extended
 async def test_two_councils_of_one_process_start_at_once(repository: Repository) -> None:
     """The temporary files next to a target file are distinct."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}])

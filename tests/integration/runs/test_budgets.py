@@ -171,6 +171,7 @@ async def test_invalid_limits_are_rejected(claude: Repository, limits: str, expe
     assert expected in ended.stderr
 
 
+@pytest.mark.extended
 async def test_exhausted_task_is_retried_with_a_raised_budget(claude: Repository) -> None:
     """The run keeps the recorded budget: a retry without `--reload` fails again, and the printed commands work."""
     prompt = "attempt 1 spend 600\nattempt 1 fail overloaded\nwrite a.txt a"

@@ -213,6 +213,7 @@ async def wait_for_claims(council: Council, run: str, times: int) -> None:
     await until_event(council, "run.leader_elected", times)
 
 
+@pytest.mark.extended
 async def test_idle_timeout_ends_a_silent_session(repository: Repository) -> None:
     """Output or changes keep it alive; without both it is ended, with its work preserved."""
     tasks: list[dict[str, Any]] = [

@@ -36,6 +36,7 @@ def send(repository: Repository, text: str, *options: str) -> CommandResult:
     return repository.council("tell", "one", text, "--json", *options)
 
 
+@pytest.mark.extended
 async def test_message_reaches_a_running_agent_before_it_ends(claude: Repository) -> None:
     """In the same session, which continues with it; and the landed work has it."""
     go = claude.top.parent / "go"
@@ -164,6 +165,7 @@ def test_unusable_text_is_refused(repository: Repository, text: str) -> None:
     assert send(repository, text).code == 2
 
 
+@pytest.mark.extended
 async def test_messages_under_kills_are_neither_lost_nor_repeated(claude: Repository) -> None:
     """Each is in each conversation once, wherever `tell` or the run is killed."""
     path = configured(claude, "tell input.json")

@@ -56,6 +56,7 @@ async def test_names_of_a_project_are_completed(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_commands_and_options_are_completed(repository: Repository) -> None:
     """Also without a project."""
     assert complete(repository, "council sal") == ["salvage"]

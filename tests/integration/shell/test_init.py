@@ -61,6 +61,7 @@ def test_init_without_any_cli_works(repository: Repository, fakes: FakePrograms)
     assert "use: command" in path.read_text()
 
 
+@pytest.mark.extended
 def test_found_tools_are_used(repository: Repository, fakes: FakePrograms) -> None:
     """Adapters of installed programs, the ready one first, and the repository's own tests."""
     fakes.add("alpha", "echo alpha 2.1")

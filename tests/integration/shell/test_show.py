@@ -181,6 +181,7 @@ def test_done_task_has_nothing_to_land(repository: Repository) -> None:
     assert (refused.code, "is done" in refused.stderr) == (2, True)
 
 
+@pytest.mark.extended
 def test_checklist_ticks_done_tasks(repository: Repository) -> None:
     """An item is finished with its workflow, with or without a landing."""
     todo = repository.top.parent / "todo.md"

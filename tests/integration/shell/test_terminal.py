@@ -46,6 +46,7 @@ def shell(repository: Repository, *tasks: dict[str, Any], **settings: Any) -> tu
     return repository.configure(reported, adapters=adapters, readable=[str(gate.parent)], **settings), gate
 
 
+@pytest.mark.extended
 async def test_run_on_a_terminal_is_a_table(repository: Repository, start: Start) -> None:
     """It shows each task with its last output and lines, survives a resize, and leaves the landings behind."""
     config, gate = shell(

@@ -62,6 +62,7 @@ async def test_active_run_is_shown_and_followed(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_ended_run_has_metrics_and_history(repository: Repository) -> None:
     tasks: list[dict[str, Any]] = [
         {"id": "good", "prompt": "write g.txt g"},

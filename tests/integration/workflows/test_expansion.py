@@ -202,6 +202,7 @@ async def test_plan_can_only_set_its_own_keys(repository: Repository) -> None:
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_expanded_plan_waits_for_approval(repository: Repository) -> None:
     """Nothing is added before; after the approval it lands in the continued run."""
     path = expanding(

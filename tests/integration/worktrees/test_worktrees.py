@@ -207,6 +207,7 @@ async def test_ignored_files_reach_the_next_session_only_if_kept(repository: Rep
     await repository.assert_invariants()
 
 
+@pytest.mark.extended
 async def test_unselected_folders_are_absent_and_not_lost(repository: Repository, outside: Path) -> None:
     """A session sees the top and the named folders; the landed commit has all others too."""
     repository.commit({"docs/a.md": "a\n", "src/deep/b.py": "b\n", "tests/c.py": "c\n"}, "folders")
