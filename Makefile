@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # More than the cores: tests wait for processes. Each worker costs the time to collect all tests.
-WORKERS ?= $(shell echo $$((2 * $$(getconf _NPROCESSORS_ONLN))))
+WORKERS ?= $(shell echo $$((2 * $$(getconf _NPROCESSORS_ONLN) + 1)))
 # Keep the tests of a module together, so that its fixtures are created once.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Keep byte code: otherwise each worker compiles all tests.
