@@ -133,7 +133,8 @@ class RunReader:
             except RefusedError:
                 if not allow_missing:
                     raise
-            if not is_live:  # a process may have ended the run since
+            # A process may have ended the run since.
+            if not is_live and await read_run(self.context.store, run) != record.run:
                 record = await self.without_dropped(await self.record(run, whole=False))
         described = self.describe(record, is_live=is_live)
         if described.status is RunStatus.INTERRUPTED:
