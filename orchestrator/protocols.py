@@ -953,7 +953,7 @@ class TrackedState:
     task: JsonObject
     """The fields of the task, as in `council status --json`."""
     label: str
-    """Its status in words."""
+    """Its status as text for people."""
     has_ended: bool
     """Whether no attempt follows unless a user asks for one."""
     is_done: bool

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -29,7 +30,7 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.state.records import cursor_key
 from orchestrator.errors import CouncilError, HistoryCompacted, PluginFailed, VersionConflict, plugin_code
 from orchestrator.protocols import Commit, CommitRecord, Event, RecordedEvent, Sink, Store, Write
-from orchestrator.system.background import run_in_background
+from orchestrator.system.background import call_plugin, run_in_background
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -178,7 +179,7 @@ class EventForwarder:
         The sink is opened at the first event.
         """
         try:
-            with anyio.CancelScope() as self._call_scope, plugin_code(_StoreFailed, HistoryCompacted):
+            with anyio.CancelScope() as self._call_scope, plugin_code(PluginFailed, _StoreFailed, HistoryCompacted):
                 await self._deliver_all()
         except _StoreFailed as error:
             raise error.error from None
@@ -208,7 +209,7 @@ class EventForwarder:
                     self._set_timeout(self._timeouts.per_call)
                     if sink is None:
                         sink = await stack.enter_async_context(self._subscriber.open())
-                    await _send(sink, batch)
+                    await call_plugin(partial(sink.send, batch))
                     self._set_timeout(inf)
                     await self._record_sent(batch[-1].position)
                     batch = []
@@ -303,28 +304,6 @@ def _restart_after_progress(state: RetryCallState) -> None:
     """Reset the delay after an attempt that delivered events."""
     if state.outcome is not None and state.outcome.result():
         state.attempt_number = 1
-
-
-async def _send(sink: Sink, batch: Sequence[RecordedEvent]) -> None:
-    """Send events in a separate task.
-
-    So a cancellation inside the sink does not cancel the run.
-    """
-    raised: BaseException | None = RuntimeError("the sink cancelled its own task")
-
-    async def send() -> None:
-        nonlocal raised
-        try:
-            with plugin_code():
-                await sink.send(batch)
-            raised = None
-        except PluginFailed as failed:
-            raised = failed.__cause__
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(send)
-    if raised is not None:
-        raise raised
 
 
 class _StoreFailed(Exception):

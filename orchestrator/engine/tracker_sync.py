@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import anyio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_exponential
 from tenacity.wait import wait_base
 
+from orchestrator.domain.documents.stored import Cursor
 from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.runs import (
-    RequestSubmitted,
     TrackerConflict,
     TrackerFailing,
     TrackerOutdated,
@@ -31,11 +31,11 @@ from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES
 from orchestrator.domain.scheduling.claims import Claim, OrchestratorLease
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.engine.reports.report import RunRecord, RunReport
-from orchestrator.engine.scheduler.requests import check_note, check_request
-from orchestrator.engine.state.records import cursor_key, request_key
+from orchestrator.engine.scheduler.requests import check_note, check_request, request_record
+from orchestrator.engine.state.records import cursor_key
 from orchestrator.errors import CouncilError, HistoryCompacted, PluginFailed, RefusedError, VersionConflict, plugin_code
-from orchestrator.protocols import Commit, Event, Store, SyncResult, TrackedState, Tracker, TrackerRequest, Write
-from orchestrator.system.background import run_in_background
+from orchestrator.protocols import Commit, Event, Key, Store, SyncResult, TrackedState, Tracker, TrackerRequest, Write
+from orchestrator.system.background import call_plugin, run_in_background
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -47,8 +47,6 @@ MIN_PAUSE: Final = 2.0
 _RETRY_WAIT: Final[wait_base] = wait_exponential(max=60.0)
 _FINAL_RETRY_DELAY: Final = 0.5
 _BLOCKED: Final = "blocked"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +129,10 @@ async def read_tracker_statuses(store: Store, found: TrackedRun) -> list[Tracker
     """Return the statuses of all trackers of a run."""
     statuses = []
     for name in found.record.run.trackers:
-        states, cursor = found.states(name), await store.get(cursor_key(found.record.run.id, "tracker", name))
-        value = {} if cursor is None else cursor.value
+        states = found.states(name)
+        _, cursor = await _read_cursor(store, cursor_key(found.record.run.id, "tracker", name))
         ended = sum(state.has_ended for state in states)
-        statuses.append(TrackerStatus(name, len(states), ended, len(value.get("handled", [])), value.get("failing")))
+        statuses.append(TrackerStatus(name, len(states), ended, len(cursor.handled), cursor.failing))
     return statuses
 
 
@@ -177,7 +175,7 @@ class TrackerSync:
         self._run, self._link, self._read = run, link, read
         self._key = cursor_key(run, "tracker", link.name)
         self._conflicts = frozenset[str]()
-        self._is_finished = self._is_failing = False
+        self._is_finished = False
         self._changed, self._ended = anyio.Event(), anyio.Event()
         self._watch_scope = anyio.CancelScope()
 
@@ -233,7 +231,10 @@ class TrackerSync:
     async def _sync(self, tracker: Tracker) -> SyncReport:
         found = await self._read()
         states = found.states(self._link.name)
-        result = await _call(lambda: tracker.sync(states)) if states else SyncResult()
+        result = SyncResult()
+        if states:
+            with anyio.fail_after(CALL_TIMEOUT):
+                result = await call_plugin(lambda: tracker.sync(states), RefusedError, TimeoutError)
         requested, refused = await self._record(result, found)
         return SyncReport(self._link.name, len(states), requested, refused, sorted(self._conflicts))
 
@@ -247,8 +248,8 @@ class TrackerSync:
             reason = f"timed out after {CALL_TIMEOUT:g} s"
         else:
             return
-        if not self._is_failing:
-            self._is_failing, reason = True, self._redactor.text(reason)
+        if not await self._is_failing():
+            reason = self._redactor.text(reason)
             await self._record_failure(reason, self._event(TrackerFailing, reason=reason))
 
     async def _sync_until_end(self) -> None:
@@ -271,17 +272,13 @@ class TrackerSync:
 
     async def _record(self, result: SyncResult, found: TrackedRun) -> tuple[list[str], list[str]]:
         """Record new requests and conflicts in one commit; return those passed on, and those refused with reasons."""
-        cursor = await self._store.get(self._key)
-        # Another process may have recorded it.
-        self._is_failing = self._is_failing or (cursor is not None and cursor.value.get("failing") is not None)
-        handled: list[str] = [] if cursor is None else cursor.value.get("handled", [])
-        new = {one.id: one for one in result.requests if one.id not in handled}
+        version, cursor = await _read_cursor(self._store, self._key)
+        new = {one.id: one for one in result.requests if one.id not in cursor.handled}
         added = [task for task in result.conflicts if task not in self._conflicts]
         self._conflicts = frozenset(result.conflicts)
         if not new and not added:
             return [], []
-        value = {**({} if cursor is None else cursor.value), "handled": [*handled, *new]}
-        writes = [Write(self._key, 0 if cursor is None else cursor.version, value)] if new else []
+        writes = [self._write_cursor(version, cursor, handled=[*cursor.handled, *new])] if new else []
         events: list[RunEvent] = [self._event(TrackerConflict, task=task) for task in added]
         requested, refused = [], []
         for request in new.values():
@@ -292,9 +289,9 @@ class TrackerSync:
                 events.append(self._event(TrackerRequestRefused, reason=self._redactor.text(error.message), **facts))
                 refused.append(f"{request.action} {request.task}: {error.message}")
                 continue
-            writes.append(Write(request_key(self._run, made.id), 0, made.model_dump(mode="json")))
-            events.append(self._event(TrackerRequested, **facts))
-            events.append(RequestSubmitted(run=self._run, request=made.id, action=made.action, tasks=made.tasks))
+            write, submitted = request_record(self._run, made)
+            writes.append(write)
+            events += [self._event(TrackerRequested, **facts), submitted]
             requested.append(f"{request.action} {request.task}")
         try:
             await self._store.commit(Commit(writes, [Event.of(one) for one in events]))
@@ -307,7 +304,7 @@ class TrackerSync:
         """Return the request for the run's leader; raise RefusedError if the state of its task does not allow it."""
         action = RequestAction(request.action)
         check_note(request.note)
-        if request.action in {"cancel", "ignore"} and record.tasks[request.task].status in FINAL_STATUSES:
+        if action is RequestAction.CANCEL and record.tasks[request.task].status in FINAL_STATUSES:
             raise RefusedError(f"task {request.task!r} has already ended", "there is nothing to cancel")
         check_request(action, (request.task,), record, is_live=True)
         return RunRequest(
@@ -321,16 +318,21 @@ class TrackerSync:
     def _event(self, event_type: Callable[..., RunEvent], **fields: Any) -> RunEvent:
         return event_type(run=self._run, tracker=self._link.name, **fields)
 
+    def _write_cursor(self, version: int, cursor: Cursor, **changes: Any) -> Write:
+        return Write(self._key, version, cursor.model_copy(update=changes).model_dump())
+
+    async def _is_failing(self) -> bool:
+        _, cursor = await _read_cursor(self._store, self._key)
+        return cursor.failing is not None
+
     async def _record_recovery(self) -> None:
-        if self._is_failing:
-            self._is_failing = False
+        if await self._is_failing():
             await self._record_failure(None, self._event(TrackerRecovered))
 
     async def _record_failure(self, reason: str | None, event: RunEvent) -> None:
         """Record why synchronization fails (None: it works again), with an event."""
-        cursor = await self._store.get(self._key)
-        value = {**({} if cursor is None else cursor.value), "failing": reason}
-        write = Write(self._key, 0 if cursor is None else cursor.version, value)
+        version, cursor = await _read_cursor(self._store, self._key)
+        write = self._write_cursor(version, cursor, failing=reason)
         with suppress(VersionConflict):  # another process synchronizes too
             await self._store.commit(Commit([write], [Event.of(event)]))
 
@@ -342,27 +344,11 @@ class TrackerSync:
         await self._clock.wait(anyio.Event() if is_last else self._ended, self._clock.monotonic() + delay)
 
 
+async def _read_cursor(store: Store, key: Key) -> tuple[int, Cursor]:
+    found = await store.get(key)
+    return (0, Cursor()) if found is None else (found.version, Cursor.model_validate(found.value))
+
+
 async def _enter(stack: AsyncExitStack, open_tracker: Callable[[], AbstractAsyncContextManager[Tracker]]) -> Tracker:
     with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
         return await stack.enter_async_context(open_tracker())
-
-
-async def _call(call: Callable[[], Awaitable[T]]) -> T:
-    """Call a plugin in a separate task, so that a cancellation inside it does not cancel the run."""
-    results: list[T] = []
-    raised: BaseException | None = RuntimeError("the tracker cancelled its own task")
-
-    async def run() -> None:
-        nonlocal raised
-        try:
-            with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
-                results.append(await call())
-            raised = None
-        except (PluginFailed, RefusedError, TimeoutError) as failed:
-            raised = failed
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(run)
-    if raised is not None:
-        raise raised if isinstance(raised, CouncilError | TimeoutError) else PluginFailed(raised)
-    return results[0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import anyio
 
@@ -12,6 +12,9 @@ from orchestrator.forges.issues import Issue
 
 if TYPE_CHECKING:
     from orchestrator.forges.http import ForgeHttp
+
+A = TypeVar("A")
+R = TypeVar("R")
 
 #: Requests at the same time: forges ask for few.
 _CONCURRENCY: Final = 4
@@ -27,6 +30,7 @@ class Forge(ABC):
     def __init__(self, http: ForgeHttp) -> None:
         self.http = http
         self._limiter = anyio.CapacityLimiter(_CONCURRENCY)
+        self._asking = anyio.Lock()
         self._own: Any = None
         self._trusted: dict[Any, bool] = {}
 
@@ -64,12 +68,14 @@ class Forge(ABC):
 
     async def is_trusted(self, user: Any) -> bool:
         """Return True for the user of the token, and for users who may write to the repository."""
-        if self._own is None:
-            self._own = await self.read_own_user() or ""
+        async with self._asking:
+            if self._own is None:
+                self._own = await self.read_own_user() or ""
         if user in (None, "", self._own):
             return bool(user)
-        if user not in self._trusted:
-            self._trusted[user] = await self.may_write(user)
+        async with self._asking:
+            if user not in self._trusted:
+                self._trusted[user] = await self.may_write(user)
         return self._trusted[user]
 
     async def open_issues(self) -> list[Issue]:
@@ -86,26 +92,21 @@ class Forge(ABC):
         return {one[self.number_field] for one in found if one["state"] == self.open_state}
 
     async def _read_all(self, numbers: Collection[int]) -> list[Mapping[str, Any]]:
-        found: dict[int, Mapping[str, Any]] = {}
-
-        async def read(number: int) -> None:
-            async with self._limiter:
-                if (one := await self.read(number)) is not None:
-                    found[number] = one
-
-        async with anyio.create_task_group() as group:
-            for number in numbers:
-                group.start_soon(read, number)
-        return [found[number] for number in sorted(found)]
+        found = await self._gather(self.read, sorted(numbers))
+        return [one for one in found if one is not None]
 
     async def _complete_all(self, found: Sequence[Mapping[str, Any]]) -> list[Issue]:
-        issues: dict[int, Issue] = {}
+        return await self._gather(self.complete, found)
 
-        async def complete(one: Mapping[str, Any]) -> None:
+    async def _gather(self, call: Callable[[A], Awaitable[R]], arguments: Sequence[A]) -> list[R]:
+        """Return the results of a call for each argument, a few at the same time."""
+        results: dict[int, R] = {}
+
+        async def run(index: int, argument: A) -> None:
             async with self._limiter:
-                issues[one[self.number_field]] = await self.complete(one)
+                results[index] = await call(argument)
 
         async with anyio.create_task_group() as group:
-            for one in found:
-                group.start_soon(complete, one)
-        return [issues[one[self.number_field]] for one in found]
+            for index, argument in enumerate(arguments):
+                group.start_soon(run, index, argument)
+        return [results[index] for index in range(len(arguments))]

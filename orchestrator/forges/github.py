@@ -105,12 +105,10 @@ class GitHub(Forge):
             body=found.get("body") or "",
             is_open=found["state"] == "open",
             labels=labels,
-            author=author,
             is_trusted=await self.is_trusted(author),
             blocked_by=tuple(one["number"] for one in blocked_by if one["state"] == "open"),
             sub_issues=tuple(one["number"] for one in parts if one["state"] == "open"),
             closed=found.get("closed_at"),
-            url=found.get("html_url", ""),
             comments=tuple([await self._comment(one) for one in comments]),
             retry_requests=tuple(
                 str(one["id"])
@@ -156,18 +154,14 @@ class GitHub(Forge):
         await self.http.send("PATCH", f"{self._repo}/issues/{number}", body)
 
 
-class GitHubTracker(ForgeTracker):
+class GitHubTracker(ForgeTracker[GitHubOptions]):
     """A tracker whose tasks are issues on GitHub."""
 
     Options: ClassVar[type[BaseModel]] = GitHubOptions
 
-    def __init__(self, options: GitHubOptions, /) -> None:
-        super().__init__(options)
-        self._github = options
-
     async def connection(self) -> Connection:
         """Return the API, and the headers with the token."""
-        options = self._github
+        options = self._options
         host = "github.com" if options.api == _PUBLIC_API else urlsplit(options.api).netloc
         token = await find_token(options.token, ["gh", "auth", "token", "--hostname", host])
         headers = {
@@ -179,7 +173,7 @@ class GitHubTracker(ForgeTracker):
 
     def forge(self, http: ForgeHttp) -> Forge:
         """Return the repository."""
-        return GitHub(http, self._github)
+        return GitHub(http, self._options)
 
 
 @hookimpl

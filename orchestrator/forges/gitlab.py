@@ -88,13 +88,11 @@ class GitLab(Forge):
             body=found.get("description") or "",
             is_open=found["state"] == "opened",
             labels=labels,
-            author=author.get("username", ""),
             is_trusted=await self.is_trusted(author.get("id")),
             blocked_by=tuple(
                 one["iid"] for one in links if one.get("link_type") == "is_blocked_by" and one["state"] == "opened"
             ),
             closed=found.get("closed_at"),
-            url=found.get("web_url", ""),
             comments=tuple([await self._comment(one) for one in notes if not one.get("system")]),
             retry_requests=tuple(
                 str(one["id"])
@@ -135,25 +133,21 @@ class GitLab(Forge):
         await self.http.send("PUT", f"{self._project}/issues/{number}", {"state_event": "close"})
 
 
-class GitLabTracker(ForgeTracker):
+class GitLabTracker(ForgeTracker[GitLabOptions]):
     """A tracker whose tasks are issues on GitLab."""
 
     Options: ClassVar[type[BaseModel]] = GitLabOptions
 
-    def __init__(self, options: GitLabOptions, /) -> None:
-        super().__init__(options)
-        self._gitlab = options
-
     async def connection(self) -> Connection:
         """Return the API, and the header with the token."""
-        options = self._gitlab
+        options = self._options
         host = urlsplit(options.api).netloc
         token = await find_token(options.token, ["glab", "config", "get", "token", "--host", host])
         return Connection(options.api, {"PRIVATE-TOKEN": token}, _REMEDIES)
 
     def forge(self, http: ForgeHttp) -> Forge:
         """Return the project."""
-        return GitLab(http, self._gitlab)
+        return GitLab(http, self._options)
 
 
 @hookimpl

@@ -53,7 +53,6 @@ class Issue:
     body: str
     is_open: bool
     labels: frozenset[str] = frozenset()
-    author: str = ""
     is_trusted: bool = False
     """Whether the author may write to the repository."""
     blocked_by: tuple[int, ...] = ()
@@ -61,7 +60,6 @@ class Issue:
     sub_issues: tuple[int, ...] = ()
     closed: str | None = None
     """The time of its closing."""
-    url: str = ""
     comments: tuple[Comment, ...] = field(default=(), repr=False)
     retry_requests: tuple[str, ...] = ()
     """The ids of the events that set the label `council:retry`."""

@@ -9,33 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Final
 
+from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, USER_STATUSES, TaskStatus
 from orchestrator.protocols import TrackedState
 
 _MARK: Final = "<!-- council:state"
 _BLOCK: Final = re.compile(re.escape(_MARK) + r"\s*(\{.*?\})\s*-->", re.DOTALL)
 _LONGEST_REASON: Final = 500
-#: The label of a status begins with it; people's labels `council:ignore` and `council:retry` do too.
-LABEL_PREFIX: Final = "council:"
-#: The labels of statuses, by status; other statuses have none.
-_LABELS: Final = {
-    "pending": "council:pending",
-    "running": "council:running",
-    "queued": "council:landing",
-    "checking": "council:landing",
-    "landing": "council:landing",
-    "awaiting_approval": "council:approval",
-    "landed": "council:landed",
-    "done": "council:landed",
-    "no_change": "council:no-change",
-    "conflict": "council:conflict",
-    "failed": "council:failed",
-    "cancelled": "council:cancelled",
-    "blocked": "council:blocked",
-}
-STATUS_LABELS: Final = frozenset(_LABELS.values())
+_BLOCKED: Final = "blocked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +41,13 @@ class SharedState:
         return not self.has_ended and self.heartbeat is not None and now - self.heartbeat < stale_after
 
 
-def status_label(state: TrackedState) -> str | None:
-    """Return the label of a task's status."""
-    return _LABELS.get(str(state.task["status"]))
+def status_label(status: str) -> str:
+    """Return the label of a task's status; all statuses of landing have the same, because they change quickly."""
+    is_landing = status != _BLOCKED and TaskStatus(status).record.is_landing
+    return f"council:{TaskStatus.LANDING if is_landing else status.replace('_', '-')}"
+
+
+STATUS_LABELS: Final = frozenset(status_label(status) for status in (*TaskStatus, _BLOCKED))
 
 
 def is_state_comment(body: str) -> bool:
@@ -78,26 +65,29 @@ def read_state(body: str) -> SharedState | None:
         return None
 
 
-def write_comment(state: TrackedState, heartbeat: float | None) -> str:
-    """Return the comment for a state; `heartbeat` is the time of the owner's last sign of life."""
-    text = _text(state)
-    task = state.task
-    block = {
-        "run": state.run,
-        "task": state.id,
-        "status": task["status"],
-        "owner": state.owner,
-        "heartbeat": heartbeat,
-        "attempt": task.get("attempts", 0),
-        "epoch": state.epoch,
-        "retries": state.retries,
-        "has_ended": state.has_ended,
-        "digest": hashlib.sha256(text.encode()).hexdigest()[:16],
-    }
-    return f"{text}\n\n{_MARK}\n{json.dumps(block, sort_keys=True)}\n-->"
+def to_shared(state: TrackedState, now: float) -> SharedState:
+    """Return the hidden block for a state; `now` is the time of a sign of life of its run (wall-clock seconds)."""
+    return SharedState(
+        run=state.run,
+        task=state.id,
+        status=state.task["status"],
+        owner=state.owner,
+        heartbeat=None if state.has_ended else now,
+        attempt=state.task.get("attempts", 0),
+        epoch=state.epoch,
+        retries=state.retries,
+        has_ended=state.has_ended,
+        digest=hashlib.sha256(describe(state).encode()).hexdigest()[:16],
+    )
 
 
-def _text(state: TrackedState) -> str:
+def write_comment(text: str, shared: SharedState) -> str:
+    """Return a comment with a visible text and a hidden block."""
+    return f"{text}\n\n{_MARK}\n{json.dumps(asdict(shared), sort_keys=True)}\n-->"
+
+
+def describe(state: TrackedState) -> str:
+    """Return the visible text of the comment for a state."""
     task = state.task
     cost = task.get("cost")
     rows = {
@@ -122,20 +112,17 @@ def _quote(text: str) -> str:
 
 
 def _next_step(state: TrackedState) -> str | None:
-    match state.task["status"]:
-        case "awaiting_approval":
-            return "comment `/council approve` or `/council reject REASON`"
-        case "failed" | "conflict" | "cancelled" | "no_change":
-            return "comment `/council retry`, or set the label `council:retry`"
-        case _:
-            return None
+    status = state.task["status"]
+    if status in USER_STATUSES:
+        return "comment `/council approve` or `/council reject REASON`"
+    return "comment `/council retry`, or set the label `council:retry`" if status in RETRYABLE_STATUSES else None
 
 
-def needs_write(found: str | None, new: str, *, now: float, refresh: float) -> bool:
-    """Return True if a comment has to be written: it is missing, outdated, or its heartbeat is older than `refresh`."""
-    before, after = (None if found is None else read_state(found)), read_state(new)
-    if before is None or after is None:
+def is_outdated(shown: SharedState | None, new: SharedState, refresh: float) -> bool:
+    """Return True if a comment has to be written: none is shown, it differs, or its heartbeat is older than `refresh`.
+
+    `refresh` is in seconds.
+    """
+    if shown is None or replace(shown, heartbeat=None) != replace(new, heartbeat=None):
         return True
-    if replace(before, heartbeat=None) != replace(after, heartbeat=None):
-        return True
-    return not after.has_ended and after.heartbeat is not None and now - (before.heartbeat or 0.0) > refresh
+    return new.heartbeat is not None and new.heartbeat - (shown.heartbeat or 0.0) > refresh

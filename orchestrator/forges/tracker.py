@@ -12,20 +12,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.domain.settings.fields import Duration, Strings
 from orchestrator.errors import RefusedError
 from orchestrator.forges.forge import Forge
-from orchestrator.forges.issues import RETRY_LABEL, Comment, Issue, find_requests, issue_number, needed_issues, to_tasks
+from orchestrator.forges.issues import RETRY_LABEL, Issue, find_requests, issue_number, needed_issues, to_tasks
 from orchestrator.forges.state_comment import (
     STATUS_LABELS,
+    SharedState,
+    describe,
+    is_outdated,
     is_state_comment,
-    needs_write,
     read_state,
     status_label,
+    to_shared,
     write_comment,
 )
 from orchestrator.protocols import SyncResult, TrackedState, TrackedTask
@@ -54,6 +57,9 @@ class ForgeOptions(BaseModel):
     """How long after its last sign of life another run's claim on an issue expires."""
 
 
+OptionsT = TypeVar("OptionsT", bound=ForgeOptions)
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """The URL of an API, the headers of each request, and the remedies for status codes."""
@@ -63,12 +69,12 @@ class Connection:
     remedies: Mapping[int, str]
 
 
-class ForgeTracker(ABC):
+class ForgeTracker(ABC, Generic[OptionsT]):
     """A tracker whose tasks are issues of a repository."""
 
     Options: ClassVar[type[BaseModel]]
 
-    def __init__(self, options: ForgeOptions) -> None:
+    def __init__(self, options: OptionsT, /) -> None:
         self._options = options
         self._stack = AsyncExitStack()
         self._forge: Forge
@@ -104,8 +110,7 @@ class ForgeTracker(ABC):
         now, stale_after = time.time(), self._options.stale_after
         issues = []
         for issue in await self._forge.open_issues():
-            comment = _state_comment(issue)
-            shared = None if comment is None else read_state(comment.body)
+            _, shared = _shown_state(issue)
             if shared is None or not shared.is_claimed(now, stale_after):
                 issues.append(_without_own_comments(issue))
         listed = {issue.number for issue in issues}
@@ -127,24 +132,22 @@ class ForgeTracker(ABC):
 
     async def _show(self, issue: Issue, state: TrackedState) -> bool:
         """Show a state on its issue; return False if another live run claims the issue."""
-        now, comment = time.time(), _state_comment(issue)
-        shared = None if comment is None else read_state(comment.body)
-        if shared is not None and shared.run != state.run and shared.is_claimed(now, self._options.stale_after):
+        comment, shown = _shown_state(issue)
+        now, stale_after = time.time(), self._options.stale_after
+        if shown is not None and shown.run != state.run and shown.is_claimed(now, stale_after):
             return False
-        is_shown = shared is not None and (shared.run, shared.status) == (state.run, state.task["status"])
+        shared = to_shared(state, now)
+        is_shown = shown is not None and (shown.run, shown.status) == (shared.run, shared.status)
         if state.is_done and self._options.close and issue.is_open and not is_shown:
             await self._forge.close(issue.number)
         await self._show_label(issue, state)
         # Last: it records that the rest is shown, so that a person can reopen the issue afterwards.
-        body = write_comment(state, None if state.has_ended else now)
-        before = None if comment is None else comment.body
-        if needs_write(before, body, now=now, refresh=self._options.stale_after / 2):
-            await self._forge.write_comment(issue.number, None if comment is None else comment.id, body)
+        if is_outdated(shown, shared, stale_after / 2):
+            await self._forge.write_comment(issue.number, comment, write_comment(describe(state), shared))
         return True
 
     async def _show_label(self, issue: Issue, state: TrackedState) -> None:
-        label = status_label(state)
-        shown = frozenset[str]() if label is None else frozenset({label})
+        shown = frozenset({status_label(state.task["status"])})
         removed = (issue.labels & STATUS_LABELS) - shown
         asked = {f"label-{event}" for event in issue.retry_requests}
         if asked and asked <= self._passed_on:
@@ -154,14 +157,19 @@ class ForgeTracker(ABC):
             await self._forge.change_labels(issue.number, added, removed)
 
 
-def _state_comment(issue: Issue) -> Comment | None:
-    """Return the first comment that shows a state and whose author may write to the repository."""
-    found = (one for one in issue.comments if is_state_comment(one.body) and one.is_trusted)
-    return next(found, None)
+def _shown_state(issue: Issue) -> tuple[int | None, SharedState | None]:
+    """Return the id of the first comment that shows a state, of an author with write access, and the state.
+
+    It is None if there is no such comment, or its hidden block is damaged.
+    """
+    for comment in issue.comments:
+        if is_state_comment(comment.body) and comment.is_trusted:
+            return comment.id, read_state(comment.body)
+    return None, None
 
 
 def _without_own_comments(issue: Issue) -> Issue:
-    """Return an issue without the comments that show states, whoever wrote them."""
+    """Return an issue without the comments that show states, by any author."""
     return replace(issue, comments=tuple(one for one in issue.comments if not is_state_comment(one.body)))
 
 

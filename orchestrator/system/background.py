@@ -1,12 +1,16 @@
-"""Run tasks concurrently with a block."""
+"""Run tasks concurrently with a block, and code of plugins apart from it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
+
+from orchestrator.errors import PluginFailed, plugin_code
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -30,3 +34,27 @@ async def run_in_background(
         group.cancel_scope.deadline = anyio.current_time() + grace
     if raised is not None:
         raise raised
+
+
+async def call_plugin(call: Callable[[], Awaitable[T]], *expected: type[Exception]) -> T:
+    """Call code of a plugin in a separate task, so that a cancellation inside it does not cancel the caller.
+
+    Raises PluginFailed for errors that are not `expected`.
+    """
+    results: list[T] = []
+    caught: tuple[type[Exception], ...] = (PluginFailed, *expected)
+    raised: Exception = PluginFailed(RuntimeError("the plugin cancelled its own task"))
+
+    async def run() -> None:
+        nonlocal raised
+        try:
+            with plugin_code(*expected):
+                results.append(await call())
+        except caught as failed:
+            raised = failed
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+    if not results:
+        raise raised
+    return results[0]

@@ -54,12 +54,12 @@ class Board:
         self.statuses = dict.fromkeys(NUMBERS, TaskStatus.PENDING)
         self.commands: list[str] = []
         self.performed: list[str] = []
-        self.tracker: ForgeTracker | None = None
+        self.tracker: ForgeTracker[Any] | None = None
         server.add_user("stranger")
         for number in NUMBERS:
             server.add_issue(f"Issue {number}")
 
-    def open(self) -> ForgeTracker:
+    def open(self) -> ForgeTracker[Any]:
         """Return a new tracker."""
         if isinstance(self.server, GitHubServer):
             github = GitHubOptions(repo="acme/shop", api=self.server.url, token="FORGE_TOKEN")
@@ -129,7 +129,7 @@ class Board:
             shown = read_state(own[0].body)
             assert shown is not None
             assert (shown.status, shown.has_ended) == (status, state.has_ended)
-            assert STATUS_LABELS & set(issue.labels) == {status_label(state)}
+            assert STATUS_LABELS & set(issue.labels) == {status_label(state.task["status"])}
             assert RETRY_LABEL not in issue.labels
             last = next((one.kind for one in reversed(issue.events) if one.kind in {"closed", "reopened"}), None)
             assert status not in DONE or last is not None

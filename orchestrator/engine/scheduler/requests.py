@@ -227,11 +227,16 @@ async def submit_request(
         phase=phase,
         adapters=tuple(adapters),
     )
-    event = RequestSubmitted(run=run, request=request.id, action=action, tasks=request.tasks)
-    write = Write(request_key(run, request.id), 0, request.model_dump(mode="json"))
+    write, event = request_record(run, request)
     await store.commit(Commit([write], [Event.of(event)]))
     failpoint("request.recorded")
     return request
+
+
+def request_record(run: str, request: RunRequest) -> tuple[Write, RequestSubmitted]:
+    """Return the document and the event that submit a request."""
+    event = RequestSubmitted(run=run, request=request.id, action=request.action, tasks=request.tasks)
+    return Write(request_key(run, request.id), 0, request.model_dump(mode="json")), event
 
 
 async def is_handled(store: Store, run: str, request: RunRequest) -> bool:
