@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind, HandoffValidator
 from orchestrator.domain.workflow.mediation import Transformation
-from orchestrator.protocols import AdapterType, ProfileFormat, SinkType, StoreType, TrackerType
+from orchestrator.protocols import AdapterType, ForgeType, ProfileFormat, SinkType, StoreType, TrackerType
 
 if TYPE_CHECKING:  # most programs do without its imports
     from orchestrator.domain.workflow.verification import Constraint
@@ -37,6 +37,8 @@ class Register(Protocol[Value_contra]):
 RegisterAdapter = Register[AdapterType]
 RegisterSink = Register[SinkType]
 RegisterTracker = Register[TrackerType]
+#: Available as `use: NAME` under `pull_requests:`.
+RegisterForge = Register[ForgeType]
 #: The name identifies the format in errors.
 RegisterProfiles = Register[ProfileFormat]
 #: Available for URLs that begin with `NAME:`.
@@ -80,6 +82,11 @@ def council_register_sinks(register: RegisterSink) -> None:
 @hookspec
 def council_register_trackers(register: RegisterTracker) -> None:
     """Call `register(name, tracker)` for each tracker of this plugin."""
+
+
+@hookspec
+def council_register_forges(register: RegisterForge) -> None:
+    """Call `register(name, forge)` for each forge of this plugin, on which tasks land by pull requests."""
 
 
 @hookspec

@@ -31,13 +31,13 @@ from orchestrator.config.profiles import (
     user_profiles_folder,
 )
 from orchestrator.config.store import scheme_of
-from orchestrator.domain.settings.run_settings import AdapterConfig, SinkConfig, TrackerConfig
+from orchestrator.domain.settings.run_settings import AdapterConfig, PullRequestConfig, SinkConfig, TrackerConfig
 from orchestrator.domain.wording import suggest_similar
 from orchestrator.domain.workflow.handoff_kinds import HandoffKind, HandoffValidator, kind_from_model, with_validators
 from orchestrator.domain.workflow.mediation import Transformation
 from orchestrator.errors import ConfigError, PluginError, PluginFailed, RefusedError, plugin_code
 from orchestrator.hookspecs import ENTRY_POINT_GROUP
-from orchestrator.protocols import AdapterType, ProfileFormat, SinkType, Store, StoreType, TrackerType
+from orchestrator.protocols import AdapterType, ForgeType, ProfileFormat, SinkType, Store, StoreType, TrackerType
 from orchestrator.system.clock import Clock
 
 if TYPE_CHECKING:  # slow to import, and seldom needed
@@ -71,6 +71,7 @@ _KINDS: Mapping[str, _Kind] = {
     "stores": _Kind(),
     "sinks": _Kind(attributes=("Options",)),
     "trackers": _Kind(attributes=("Options",)),
+    "forges": _Kind(attributes=("Options",)),
     "handoff_kinds": _Kind("a pydantic model or a HandoffKind of that name", _is_handoff_kind),
     "transformations": _Kind("a function"),
     "validators": _Kind("a HandoffValidator", lambda _, registered: isinstance(registered, HandoffValidator)),
@@ -129,6 +130,7 @@ class Plugins:
     stores: dict[str, StoreType] = field(default_factory=dict)
     sinks: dict[str, SinkType] = field(default_factory=dict)
     trackers: dict[str, TrackerType] = field(default_factory=dict)
+    forges: dict[str, ForgeType] = field(default_factory=dict)
     handoff_kinds: dict[str, HandoffKind] = field(default_factory=dict)
     transformations: dict[str, Transformation] = field(default_factory=dict)
     validators: dict[str, HandoffValidator] = field(default_factory=dict)
@@ -151,14 +153,13 @@ class Plugins:
 
     def extensions(self) -> Extensions:
         """Return the extensions for a YAML file, in addition to adapters."""
-        return Extensions(
-            self.sinks, self.trackers, self.explain, tuple(self.handoff_kinds), tuple(self.transformations)
-        )
+        kinds, transformations = tuple(self.handoff_kinds), tuple(self.transformations)
+        return Extensions(self.sinks, self.trackers, self.forges, self.explain, kinds, transformations)
 
     def open(
-        self, kind: str, name: str, stored: AdapterConfig | SinkConfig | TrackerConfig
+        self, kind: str, name: str, stored: AdapterConfig | SinkConfig | TrackerConfig | PullRequestConfig
     ) -> AbstractAsyncContextManager[Any]:
-        """Open a stored `sink` or `tracker` for the body of an `async with`."""
+        """Open a stored `sink`, `tracker` or `forge` for the body of an `async with`."""
         open_stream, options = restore_options(
             f"{kind} {name!r}", stored, self.kinds()[f"{kind}s"], self.explain(stored.use)
         )

@@ -6,6 +6,7 @@ its options, which a pydantic model of the type validates.
 adapter   describes how to run a CLI, as data; it never starts a process.     AdapterType, Adapter
 sink      receives the events of a run, to notify another system.             SinkType, Sink
 tracker   provides tasks from an external list, and shows their states there. TrackerType, Tracker
+forge     opens and reads pull requests, by which tasks land.                 ForgeType, Forge
 store     stores all state, which only `commit` changes.                      StoreType, Store
 
 `orchestrator.testing` has a test suite for each contract that every implementation must pass.
@@ -39,6 +40,7 @@ __all__ = [
     "AgentMessage",
     "AgentPlan",
     "Capability",
+    "CiFailure",
     "CliWarning",
     "Commit",
     "CommitRecord",
@@ -54,16 +56,21 @@ __all__ = [
     "Failed",
     "FailureClass",
     "FinalResult",
+    "Forge",
+    "ForgeType",
     "Guard",
     "JsonObject",
     "Key",
     "McpServer",
+    "NewPullRequest",
     "PathOption",
     "PluginType",
     "ProfileFormat",
     "Program",
+    "PullRequest",
     "RecordedEvent",
     "RequestedAction",
+    "ReviewFinding",
     "SessionCommand",
     "SessionEnd",
     "SessionEvent",
@@ -1014,3 +1021,87 @@ class Tracker(Protocol):
 
 
 TrackerType = PluginType[AbstractAsyncContextManager[Tracker]]
+
+
+@dataclass(frozen=True, slots=True)
+class CiFailure:
+    """A check of the forge that failed on the newest commit of a pull request."""
+
+    name: str
+    output: str = ""
+    """The end of its output, or its summary."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewFinding:
+    """A comment of a review, by someone with write access."""
+
+    id: str
+    """Unique in the repository, and unchanged by edits."""
+    author: str
+    text: str
+    path: str | None = None
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """The author, and the file and the line if it is about one."""
+        where = "" if self.path is None else f" on {self.path}" + ("" if self.line is None else f":{self.line}")
+        return f"{self.author}{where}"
+
+
+@dataclass(frozen=True, slots=True)
+class PullRequest:
+    """A pull request, as the forge shows it."""
+
+    number: int
+    url: str
+    state: Literal["open", "merged", "closed"]
+    head: str
+    """The newest commit of its branch."""
+    merged_as: str | None = None
+    """The commit on the target that merged it: a merge, a squashed or the last rebased commit."""
+    ci: Literal["pending", "passed", "failed"] = "pending"
+    """The state of all checks of the forge together: `failed` once none is running."""
+    failures: Sequence[CiFailure] = ()
+    findings: Sequence[ReviewFinding] = ()
+    """Requested changes and unresolved comments on lines, oldest first."""
+    has_conflict: bool = False
+    """Whether it has merge conflicts with its target."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewPullRequest:
+    """A pull request to open for a branch that was pushed."""
+
+    branch: str
+    target: str
+    title: str
+    body: str
+    draft: bool = False
+    labels: Sequence[str] = ()
+    reviewers: Sequence[str] = ()
+
+
+class Forge(Protocol):
+    """A server with a repository, whose pull requests are merged by people, or by its own rules.
+
+    Errors are RefusedError with their remedy. The calls of one connection do not overlap; each takes at most 30
+    seconds (then it is cancelled).
+    """
+
+    async def find(self, branch: str) -> PullRequest | None:
+        """Return the newest open pull request of a branch of this repository; None if there is none."""
+
+    async def open(self, wanted: NewPullRequest) -> PullRequest:
+        """Open a pull request. The caller has found none; it calls `find` again if this raises an error."""
+
+    async def read(self, number: int) -> PullRequest:
+        """Return a pull request with the results of checks and reviews; unchanged ones cost little."""
+
+    async def merge_when_ready(self, number: int) -> None:
+        """Let the forge merge a pull request as soon as its rules allow it; the call may be repeated."""
+
+
+#: Opens a connection to a forge.
+ForgeType = PluginType[AbstractAsyncContextManager[Forge]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from orchestrator.config import adapters, references
-from orchestrator.config.entries import Extensions, read_sinks, read_trackers
+from orchestrator.config.entries import Extensions, read_pull_requests, read_sinks, read_trackers
 from orchestrator.config.model import RunConfig, expand_accounts
 from orchestrator.config.schema import Config, Need, StateSettings, Task
 from orchestrator.config.source.document import RUN_KEYS, Node, read_document
@@ -143,6 +143,7 @@ def _read_run(
     configured = adapters.read_adapters(root, path.parent, adapter_types, extensions.explain, problems)
     sinks = read_sinks(root, path.parent, extensions, problems)
     trackers = read_trackers(root, path.parent, extensions, problems)
+    pull_requests = read_pull_requests(root, path.parent, extensions, problems)
     access = adapters.read_path_access(root, path.parent, problems)
     phases = load.read_workflows(root, path.parent, extensions, problems)
     load.check_contexts(root, problems)
@@ -153,17 +154,19 @@ def _read_run(
     if file is None or problems:
         return None
     run = RunConfig(
-        **{name: getattr(file, name) for name in RunSettings.model_fields.keys() - {"repo", "worktrees"}},
+        **{name: getattr(file, name) for name in RunSettings.model_fields.keys() - {"repo", "target", "worktrees"}},
         path=path,
         texts=_texts(root, path.parent),
         repo=file.repo if is_url(file.repo) else os.path.realpath(path.parent / file.repo),
         is_url=is_url(file.repo),
+        target=file.base if file.target is None and pull_requests is not None else file.target,
         sandbox=SandboxSettings(**{name: getattr(file, name) for name in SandboxSettings.model_fields} | access),
         worktrees=_worktrees(file),
         state=_state(file, path.parent),
         adapters=configured,
         sinks=sinks,
         trackers=trackers,
+        pull_requests=pull_requests,
         workflows=phases,
         context=file.context,
         template=_resolve(Task(id="template"), file, "", default) if default is not None else None,

@@ -14,6 +14,7 @@ from orchestrator.domain.settings.names import account_adapter_name
 from orchestrator.domain.settings.phase_settings import Phase
 from orchestrator.domain.settings.run_settings import (
     AdapterConfig,
+    PullRequestConfig,
     ResolvedSettings,
     Retention,
     SinkConfig,
@@ -48,9 +49,9 @@ class RunConfig(ResolvedSettings):
             kind: {name: entry.to_stored() for name, entry in getattr(self, kind).items()}
             for kind in ("adapters", "sinks", "trackers")
         }
-        return (
-            {name: getattr(self, name) for name in ResolvedSettings.model_fields} | plugins | {"state": self.retention}
-        )
+        forge = None if self.pull_requests is None else self.pull_requests.to_stored()
+        stored = {name: getattr(self, name) for name in ResolvedSettings.model_fields} | plugins
+        return stored | {"pull_requests": forge, "state": self.retention}
 
     @property
     def retention(self) -> Retention:
@@ -79,11 +80,11 @@ WithAdapter = TypeVar("WithAdapter", TaskSpec, Phase)
 
 def restore_options(
     subject: str,
-    stored: AdapterConfig | SinkConfig | TrackerConfig,
+    stored: AdapterConfig | SinkConfig | TrackerConfig | PullRequestConfig,
     types: Mapping[str, PluginType[T]],
     reason: str | None = None,
 ) -> tuple[PluginType[T], BaseModel]:
-    """Return the type and options of a stored adapter, sink or tracker.
+    """Return the type and options of a stored adapter, sink, tracker or forge.
 
     `subject` is the name of the entry in messages. Raises RefusedError if its plugin is no longer installed, with the
     `reason` if known, or if the type no longer accepts these options.

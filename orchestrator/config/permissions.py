@@ -11,6 +11,7 @@ from orchestrator.config.model import RunConfig
 from orchestrator.domain.settings.run_settings import (
     AdapterConfig,
     PathAccess,
+    PullRequestConfig,
     SandboxSettings,
     SinkConfig,
     TrackerConfig,
@@ -47,6 +48,8 @@ def _requests(config: RunConfig, inside: Path) -> Iterator[str]:
         yield from _variables("checks_env", task.checks_env)
     yield from _sinks_and_trackers("sinks", config.sinks)
     yield from _sinks_and_trackers("trackers", config.trackers)
+    if config.pull_requests is not None:
+        yield _plugin("pull_requests", config.pull_requests)
 
 
 def _sandbox(sandbox: SandboxSettings) -> Iterator[str]:
@@ -66,9 +69,13 @@ def _worktrees(worktrees: WorktreeSettings) -> Iterator[str]:
 
 def _sinks_and_trackers(kind: str, entries: Mapping[str, SinkConfig] | Mapping[str, TrackerConfig]) -> Iterator[str]:
     for name, entry in entries.items():
-        options = entry.options.model_dump(mode="json", exclude_unset=True)
-        written = json.dumps(options, ensure_ascii=False, sort_keys=True)
-        yield f"{kind}.{name}: {entry.use} {written} (runs without a sandbox)"
+        yield _plugin(f"{kind}.{name}", entry)
+
+
+def _plugin(at: str, entry: SinkConfig | TrackerConfig | PullRequestConfig) -> str:
+    options = entry.options.model_dump(mode="json", exclude_unset=True)
+    written = json.dumps(options, ensure_ascii=False, sort_keys=True)
+    return f"{at}: {entry.use} {written} (runs without a sandbox)"
 
 
 def _adapter(at: str, adapter: AdapterConfig) -> Iterator[str]:

@@ -62,7 +62,7 @@ def _check_empty_keys(root: Node, problems: Problems) -> None:
     """Report optional keys without a value."""
     for node in (root, root.get("defaults"), root.get("defaults", "backoff")):
         reject_empty_keys(node, problems)
-    for section in ("worktrees", "state", "coordination"):
+    for section in ("worktrees", "state", "coordination", "pull_requests"):
         reject_empty_keys(root.get(section), problems)
     for step in iter_items(root.get("worktrees", "setup")):
         reject_empty_keys(step if isinstance(step.value, dict) else None, problems)
@@ -92,6 +92,15 @@ def _check_folder(root: Node, folder: Path, problems: Problems) -> None:
         problems.add(
             repo.at, f"there is no folder {quote_text(repo.value)}", "use a path relative to this file, or a URL"
         )
+
+
+def _check_pull_requests(root: Node, problems: Problems) -> None:
+    """Report a repository on this machine, whose branches have no pull requests."""
+    entry, repo = root.get("pull_requests"), root.get("repo")
+    if entry is None or (repo is not None and (not isinstance(repo.value, str) or is_url(repo.value))):
+        return
+    remedy = "write it as `repo:`; `git remote get-url origin` prints it"
+    problems.add((repo or entry).at, "pull requests need the URL of the repository on the forge", remedy)
 
 
 def _check_state(root: Node, problems: Problems) -> None:
@@ -306,6 +315,7 @@ def read_prompts(root: Node, folder: Path, problems: Problems) -> dict[int, str]
 def check_references(root: Node, folder: Path, problems: Problems) -> None:
     """Report all errors except those in prompts; relative paths start from `folder`."""
     _check_folder(root, folder, problems)
+    _check_pull_requests(root, problems)
     for check in (
         _check_required_sections,
         _check_empty_keys,

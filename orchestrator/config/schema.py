@@ -122,6 +122,13 @@ class TrackerSettings(run_settings.TrackerSettings):
     __pydantic_extra__: dict[str, Any]
 
 
+class PullRequestSettings(run_settings.PullRequestSettings):
+    """How tasks land by pull requests; other keys are options of the forge."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Any]
+
+
 StoreUrl = Annotated[str, AfterValidator(check_store_url), WithJsonSchema({"type": "string", "pattern": STORE_PATTERN})]
 
 
@@ -176,5 +183,7 @@ class Config(SandboxSettings, RunSettings, _Versioned):
     """Sinks that receive events, by name."""
     trackers: dict[Name, TrackerSettings] = Field(default_factory=dict)
     """External task lists, by name."""
+    pull_requests: PullRequestSettings | None = None
+    """How tasks land by pull requests. Default: they land on the target directly."""
     tasks: Annotated[tuple[Task, ...], Field(strict=False, max_length=MAX_TASKS)] = ()
     """The tasks; required unless there are trackers."""

@@ -38,7 +38,7 @@ from orchestrator.engine.worktree_sources import make_provisions
 from orchestrator.locking.file_locks import FileLocks
 from orchestrator.locking.ownership import OwnershipRegistry, ownership_scope
 from orchestrator.project import Project
-from orchestrator.protocols import Adapter, Commit, Event, Guard, McpServer, Store
+from orchestrator.protocols import Adapter, Commit, Event, Forge, Guard, McpServer, Store
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.structural_merge import find_merge_drivers
 from orchestrator.repo.landing.target_branch import Target
@@ -90,6 +90,8 @@ class RunContext:
     mcp_servers: tuple[McpServer, ...] = ()
     session_service: SessionService | None = None
     """The session API; None if it is not served."""
+    open_forge: Callable[[], AbstractAsyncContextManager[Forge]] | None = None
+    """Opens a connection to the forge; None if tasks do not land by pull requests."""
 
     def pool(self, *, sessions: int) -> AbstractAsyncContextManager[SlotPool]:
         """Open the worktree slots of the run.
@@ -171,6 +173,7 @@ async def open_run_context(
     worker: str | None,
     environ: Mapping[str, str],
     clock: Clock,
+    open_forge: Callable[[], AbstractAsyncContextManager[Forge]] | None = None,
 ) -> RunContext:
     """Open the resources of a run.
 
@@ -227,6 +230,7 @@ async def open_run_context(
         OwnershipRegistry(store, clock, ownership_scope(source.location, run.target), is_alive),
         anyio.CapacityLimiter(run.checks_capacity or run.capacity),
         tuple(McpServer(name, one.command or (), one.env, one.url) for name, one in run.mcp_servers.items()),
+        open_forge=open_forge,
     )
 
 

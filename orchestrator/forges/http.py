@@ -82,12 +82,32 @@ class ForgeHttp:
             items += found if field is None else found[field]
         raise RefusedError(f"{self._host} lists more than {_MAX_PAGES * _PER_PAGE} issues", "select fewer, by a label")
 
-    async def send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
-        """Change something: `POST` is sent once, other methods are repeated. DELETE may find nothing."""
+    async def send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Change something; return the answer as JSON, None if it has no content.
+
+        `POST` is sent once, other methods are repeated. DELETE may find nothing. `path` may also be a URL of the same
+        server.
+        """
         allowed = frozenset({404}) if method == "DELETE" else frozenset[int]()
-        await self._send(method, self._url(path, _NO_FILTERS), body, may_repeat=method != "POST", allowed=allowed)
+        url = self._url(path, _NO_FILTERS)
+        answer = await self._send(method, url, body, may_repeat=method != "POST", allowed=allowed)
+        return self._json(answer) if answer.content else None
+
+    async def read_text(self, path: str) -> str:
+        """Return an answer as text; empty if it does not exist or is not visible."""
+        url = self._url(path, _NO_FILTERS)
+        answer = await self._send("GET", url, None, may_repeat=True, allowed=frozenset({403, 404}))
+        return answer.text if answer.is_success else ""
+
+    def _json(self, answer: httpx.Response) -> Any:
+        try:
+            return answer.json()
+        except ValueError:
+            raise RefusedError(f"{self._host} did not answer with JSON", "check the URL of the API") from None
 
     def _url(self, path: str, filters: Mapping[str, str]) -> str:
+        if urlsplit(path).netloc:
+            return path
         return str(httpx.URL(f"{self._base}/{path}", params=dict(filters) or None))
 
     async def _page(self, url: str, *, allow_missing: bool) -> tuple[Any, str | None]:
@@ -102,10 +122,7 @@ class ForgeHttp:
         following = answer.links.get("next", {}).get("url")
         if following is not None and urlsplit(following).hostname != self._host:
             raise RefusedError(f"{self._host} refers to another server for the next page", "check the URL of the API")
-        try:
-            content = answer.json()
-        except ValueError:
-            raise RefusedError(f"{self._host} did not answer with JSON", "check the URL of the API") from None
+        content = self._json(answer)
         if (tag := answer.headers.get("etag")) is not None:
             self._pages[url] = tag, content, following
         return content, following

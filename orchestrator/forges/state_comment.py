@@ -113,6 +113,8 @@ def _quote(text: str) -> str:
 
 def _next_step(state: TrackedState) -> str | None:
     status = state.task["status"]
+    if status == TaskStatus.PROPOSED:
+        return "review and merge the pull request, or close it"
     if status in USER_STATUSES:
         return "comment `/council approve` or `/council reject REASON`"
     return "comment `/council retry`, or set the label `council:retry`" if status in RETRYABLE_STATUSES else None

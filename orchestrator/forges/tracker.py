@@ -6,19 +6,17 @@ comment of someone with write access requests an action. Nothing that `council` 
 
 from __future__ import annotations
 
-import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Generic, Self, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Final, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from orchestrator.domain.settings.fields import Duration, Strings
-from orchestrator.errors import RefusedError
-from orchestrator.forges.forge import Forge
+from orchestrator.forges.connection import Connected, RepositoryOptions
+from orchestrator.forges.issue_api import IssueApi
 from orchestrator.forges.issues import RETRY_LABEL, Issue, find_requests, issue_number, needed_issues, to_tasks
 from orchestrator.forges.state_comment import (
     STATUS_LABELS,
@@ -32,7 +30,6 @@ from orchestrator.forges.state_comment import (
     write_comment,
 )
 from orchestrator.protocols import SyncResult, TrackedState, TrackedTask
-from orchestrator.system.process import run
 
 if TYPE_CHECKING:
     from orchestrator.forges.http import ForgeHttp
@@ -40,10 +37,8 @@ if TYPE_CHECKING:
 _TOKEN_TIMEOUT: Final = 10.0
 
 
-class ForgeOptions(BaseModel):
+class ForgeOptions(RepositoryOptions):
     """The options of all trackers of forges."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, defer_build=True)
 
     labels: Strings = ()
     """Only issues with all of these labels."""
@@ -60,67 +55,41 @@ class ForgeOptions(BaseModel):
 OptionsT = TypeVar("OptionsT", bound=ForgeOptions)
 
 
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """The URL of an API, the headers of each request, and the remedies for status codes."""
-
-    api: str
-    headers: Mapping[str, str] = field(repr=False)
-    remedies: Mapping[int, str]
-
-
-class ForgeTracker(ABC, Generic[OptionsT]):
+class ForgeTracker(Connected[OptionsT], ABC):
     """A tracker whose tasks are issues of a repository."""
 
-    Options: ClassVar[type[BaseModel]]
-
     def __init__(self, options: OptionsT, /) -> None:
-        self._options = options
-        self._stack = AsyncExitStack()
-        self._forge: Forge
+        super().__init__(options)
+        self._issues: IssueApi
         self._passed_on = frozenset[str]()
         """The requests of the previous synchronization, which are recorded by now."""
 
     @abstractmethod
-    async def connection(self) -> Connection:
-        """Return the API and the token; raise RefusedError if there is none."""
-
-    @abstractmethod
-    def forge(self, http: ForgeHttp) -> Forge:
-        """Return the repository."""
+    def issue_api(self, http: ForgeHttp) -> IssueApi:
+        """Return the issues of the repository."""
 
     async def __aenter__(self) -> Self:
-        """Find the token and open the connection; raise RefusedError if a package is missing."""
-        try:
-            from orchestrator.forges.http import ForgeHttp  # noqa: PLC0415  optional, and slow to import
-        except ModuleNotFoundError as error:
-            remedy = "install it: `pip install 'cli-council[forge]'`"
-            raise RefusedError(f"the package {error.name} is not installed", remedy) from error
-        connection = await self.connection()
-        http = ForgeHttp(connection.api, connection.headers, connection.remedies)
-        self._forge = self.forge(await self._stack.enter_async_context(http))
+        """Open the connection."""
+        await super().__aenter__()
+        self._issues = self.issue_api(self._http)
         return self
-
-    async def __aexit__(self, *raised: object) -> None:
-        """Close the connection."""
-        await self._stack.aclose()
 
     async def tasks(self) -> Sequence[TrackedTask]:
         """Return the tasks of the selected issues, except those that another live run claims."""
         now, stale_after = time.time(), self._options.stale_after
         issues = []
-        for issue in await self._forge.open_issues():
+        for issue in await self._issues.open_issues():
             _, shared = _shown_state(issue)
             if shared is None or not shared.is_claimed(now, stale_after):
                 issues.append(_without_own_comments(issue))
         listed = {issue.number for issue in issues}
         others = {need for issue in issues for need in needed_issues(issue)} - listed
-        return to_tasks(issues, await self._forge.open_among(others))
+        return to_tasks(issues, await self._issues.open_among(others))
 
     async def sync(self, states: Sequence[TrackedState]) -> SyncResult:
         """Show the states on the issues, and return what people requested there."""
         by_number = {number: state for state in states if (number := issue_number(state.id)) is not None}
-        issues = await self._forge.issues(by_number)
+        issues = await self._issues.issues(by_number)
         requests, conflicts = [], []
         for issue in issues:
             state = by_number[issue.number]
@@ -139,11 +108,11 @@ class ForgeTracker(ABC, Generic[OptionsT]):
         shared = to_shared(state, now)
         is_shown = shown is not None and (shown.run, shown.status) == (shared.run, shared.status)
         if state.is_done and self._options.close and issue.is_open and not is_shown:
-            await self._forge.close(issue.number)
+            await self._issues.close(issue.number)
         await self._show_label(issue, state)
         # Last: it records that the rest is shown, so that a person can reopen the issue afterwards.
         if is_outdated(shown, shared, stale_after / 2):
-            await self._forge.write_comment(issue.number, comment, write_comment(describe(state), shared))
+            await self._issues.write_comment(issue.number, comment, write_comment(describe(state), shared))
         return True
 
     async def _show_label(self, issue: Issue, state: TrackedState) -> None:
@@ -154,7 +123,7 @@ class ForgeTracker(ABC, Generic[OptionsT]):
             removed |= {RETRY_LABEL}
         added = shown - issue.labels
         if added or removed:
-            await self._forge.change_labels(issue.number, added, removed)
+            await self._issues.change_labels(issue.number, added, removed)
 
 
 def _shown_state(issue: Issue) -> tuple[int | None, SharedState | None]:
@@ -171,20 +140,3 @@ def _shown_state(issue: Issue) -> tuple[int | None, SharedState | None]:
 def _without_own_comments(issue: Issue) -> Issue:
     """Return an issue without the comments that show states, by any author."""
     return replace(issue, comments=tuple(one for one in issue.comments if not is_state_comment(one.body)))
-
-
-async def find_token(variable: str, command: Sequence[str]) -> str:
-    """Return the token from a variable, or else from the forge's own CLI.
-
-    Raises RefusedError if neither has one.
-    """
-    if token := os.environ.get(variable, "").strip():
-        return token
-    try:
-        done = await run(command, env=os.environ, timeout=_TOKEN_TIMEOUT)
-    except (OSError, TimeoutError):
-        done = None
-    token = "" if done is None or done.returncode else done.stdout.decode(errors="replace").strip()
-    if not token:
-        raise RefusedError(f"there is no token: ${variable} is not set", f"set it, or run `{command[0]} auth login`")
-    return token

@@ -68,6 +68,11 @@ FAILPOINTS: Final = frozenset(
         "landing.intended",  # the intent is in the store
         "landing.pushed",  # the target has moved, not recorded in the store
         "landing.recorded",  # the task is landed in the store
+        "pull_request.pushed",  # the branch of a pull request is pushed, which is not open yet
+        "pull_request.opened",  # the pull request is open, not recorded in the store
+        "pull_request.recorded",  # the store records that the pull request is open
+        "pull_request.continued",  # the store records that a task continues for its pull request
+        "pull_request.cancelled",  # the request to cancel the task of a closed pull request is in the store
         "legacy.begun",  # part of an import from an earlier state format is in the store
         "legacy.imported",  # the whole import is in the store
         "state.appended",  # commits are at the end of the log, the end marker is not updated

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 
@@ -88,6 +89,7 @@ class RunEntry:
 
     async def _open_run_context(self, lock_fds: Sequence[int], worker: str | None) -> RunContext:
         context, plugins = self.context, await self.context.plugins.load()
+        forge = self.run.pull_requests
         configs = restore_adapters(self.run.adapters, plugins.adapters, plugins.explain)
         return await open_run_context(
             self.run,
@@ -100,6 +102,7 @@ class RunEntry:
             worker=worker,
             environ=context.environ,
             clock=context.clock,
+            open_forge=None if forge is None else partial(plugins.open, "forge", "pull_requests", forge),
         )
 
     def _with_session_service(self, run_context: RunContext, ledger: Ledger) -> RunContext:

@@ -89,7 +89,7 @@ class RunCapacityLimited(RunEvent):
 
 
 class RunWaiting(RunEvent):
-    """The run can only wait for paused adapters, approvals or held tasks; repeated after changes."""
+    """The run can only wait for paused adapters, approvals, pull requests or held tasks; repeated after changes."""
 
     type = "run.waiting"
     sentence = "waiting for {awaited}, at least until {until}"
@@ -102,6 +102,8 @@ class RunWaiting(RunEvent):
     """The tasks that wait for approval."""
     held: Sequence[str] = ()
     """The tasks that land once a user releases them."""
+    pull_requests: Sequence[str] = ()
+    """The tasks whose pull requests are open."""
 
     @property
     def awaited(self) -> str:
@@ -109,7 +111,8 @@ class RunWaiting(RunEvent):
         adapters = f"{', '.join(self.adapters)} (cooling down)" if self.adapters else ""
         approvals = f"your approval of {', '.join(self.approvals)}" if self.approvals else ""
         held = f"`council queue release {' '.join(self.held)}`" if self.held else ""
-        return ", and for ".join(filter(None, (adapters, approvals, held)))
+        pull_requests = f"the pull requests of {', '.join(self.pull_requests)}" if self.pull_requests else ""
+        return ", and for ".join(filter(None, (adapters, approvals, held, pull_requests)))
 
 
 class RunPaused(RunEvent):
@@ -443,6 +446,22 @@ class SinkUndelivered(RunEvent):
     sink: str
     undelivered: int
     """The number of missing events."""
+
+
+class ForgeFailing(RunEvent):
+    """The pull requests can't be read; this is retried with increasing delays."""
+
+    type = "forge.failing"
+    sentence = "pull requests can't be read, which will be retried: {reason}"
+
+    reason: str
+
+
+class ForgeRecovered(RunEvent):
+    """The pull requests can be read again."""
+
+    type = "forge.recovered"
+    sentence = "pull requests can be read again"
 
 
 class TrackerFailing(RunEvent):

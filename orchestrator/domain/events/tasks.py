@@ -255,6 +255,20 @@ class TaskDeferred(TaskEvent):
     reason: str
 
 
+class TaskProposed(TaskEvent):
+    """The work of the task passed its checks, and its pull request is open."""
+
+    type = "task.proposed"
+    sentence = "pull request {pull_request}: {url}"
+    shown = Shown.ALWAYS
+
+    pull_request: int
+    """Its number."""
+    url: str
+    commit: str
+    """The newest commit of its branch."""
+
+
 class TaskRebased(TaskEvent):
     """The work of a task that it is built on has changed: its own work was rebased, and is queued again."""
 

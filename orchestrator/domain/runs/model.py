@@ -122,6 +122,18 @@ class RebasedWork(StoredDocument):
     """As in `Attempt`, for this base."""
 
 
+class Proposal(StoredDocument):
+    """What is known about the pull request of a task."""
+
+    url: str
+    pushed: str
+    """The newest commit that was pushed to its branch."""
+    rounds: int = 0
+    """The number of times that the task was continued for it."""
+    handled: tuple[str, ...] = ()
+    """The failures and review comments that sessions were told of."""
+
+
 class ImportedTask(StoredDocument):
     """The record of a task from an earlier state format, in wall-clock seconds."""
 
@@ -186,6 +198,8 @@ class TaskDocument(StoredDocument):
     """The tasks that its plan created; it continues after they have landed."""
     pull_request: int | None = None
     """The number of its pull request."""
+    proposal: Proposal | None = None
+    """The state of its pull request, if it lands by it."""
     imported: ImportedTask | None = None
     """For a task of an imported run: its original record."""
     annotations: dict[str, Any] = Field(default_factory=dict)

@@ -213,6 +213,19 @@ class TaskStatus(StrEnum):
             ),
         ),
     )
+    #: Its pull request is open.
+    PROPOSED = (
+        "proposed",
+        StatusRecord(
+            label="pull request open",
+            activity="review",
+            style="bold yellow",
+            release=ReleaseReason.ABANDONED,
+            waits_for_user=True,
+            plain_phase=PhaseStatus.COMPLETED,
+            next_steps=(("next", "council show {}"), ("or", "council cancel {}")),
+        ),
+    )
     #: All phases are complete, and there is nothing to land.
     DONE = (
         "done",
@@ -333,6 +346,7 @@ class Trigger(StrEnum):
     REBASE = "rebase", events.TaskRebased  #: the work that it is built on has changed
     WITHDRAW = "withdraw", events.TaskWithdrawn  #: the work that it is built on will not land
     REJECT = "reject", events.TaskFailed  #: it can't land, and no further attempt follows
+    PROPOSE = "propose", events.TaskProposed  #: its pull request is open
     INTEND = "intend", events.TaskLanding  #: the intent to update the target is recorded
     ABORT_LANDING = "abort_landing", events.TaskLandingAborted  #: the target was not updated
     DEFER = "defer", events.TaskDeferred  #: the target can't be moved at the moment
@@ -347,7 +361,7 @@ class Trigger(StrEnum):
 
 
 _S, _T = TaskStatus, Trigger
-_CANCELLABLE = (_S.PENDING, _S.AWAITING_APPROVAL, _S.RUNNING, _S.QUEUED, _S.CHECKING)
+_CANCELLABLE = (_S.PENDING, _S.AWAITING_APPROVAL, _S.PROPOSED, _S.RUNNING, _S.QUEUED, _S.CHECKING)
 
 TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.PENDING, _T.START): _S.RUNNING,
@@ -376,6 +390,11 @@ TRANSITIONS: Final[dict[tuple[TaskStatus, Trigger], TaskStatus]] = {
     (_S.QUEUED, _T.DEFER): _S.QUEUED,
     (_S.QUEUED, _T.CONFLICT): _S.CONFLICT,
     (_S.QUEUED, _T.ADOPT): _S.LANDED,
+    (_S.CHECKING, _T.PROPOSE): _S.PROPOSED,
+    (_S.QUEUED, _T.PROPOSE): _S.PROPOSED,
+    (_S.PROPOSED, _T.DEFER): _S.PROPOSED,
+    (_S.PROPOSED, _T.RETRY_WORK): _S.PENDING,
+    (_S.PROPOSED, _T.ADOPT): _S.LANDED,
     (_S.LANDING, _T.LAND): _S.LANDED,
     (_S.LANDING, _T.ABORT_LANDING): _S.QUEUED,
     (_S.LANDING, _T.DEFER): _S.QUEUED,

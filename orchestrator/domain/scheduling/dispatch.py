@@ -139,6 +139,8 @@ class DispatchBoard:
         self.entries = dict(entries)
         """The entries of all tasks, including those that plans have added."""
         self._state = dict.fromkeys(entries, _PENDING)
+        self._awaiting_user: set[str] = set()
+        """The paused tasks that only a user can continue."""
         self._graph = DependencyGraph(lambda task: self._state[task] is _PENDING)
         for task, entry in entries.items():
             self._graph.set_needs(task, entry.needs, entry.built_needs)
@@ -169,6 +171,7 @@ class DispatchBoard:
                 board.landed(task)
             elif status in USER_STATUSES:
                 board.pause(task, keeps_paths=False)
+                board._awaiting_user.add(task)
             elif status in CLAIMED_STATUSES:
                 board._leave(task, _BUILT if status in LANDING_STATUSES else _RUNNING)
                 board._set_built(task, is_built=status in LANDING_STATUSES)
@@ -286,6 +289,7 @@ class DispatchBoard:
                 self.ended(task)
         elif status in USER_STATUSES:
             self.pause(task, keeps_paths=keeps_paths)
+            self._awaiting_user.add(task)
         elif status in CLAIMED_STATUSES:
             if state is _RUNNING:
                 self.built(task)
@@ -297,7 +301,7 @@ class DispatchBoard:
             self._sync_pending(task, until, adapters, keeps_paths=keeps_paths)
 
     def _sync_pending(self, task: str, until: float, adapters: tuple[str, ...] | None, *, keeps_paths: bool) -> None:
-        has_started = self._state[task] is _RUNNING or self._state[task] is _BUILT
+        has_started = self._state[task] in {_RUNNING, _BUILT} or task in self._awaiting_user
         if not has_started and not self._graph.is_ready(task):
             if adapters is not None:
                 self.set_adapters(task, adapters, keeps_paths=keeps_paths)
@@ -347,6 +351,7 @@ class DispatchBoard:
 
     def _leave(self, task: str, state: _State) -> None:
         before = self._state[task]
+        self._awaiting_user.discard(task)
         self._queue.free_paths(task)
         if before is _RUNNING:
             self.adapters.free(task)

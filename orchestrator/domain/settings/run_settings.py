@@ -502,6 +502,31 @@ class TrackerSettings(Settings):
     """How often the tracker shows the states of tasks and looks for requests, in addition to when a task changes."""
 
 
+class PullRequestSettings(Settings):
+    """How tasks land by pull requests (GitLab: merge requests), without the options of the forge."""
+
+    use: str
+    """The kind of forge: `github`, `gitlab`, or one from an installed plugin."""
+    draft: bool = False
+    """Whether to open pull requests as drafts."""
+    labels: Strings = ()
+    """Labels of the pull requests."""
+    reviewers: Strings = ()
+    """The logins of the users whose review is requested."""
+    auto_merge: bool = False
+    """Whether the forge merges a pull request as soon as its own rules allow it."""
+    template: Prompt | None = None
+    """The text of a pull request, with {task}, {run} and {prompt}. Default: the prompt of the task and the run."""
+    on_ci_failure: Literal["fix", "keep"] = "fix"
+    """If the forge's checks of a pull request fail: continue the task with their output, or only report it."""
+    on_review: Literal["fix", "keep"] = "fix"
+    """If someone with write access requests changes or comments on lines: continue the task, or only report it."""
+    rounds: Annotated[int, Field(ge=0, le=MAX_RETRIES)] = 3
+    """How many times a task is continued for its pull request."""
+    sync_interval: Duration = 60.0
+    """How often the pull requests are read."""
+
+
 class _WithOptions(Settings):
     options: Any
     """An instance of the `Options` of its type; in a run document, the same as JSON."""
@@ -521,6 +546,10 @@ class SinkConfig(SinkSettings, _WithOptions):
 
 class TrackerConfig(TrackerSettings, _WithOptions):
     """A tracker with valid options."""
+
+
+class PullRequestConfig(PullRequestSettings, _WithOptions):
+    """How tasks land by pull requests, with valid options of the forge."""
 
 
 class RunSettings(Settings):
@@ -571,6 +600,8 @@ class ResolvedSettings(RunSettings):
     """Sinks that receive events, by name."""
     trackers: dict[str, TrackerConfig] = Field(default_factory=dict)
     """Sources of additional tasks when the run is created, by name."""
+    pull_requests: PullRequestConfig | None = None
+    """How tasks land by pull requests; None: they land on the target directly."""
     workflows: dict[str, Annotated[tuple[Phase, ...], Field(strict=False)]] = Field(default_factory=dict)
     """Phases by workflow name, including the workflows of tasks that plans create."""
     overrides: Strings = ()

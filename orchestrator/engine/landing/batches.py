@@ -43,4 +43,6 @@ class Batches:
         return spec.checks, spec.checks_env, spec.checks_timeout, task if task in self._suspects else None
 
     def _max_size(self, key: tuple[object, ...]) -> int:
+        if self._ledger.run.pull_requests is not None:  # each is merged by itself
+            return 1
         return self._ledger.run.merge.batch if key[0] else MAX_BATCH_SIZE

@@ -35,7 +35,9 @@ class LookAhead:
 
     def __init__(self, ledger: Ledger, target: Target, checks: MergeChecks, batches: Batches) -> None:
         self._ledger, self._target, self._checks, self._batches = ledger, target, checks, batches
-        self._first_window = min(ledger.run.merge.window, ledger.run.capacity)
+        # A pull request does not land on another one.
+        window = 1 if ledger.run.pull_requests is not None else ledger.run.merge.window
+        self._first_window = min(window, ledger.run.capacity)
         self._window = self._first_window
         self._changed = anyio.Event()
         self._merged: dict[tuple[str, str], PreparedMerge | None] = {}

@@ -33,6 +33,7 @@ from orchestrator.engine.landing.merge_chains import LANDING_ERRORS, MergeChains
 from orchestrator.engine.landing.merge_checks import CheckedMerges, MergeChecks
 from orchestrator.engine.landing.outcomes import LandingOutcomes, add_intended_merge
 from orchestrator.engine.landing.ownership_check import OwnershipCheck
+from orchestrator.engine.landing.pull_requests import PullRequests
 from orchestrator.engine.landing.rejections import Rejections
 from orchestrator.engine.landing.stacked_work import StackedWork
 from orchestrator.engine.landing.waiting_tasks import WaitingTasks
@@ -90,6 +91,9 @@ class MergeQueue:
         ownership = OwnershipCheck(ledger, context.git, context.registry)
         rejections = Rejections(ledger, context.git, ownership)
         self.outcomes = LandingOutcomes(ledger, context.target, context.git, rejections)
+        settings = ledger.run.pull_requests
+        self.pull_requests = None if settings is None else PullRequests(ledger, context, settings, self.outcomes)
+        """The pull requests by which tasks land; None: they land on the target directly."""
         self._stacked = StackedWork(ledger, context, bases, self.outcomes, board.blocked)
         self._chains = MergeChains(ledger, context.target, context.git, self.outcomes, self._stacked)
         self._checks = MergeChecks(ledger, context, ownership, self.outcomes, base_commands, give_up)
@@ -176,7 +180,7 @@ class MergeQueue:
                 remaining = await self.outcomes.recover_interrupted(lease, tasks)
             else:
                 ready = [task for task in tasks if not await self.outcomes.continue_for_messages(task)]
-                remaining = await self._land_together(lease, ready, group) if ready else []
+                remaining = await self._land_ready(lease, ready, group) if ready else []
         except ClaimLost as lost:
             tasks = [task for task in tasks if task != lost.task]
             remaining = await self.outcomes.requeue_claimed(tasks, _CLAIM_LOST)
@@ -207,6 +211,15 @@ class MergeQueue:
                 batch = await anext(batches, list[str]())
         self.landing = tuple(self.tasks.take(batch))  # without those that were cancelled in the meantime
         return list(self.landing)
+
+    async def _land_ready(self, lease: HeldMergeLease, tasks: Sequence[str], group: TaskGroup) -> list[str]:
+        """Land tasks, or open their pull requests; return the tasks to queue again."""
+        if self.pull_requests is None:
+            return await self._land_together(lease, tasks, group)
+        merges, checked = await self._prepare_checked(lease, tasks, group)
+        for task in merges:
+            await self.pull_requests.propose(task, checked.records)
+        return list(checked.again)
 
     async def _land_together(self, lease: HeldMergeLease, tasks: Sequence[str], group: TaskGroup) -> list[str]:
         """Land tasks with one move of the target; return the tasks to queue again."""

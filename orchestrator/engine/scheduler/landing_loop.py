@@ -21,6 +21,8 @@ LANDING_BATCH_WINDOW = 0.25
 DEFERRED_RETRY_DELAY = 30.0
 #: The retries of each task, and the seconds before each, without other work: the user may be in the middle of a commit.
 MAX_FINAL_LANDINGS, FINAL_LANDING_DELAY = 3, 1.0
+#: The same for pull requests: a forge may be down for minutes.
+MAX_FINAL_PROPOSALS, FINAL_PROPOSAL_DELAY = 40, 15.0
 
 
 class LandingLoop:
@@ -35,6 +37,9 @@ class LandingLoop:
         self._final_tries = Counter[str]()
         self._batch_until = 0.0
         self._merge = ledger.run.merge
+        self._max_final, self._final_delay = MAX_FINAL_LANDINGS, FINAL_LANDING_DELAY
+        if ledger.run.pull_requests is not None:
+            self._max_final, self._final_delay = MAX_FINAL_PROPOSALS, FINAL_PROPOSAL_DELAY
 
     @property
     def is_full(self) -> bool:
@@ -45,7 +50,7 @@ class LandingLoop:
     def is_pending(self) -> bool:
         """Whether tasks will land or be retried."""
         return self._queue.tasks.has_work or any(
-            self._final_tries[task] < MAX_FINAL_LANDINGS for task in self._queue.tasks.deferred
+            self._final_tries[task] < self._max_final for task in self._queue.tasks.deferred
         )
 
     def next_times(self) -> list[float | None]:
@@ -78,7 +83,7 @@ class LandingLoop:
     def session_ended(self) -> None:
         """Retry deferred tasks soon if no session is running."""
         if not self._local.active_attempts:
-            self._deferred_until = min(self._deferred_until, self._clock.monotonic() + FINAL_LANDING_DELAY)
+            self._deferred_until = min(self._deferred_until, self._clock.monotonic() + self._final_delay)
 
     async def _land(self, group: TaskGroup) -> None:
         for task in await self._queue.land(group):
@@ -100,7 +105,7 @@ class LandingLoop:
         if self._queue.tasks.is_held(task):
             self._queue.tasks.add(task)
             return
-        pause = DEFERRED_RETRY_DELAY if self._local.active_attempts else FINAL_LANDING_DELAY
+        pause = DEFERRED_RETRY_DELAY if self._local.active_attempts else self._final_delay
         if not self._queue.tasks.deferred or not self._local.active_attempts:
             self._deferred_until = self._clock.monotonic() + pause
         self._queue.tasks.deferred.append(task)

@@ -32,6 +32,7 @@ from orchestrator.engine.scheduler.landing_loop import LandingLoop
 from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.scheduler.monitor import Monitor
 from orchestrator.engine.scheduler.peers import PeerSync
+from orchestrator.engine.scheduler.pull_requests import PullRequestFollower
 from orchestrator.engine.scheduler.requests import cancel_task
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.transitions import TaskUpdate
@@ -75,6 +76,8 @@ class Scheduler:
         self._repository_guard = RepositoryGuard(ledger, context, self._merge_queue)
         self._local = LocalWork(ledger, board, self._merge_queue, clock, unavailable_adapters)
         self._landings = LandingLoop(ledger, context, self._local, capacity)
+        proposals = self._merge_queue.pull_requests
+        self._follower = None if proposals is None else PullRequestFollower(ledger, proposals, self._local, clock)
         recorder = AttemptRecorder(ledger, context, base_commands, phase_handlers)
         self._attempts = AttemptRunner(ledger, context, pool, budgets, base_selector, phase_handlers, recorder)
         self._preparer = AttemptPreparer(self._local, self._attempts)
@@ -129,17 +132,7 @@ class Scheduler:
         for queued_status in (TaskStatus.LANDING, TaskStatus.QUEUED):
             self._merge_queue.tasks.add(*_own_tasks(self._ledger, statuses, queued_status))
         async with anyio.create_task_group() as services:
-            self._peers.start(services)
-            services.start_soon(process.resume_stopped_programs)
-            services.start_soon(_monitor_as_leader, self._ledger)
-            if self._context.session_service is not None:
-                services.start_soon(self._context.session_service.follow_user_changes)
-            if self._ledger.run.merge.on_predicted_conflict != "off":
-                attempts = self._local.active_attempts
-                predictor = ConflictPredictor(
-                    self._ledger, self._context, lambda: [attempt.session for attempt in attempts.values()]
-                )
-                services.start_soon(predictor.run)
+            self._start_services(services)
             async with anyio.create_task_group() as group:
                 successful = [task for task, status in statuses.items() if status in SUCCESS_STATUSES]
                 group.start_soon(self._landings.remove_homes, successful)
@@ -172,6 +165,21 @@ class Scheduler:
             await self._ledger.note(RunTargetUnreachable(reason=str(error)))
         return True
 
+    def _start_services(self, services: TaskGroup) -> None:
+        self._peers.start(services)
+        services.start_soon(process.resume_stopped_programs)
+        services.start_soon(_monitor_as_leader, self._ledger)
+        if self._follower is not None:
+            services.start_soon(self._follower.run)
+        if self._context.session_service is not None:
+            services.start_soon(self._context.session_service.follow_user_changes)
+        if self._ledger.run.merge.on_predicted_conflict != "off":
+            attempts = self._local.active_attempts
+            predictor = ConflictPredictor(
+                self._ledger, self._context, lambda: [attempt.session for attempt in attempts.values()]
+            )
+            services.start_soon(predictor.run)
+
     async def _tick(self, group: TaskGroup) -> None:
         if self._stopping:
             return
@@ -202,15 +210,19 @@ class Scheduler:
         """Record once that the run only waits for adapter cooldowns, approvals or held tasks."""
         if self._is_active() or self._landings.is_pending or self._is_start_blocked or self._local.tasks_elsewhere():
             return
-        awaited, approvals = self._board.forecast.awaited(), self._local.awaiting_user()
+        awaited, users = self._board.forecast.awaited(), self._local.awaiting_user()
         held = tuple(task for task in self._merge_queue.tasks.held if self._merge_queue.tasks.is_held(task))
-        waits = awaited, approvals, held
+        waits = awaited, users, held
         if (not awaited and self._board.forecast.has_work()) or not any(waits) or waits == self._last_noted_wait:
             return
         self._last_noted_wait = waits
         ends = [(await self._ledger.adapters.read(name)).cooldown_until for name in awaited]
         until, adapters = min(filter(None, ends), default=None), sorted(awaited, key=awaited.__getitem__)
-        await self._ledger.note(RunWaiting(until=until, adapters=adapters, approvals=list(approvals), held=waits[-1]))
+        proposed = [task for task in users if self._ledger.task(task).status is TaskStatus.PROPOSED]
+        approvals = [task for task in users if task not in proposed]
+        await self._ledger.note(
+            RunWaiting(until=until, adapters=adapters, approvals=approvals, held=held, pull_requests=proposed)
+        )
 
     async def _free(self, now: float) -> int:
         """Return the number of sessions that may start now.
@@ -226,7 +238,8 @@ class Scheduler:
         return self._stopping or self._only_lands or self.halted is not None
 
     def _is_active(self) -> bool:
-        return bool(self._local.active_attempts or self._landings.is_landing or self._peers.is_busy)
+        is_followed = self._follower is not None and self._follower.is_busy
+        return bool(self._local.active_attempts or self._landings.is_landing or self._peers.is_busy or is_followed)
 
     def _idle(self) -> bool:
         if self._is_active():

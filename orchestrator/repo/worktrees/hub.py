@@ -220,6 +220,11 @@ def internal_ref_name(run: str, name: str) -> str:
     return f"{INTERNAL_REFS}/{run}/{name}"
 
 
+def pull_request_branch_name(run: str, task: str) -> str:
+    """Return the branch of a task's pull request on the forge."""
+    return f"council/{run}/{task}"
+
+
 def work_branch_name(run: str, task: str, part: int | str) -> str:
     """Return the branch of a task's work; `part` is the attempt or `conflict`."""
     return f"council/{run}/{task}/{part}"

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
-from orchestrator.testing.forge_servers.server import Answer, ForgeComment, ForgeIssue, ForgeServer, Request
+from orchestrator.testing.forge_servers.pull_requests import CheckResult, ForgePullRequest, PullRequestServer
+from orchestrator.testing.forge_servers.server import Answer, ForgeComment, ForgeIssue, Request
 
 _NOT_FOUND = Answer(404, {"message": "Not Found", "documentation_url": "https://docs.github.com/rest"})
 _FORBIDDEN = Answer(403, {"message": "Resource not accessible by personal access token"})
 
 
-class GitHubServer(ForgeServer):
+class GitHubServer(PullRequestServer):
     """A GitHub with one repository."""
 
     @property
@@ -26,6 +27,8 @@ class GitHubServer(ForgeServer):
         match request.parts:
             case ["user"]:
                 return Answer(200, {"login": request.user.login, "type": "User"})
+            case ["graphql"] if request.method == "POST":
+                return self._enable_auto_merge(str(request.body["variables"]["id"]))
             case ["search", "issues"] if request.method == "GET":
                 return self._search(request.query.get("q", ""))
             case ["repos", owner, name, *rest] if f"{owner}/{name}" == self.repository:
@@ -45,6 +48,10 @@ class GitHubServer(ForgeServer):
                 user = self._users.get(unquote(login))
                 found = None if user is None else {"permission": user.permission, "role_name": user.permission}
                 return _NOT_FOUND if found is None else Answer(200, found)
+            case _, ["pulls" | "commits", *_]:
+                return self._answer_pull_requests(request, parts)
+            case "POST", ["issues", number, "labels"] if number.isdigit() and int(number) in self.pull_requests:
+                return self._answer_pull_requests(request, parts)
             case "PATCH", ["issues", "comments", id_]:
                 return self._edit_comment(int(id_), request)
             case method, ["issues", number, *rest] if number.isdigit() and int(number) in self._issues:
@@ -85,6 +92,71 @@ class GitHubServer(ForgeServer):
                 self.unlabel(issue.number, unquote(label), by)
                 return Answer(200, [{"name": one} for one in issue.labels])
         return _NOT_FOUND
+
+    def _answer_pull_requests(self, request: Request, parts: Sequence[str]) -> Answer:
+        match request.method, parts:
+            case "POST", ["issues", number, "labels"]:
+                self.pull_requests[int(number)].labels += request.body["labels"]
+                return Answer(200, [{"name": label} for label in self.pull_requests[int(number)].labels])
+            case "GET", ["commits", commit, "check-runs"]:
+                runs = [self._check_run(one) for one in self.checks_of(commit)]
+                return Answer(200, {"total_count": len(runs), "check_runs": runs})
+            case "GET", ["commits", commit, "status"]:
+                return Answer(200, {"state": "pending", "statuses": [], "sha": commit, "total_count": 0})
+            case "GET", ["pulls"]:
+                branch = request.query.get("head", "").partition(":")[2]
+                state = request.query.get("state", "open")
+                shown = [self.pull_request(number) for number in self.pull_requests]
+                found = [one for one in shown if branch in ("", one.branch) and state in ("all", one.state)]
+                return Answer(200, [self._pull_request(one) for one in found])
+            case "POST", ["pulls"]:
+                body = request.body
+                values = {"branch": body["head"], "target": body["base"], "is_draft": body.get("draft", False)}
+                values |= {"title": body["title"], "body": body.get("body") or ""}
+                opened = self.open_pull_request(values, request.user.login)
+                if opened is None:
+                    return Answer(422, {"message": "Validation Failed"})
+                return Answer(201, self._pull_request(opened))
+            case method, ["pulls", number, *rest] if number.isdigit() and int(number) in self.pull_requests:
+                return self._answer_pull_request(method, self.pull_request(int(number)), rest, request)
+        return _NOT_FOUND
+
+    def _answer_pull_request(
+        self, method: str, found: ForgePullRequest, parts: Sequence[str], request: Request
+    ) -> Answer:
+        match method, parts:
+            case "GET", []:
+                return Answer(200, self._pull_request(found))
+            case "GET", ["reviews"]:
+                return Answer(200, [
+                    {"id": one.id, "user": self._user(one.author), "state": one.state, "body": one.body}
+                    for one in found.reviews
+                ])  # fmt: skip
+            case "GET", ["comments"]:
+                return Answer(200, [
+                    {"id": one.id, "user": self._user(one.author), "body": one.body, "path": one.path, "line": one.line}
+                    for one in found.line_comments
+                ])  # fmt: skip
+            case "POST", ["requested_reviewers"]:
+                found.reviewers += request.body["reviewers"]
+                return Answer(201, self._pull_request(found))
+            case "PUT", ["merge"]:
+                if self.merge(found.number):
+                    return Answer(200, {"merged": True, "sha": found.merged_as, "message": "merged"})
+                return Answer(405, {"message": "Pull Request is not mergeable"})
+        return _NOT_FOUND
+
+    def _enable_auto_merge(self, node: str) -> Answer:
+        """Enable auto-merge as the mutation `enablePullRequestAutoMerge` does."""
+        found = next((one for one in self.pull_requests.values() if f"PR_{one.number}" == node), None)
+        if found is None:
+            return Answer(200, {"data": None, "errors": [{"message": f"Could not resolve to a node: {node}"}]})
+        checks = self.checks_of(self.pull_request(found.number).head)
+        if checks and all(one.passed for one in checks):
+            message = "Pull request Pull request is in clean status"
+            return Answer(200, {"data": None, "errors": [{"message": message}]})
+        found.is_auto_merged = True
+        return Answer(200, {"data": {"enablePullRequestAutoMerge": {"clientMutationId": None}}})
 
     def _list(self, query: Mapping[str, str]) -> list[ForgeIssue]:
         state = {"open": True, "closed": False, "all": None}[query.get("state", "open")]
@@ -132,6 +204,37 @@ class GitHubServer(ForgeServer):
             "html_url": f"{self.origin}/{self.repository}/issues/{issue.number}",
             "sub_issues_summary": {"total": len(issue.sub_issues)},
             "issue_dependencies_summary": {"blocked_by": len(open_blockers), "total_blocked_by": len(issue.blocked_by)},
+        }
+
+    def _pull_request(self, found: ForgePullRequest) -> dict[str, Any]:
+        is_merged = found.state == "merged"
+        return {
+            "number": found.number,
+            "node_id": f"PR_{found.number}",
+            "html_url": f"{self.origin}/{self.repository}/pull/{found.number}",
+            "state": "open" if found.state == "open" else "closed",
+            "title": found.title,
+            "body": found.body,
+            "draft": found.is_draft,
+            "user": self._user(found.author),
+            "head": {"ref": found.branch, "sha": found.head},
+            "base": {"ref": found.target},
+            "labels": [{"name": label} for label in found.labels],
+            "requested_reviewers": [self._user(login) for login in found.reviewers],
+            "merged": is_merged,
+            "merged_at": "2026-01-01T00:00:00Z" if is_merged else None,
+            "merge_commit_sha": found.merged_as,
+            "mergeable_state": "dirty" if self.has_conflict(found) else "clean",
+            "auto_merge": {"merge_method": "merge"} if found.is_auto_merged else None,
+        }
+
+    def _check_run(self, check: CheckResult) -> dict[str, Any]:
+        return {
+            "id": check.id,
+            "name": check.name,
+            "status": "in_progress" if check.passed is None else "completed",
+            "conclusion": None if check.passed is None else "success" if check.passed else "failure",
+            "output": {"title": check.name, "summary": check.output, "text": None},
         }
 
     def _comment(self, comment: ForgeComment) -> dict[str, Any]:

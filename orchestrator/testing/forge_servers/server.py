@@ -260,7 +260,7 @@ class ForgeServer(ABC):
         query = dict(parse_qsl(url.query))
         request = Request(method, parts, query, json.loads(data or b"{}"), self._users[self._tokens[token]])
         answer = self.answer(request)
-        if method == "GET" and answer.status == 200:
+        if method == "GET" and answer.status == 200 and not isinstance(answer.content, str):
             answer = self._one_page(answer, url.path, query)
             tag = f'W/"{hashlib.sha256(json.dumps(answer.content).encode()).hexdigest()[:20]}"'
             if headers.get("If-None-Match") == tag:
@@ -320,7 +320,8 @@ class ForgeServer(ABC):
                 if is_lost:
                     self.close_connection = True
                     return
-                content = b"" if answer.content is None else json.dumps(answer.content).encode()
+                text = answer.content if isinstance(answer.content, str) else json.dumps(answer.content)
+                content = b"" if answer.content is None else text.encode()
                 self.send_response(answer.status)
                 for name, value in {**answer.headers, "Content-Type": "application/json"}.items():
                     self.send_header(name, value)

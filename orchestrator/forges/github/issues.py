@@ -1,65 +1,40 @@
-"""The tracker `github`: issues of a repository on GitHub, or on a GitHub Enterprise server, are tasks.
-
-    trackers:
-      issues:
-        use: github
-        repo: acme/shop
-        labels: [council]
-
-The API is that of docs.github.com/rest, version 2022-11-28.
-"""
+"""The issues of a repository on GitHub as tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote
 
-import pluggy
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from orchestrator.domain.wording import join_names
 from orchestrator.errors import RefusedError
-from orchestrator.forges.forge import Forge
+from orchestrator.forges.connection import Members
+from orchestrator.forges.issue_api import IssueApi
 from orchestrator.forges.issues import RETRY_LABEL, Comment, Issue
-from orchestrator.forges.tracker import Connection, ForgeOptions, ForgeTracker, find_token
-from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterTracker
+from orchestrator.forges.tracker import ForgeOptions, ForgeTracker
 
 if TYPE_CHECKING:
     from orchestrator.forges.http import ForgeHttp
 
-hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
-
-_REMEDIES: Final = {
-    401: "set the variable of `token` to a valid token, or run `gh auth login`",
-    403: "use a token that may read and write issues",
-    404: "check `repo`, and that the token may read it",
-    410: "enable issues in the settings of the repository",
-}
-_WRITERS: Final = frozenset({"admin", "maintain", "write"})
-_PUBLIC_API: Final = "https://api.github.com"
+from orchestrator.forges.github.repository import GitHubMembers, GitHubRepository
 
 
-class GitHubOptions(ForgeOptions):
+class GitHubOptions(GitHubRepository, ForgeOptions):
     """The options of a tracker with `use: github`."""
 
-    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")]
-    """The repository, `owner/name`."""
-    api: str = _PUBLIC_API
-    """The URL of the API; for a GitHub Enterprise server `https://HOST/api/v3`."""
-    token: str = "GITHUB_TOKEN"  # noqa: S105  the name of a variable
-    """The variable with the token. If it is not set, `gh auth token` is asked."""
     query: str | None = None
     """A search instead of the other filters, such as `label:bug no:assignee`."""
 
 
-class GitHub(Forge):
+class GitHubIssues(IssueApi):
     """The issues of one repository on GitHub."""
 
     number_field, open_state = "number", "open"
 
-    def __init__(self, http: ForgeHttp, options: GitHubOptions) -> None:
-        super().__init__(http)
+    def __init__(self, members: Members, options: GitHubOptions) -> None:
+        super().__init__(members)
         self._options, self._repo = options, f"repos/{options.repo}"
 
     async def list_selected(self) -> Sequence[Mapping[str, Any]]:
@@ -105,7 +80,7 @@ class GitHub(Forge):
             body=found.get("body") or "",
             is_open=found["state"] == "open",
             labels=labels,
-            is_trusted=await self.is_trusted(author),
+            is_trusted=await self.members.is_trusted(author),
             blocked_by=tuple(one["number"] for one in blocked_by if one["state"] == "open"),
             sub_issues=tuple(one["number"] for one in parts if one["state"] == "open"),
             closed=found.get("closed_at"),
@@ -121,17 +96,8 @@ class GitHub(Forge):
         user = found.get("user") or {}
         login, is_person = user.get("login", ""), user.get("type") != "Bot"
         # Only administrators install apps.
-        is_trusted = await self.is_trusted(login) if is_person else True
+        is_trusted = await self.members.is_trusted(login) if is_person else True
         return Comment(found["id"], login, found.get("body") or "", is_trusted, is_person)
-
-    async def read_own_user(self) -> Any:
-        """Return the login of the token's user; None for the token of an app."""
-        return ((await self.http.get("user")) or {}).get("login")
-
-    async def may_write(self, user: Any) -> bool:
-        """Return True if a login may write to the repository."""
-        found = await self.http.get(f"{self._repo}/collaborators/{quote(user, safe='')}/permission") or {}
-        return not _WRITERS.isdisjoint({found.get("role_name"), found.get("permission")})
 
     async def write_comment(self, number: int, comment: int | None, body: str) -> None:
         """Write a comment, or replace an existing one."""
@@ -159,24 +125,6 @@ class GitHubTracker(ForgeTracker[GitHubOptions]):
 
     Options: ClassVar[type[BaseModel]] = GitHubOptions
 
-    async def connection(self) -> Connection:
-        """Return the API, and the headers with the token."""
-        options = self._options
-        host = "github.com" if options.api == _PUBLIC_API else urlsplit(options.api).netloc
-        token = await find_token(options.token, ["gh", "auth", "token", "--hostname", host])
-        headers = {
-            "Authorization": f"Bearer {token}",
-            "Accept": "application/vnd.github+json",
-            "X-GitHub-Api-Version": "2022-11-28",
-        }
-        return Connection(options.api, headers, _REMEDIES)
-
-    def forge(self, http: ForgeHttp) -> Forge:
-        """Return the repository."""
-        return GitHub(http, self._options)
-
-
-@hookimpl
-def council_register_trackers(register: RegisterTracker) -> None:
-    """Register `use: github`."""
-    register("github", GitHubTracker)
+    def issue_api(self, http: ForgeHttp) -> IssueApi:
+        """Return the issues of the repository."""
+        return GitHubIssues(GitHubMembers(http, self._options.repo), self._options)

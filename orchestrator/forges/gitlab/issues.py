@@ -1,63 +1,38 @@
-"""The tracker `gitlab`: issues of a project on gitlab.com or on another GitLab server are tasks.
-
-    trackers:
-      issues:
-        use: gitlab
-        project: acme/shop
-        labels: [council]
-
-The API is that of docs.gitlab.com/api, version 4.
-"""
+"""The issues of a project on GitLab as tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pluggy
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
-from orchestrator.forges.forge import Forge
+from orchestrator.forges.connection import Members
+from orchestrator.forges.issue_api import IssueApi
 from orchestrator.forges.issues import RETRY_LABEL, Comment, Issue
-from orchestrator.forges.tracker import Connection, ForgeOptions, ForgeTracker, find_token
-from orchestrator.hookspecs import ENTRY_POINT_GROUP, RegisterTracker
+from orchestrator.forges.tracker import ForgeOptions, ForgeTracker
 
 if TYPE_CHECKING:
     from orchestrator.forges.http import ForgeHttp
 
-hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
-
-_REMEDIES: Final = {
-    401: "set the variable of `token` to a valid token with the scope `api`",
-    403: "use a token with the scope `api` of a user who may edit issues",
-    404: "check `project`, and that the token may read it",
-}
-#: The access level of developers, who may push (docs.gitlab.com, "Valid access levels").
-_DEVELOPER: Final = 30
+from orchestrator.forges.gitlab.repository import GitLabMembers, GitLabProject
 
 
-class GitLabOptions(ForgeOptions):
+class GitLabOptions(GitLabProject, ForgeOptions):
     """The options of a tracker with `use: gitlab`."""
 
-    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)+$")]
-    """The project, `group/name`."""
-    api: str = "https://gitlab.com/api/v4"
-    """The URL of the API."""
-    token: str = "GITLAB_TOKEN"  # noqa: S105  the name of a variable
-    """The variable with the token. If it is not set, `glab config get token` is asked."""
     query: str | None = None
     """Only issues whose title or description contains this text."""
 
 
-class GitLab(Forge):
+class GitLabIssues(IssueApi):
     """The issues of one project on GitLab."""
 
     number_field, open_state = "iid", "opened"
 
-    def __init__(self, http: ForgeHttp, options: GitLabOptions) -> None:
-        super().__init__(http)
-        self._options, self._project = options, f"projects/{quote(options.project, safe='')}"
+    def __init__(self, members: Members, options: GitLabOptions) -> None:
+        super().__init__(members)
+        self._options, self._project = options, options.path
 
     async def list_selected(self) -> Sequence[Mapping[str, Any]]:
         """Return the selected open issues, as the API lists them."""
@@ -88,7 +63,7 @@ class GitLab(Forge):
             body=found.get("description") or "",
             is_open=found["state"] == "opened",
             labels=labels,
-            is_trusted=await self.is_trusted(author.get("id")),
+            is_trusted=await self.members.is_trusted(author.get("id")),
             blocked_by=tuple(
                 one["iid"] for one in links if one.get("link_type") == "is_blocked_by" and one["state"] == "opened"
             ),
@@ -103,17 +78,8 @@ class GitLab(Forge):
 
     async def _comment(self, found: Mapping[str, Any]) -> Comment:
         author = found.get("author") or {}
-        is_trusted = await self.is_trusted(author.get("id"))
+        is_trusted = await self.members.is_trusted(author.get("id"))
         return Comment(found["id"], author.get("username", ""), found.get("body") or "", is_trusted)
-
-    async def read_own_user(self) -> Any:
-        """Return the id of the token's user."""
-        return ((await self.http.get("user")) or {}).get("id")
-
-    async def may_write(self, user: Any) -> bool:
-        """Return True if the user with an id may push to the project."""
-        found = await self.http.get(f"{self._project}/members/all/{user}") or {}
-        return int(found.get("access_level", 0)) >= _DEVELOPER
 
     async def write_comment(self, number: int, comment: int | None, body: str) -> None:
         """Write a comment, or replace an existing one."""
@@ -138,19 +104,6 @@ class GitLabTracker(ForgeTracker[GitLabOptions]):
 
     Options: ClassVar[type[BaseModel]] = GitLabOptions
 
-    async def connection(self) -> Connection:
-        """Return the API, and the header with the token."""
-        options = self._options
-        host = urlsplit(options.api).netloc
-        token = await find_token(options.token, ["glab", "config", "get", "token", "--host", host])
-        return Connection(options.api, {"PRIVATE-TOKEN": token}, _REMEDIES)
-
-    def forge(self, http: ForgeHttp) -> Forge:
-        """Return the project."""
-        return GitLab(http, self._options)
-
-
-@hookimpl
-def council_register_trackers(register: RegisterTracker) -> None:
-    """Register `use: gitlab`."""
-    register("gitlab", GitLabTracker)
+    def issue_api(self, http: ForgeHttp) -> IssueApi:
+        """Return the issues of the project."""
+        return GitLabIssues(GitLabMembers(http, self._options.path), self._options)

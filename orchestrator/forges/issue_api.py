@@ -1,17 +1,15 @@
-"""What the trackers need from a forge, as the base of `github` and `gitlab`."""
+"""What the trackers need from a forge: the issues of one repository."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import anyio
 
+from orchestrator.forges.connection import Members
 from orchestrator.forges.issues import Issue
-
-if TYPE_CHECKING:
-    from orchestrator.forges.http import ForgeHttp
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -20,19 +18,16 @@ R = TypeVar("R")
 _CONCURRENCY: Final = 4
 
 
-class Forge(ABC):
+class IssueApi(ABC):
     """The issues of one repository."""
 
     #: The field with the number of an issue, and the state of an open one.
     number_field: ClassVar[str]
     open_state: ClassVar[str]
 
-    def __init__(self, http: ForgeHttp) -> None:
-        self.http = http
+    def __init__(self, members: Members) -> None:
+        self.http, self.members = members.http, members
         self._limiter = anyio.CapacityLimiter(_CONCURRENCY)
-        self._asking = anyio.Lock()
-        self._own: Any = None
-        self._trusted: dict[Any, bool] = {}
 
     @abstractmethod
     async def list_selected(self) -> Sequence[Mapping[str, Any]]:
@@ -57,26 +52,6 @@ class Forge(ABC):
     @abstractmethod
     async def close(self, number: int) -> None:
         """Close an issue as completed."""
-
-    @abstractmethod
-    async def read_own_user(self) -> Any:
-        """Return the user of the token; None if it has none, such as the token of an app."""
-
-    @abstractmethod
-    async def may_write(self, user: Any) -> bool:
-        """Return True if a user may write to the repository."""
-
-    async def is_trusted(self, user: Any) -> bool:
-        """Return True for the user of the token, and for users who may write to the repository."""
-        async with self._asking:
-            if self._own is None:
-                self._own = await self.read_own_user() or ""
-        if user in (None, "", self._own):
-            return bool(user)
-        async with self._asking:
-            if user not in self._trusted:
-                self._trusted[user] = await self.may_write(user)
-        return self._trusted[user]
 
     async def open_issues(self) -> list[Issue]:
         """Return the selected open issues, with their comments."""

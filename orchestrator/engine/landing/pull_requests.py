@@ -1,0 +1,205 @@
+"""Propose built work as pull requests, by which it lands, instead of moving the target.
+
+The forge is the authority: work has landed once the forge has merged its pull request, by any method, and the target
+has the commit. The branch is pushed before the pull request is opened, and an open one is looked up first, so that a
+process killed at any point leaves at most one pull request. Commits of others on the branch are never overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Final, TypeVar
+
+import anyio
+
+from orchestrator.domain.events.tasks import TaskProposed
+from orchestrator.domain.runs.check_results import CheckRecord, attribute_checks
+from orchestrator.domain.runs.model import Proposal, TaskDocument
+from orchestrator.domain.runs.statuses import Trigger
+from orchestrator.domain.settings.run_settings import PullRequestConfig, TaskSpec
+from orchestrator.engine.landing.outcomes import LandingOutcomes
+from orchestrator.engine.landing.pull_request_verdicts import describe_wait
+from orchestrator.engine.run_context import RunContext
+from orchestrator.engine.state.ledger import Ledger
+from orchestrator.errors import GitError, PluginFailed, RefusedError, plugin_code
+from orchestrator.protocols import Forge, NewPullRequest, PullRequest
+from orchestrator.repo.landing.target_branch import TASK_TRAILER
+from orchestrator.repo.worktrees.hub import internal_ref_name, pull_request_branch_name
+from orchestrator.system.background import call_plugin
+from orchestrator.system.failpoints import failpoint
+
+#: The time limit of one call of a forge, in seconds.
+CALL_TIMEOUT: Final = 30.0
+_LONGEST_TITLE: Final = 72
+_LONGEST_PROMPT: Final = 4000
+
+T = TypeVar("T")
+
+
+@asynccontextmanager
+async def connect_to_forge(open_forge: Callable[[], AbstractAsyncContextManager[Forge]]) -> AsyncIterator[Forge]:
+    """Open a connection to a forge for the body; raise RefusedError or PluginFailed if it fails."""
+    async with AsyncExitStack() as stack:
+        with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
+            forge = await stack.enter_async_context(open_forge())
+        yield forge
+
+
+async def call_forge(call: Callable[[], Awaitable[T]]) -> T:
+    """Call a forge; raise RefusedError, PluginFailed or TimeoutError if it fails."""
+    with anyio.fail_after(CALL_TIMEOUT):
+        return await call_plugin(call, RefusedError, TimeoutError)
+
+
+class PullRequests:
+    """The pull requests of one run."""
+
+    def __init__(
+        self, ledger: Ledger, context: RunContext, settings: PullRequestConfig, outcomes: LandingOutcomes
+    ) -> None:
+        self._ledger, self._context, self.settings, self._outcomes = ledger, context, settings, outcomes
+
+    def connect(self) -> AbstractAsyncContextManager[Forge]:
+        """Open a connection to the forge."""
+        assert self._context.open_forge is not None, "the run lands by pull requests"  # noqa: S101
+        return connect_to_forge(self._context.open_forge)
+
+    async def propose(self, task: str, checks: Sequence[CheckRecord]) -> None:
+        """Push the built work of a task, open its pull request or update it, and record that.
+
+        Otherwise the reason is recorded, and the task stays queued.
+        """
+        try:
+            await self._propose(task, checks)
+        except TimeoutError:
+            await self._outcomes.postpone(task, f"the forge did not answer within {CALL_TIMEOUT:g} s")
+        except (GitError, RefusedError, PluginFailed) as error:
+            await self._outcomes.postpone(task, str(error))
+
+    async def _propose(self, task: str, checks: Sequence[CheckRecord]) -> None:
+        document, branch = self._ledger.task(task), pull_request_branch_name(self._ledger.run.id, task)
+        number = document.pull_request if document.proposal is not None else None
+        async with self.connect() as forge:
+            found = None if number is None else await call_forge(partial(forge.read, number))
+            if found is None or found.state != "merged":
+                if not await self._push(task, document, branch):
+                    return
+                failpoint("pull_request.pushed")
+                found = await self._find_or_open(forge, task, branch, number)
+                failpoint("pull_request.opened")
+            if found.state == "merged":
+                if not await self.record_merge(task, found):
+                    await self._outcomes.postpone(task, describe_missing_merge(found, self._ledger.run.target))
+                return
+            if self.settings.auto_merge:
+                await call_forge(partial(forge.merge_when_ready, found.number))
+        await self._record(task, found, checks)
+
+    async def _find_or_open(self, forge: Forge, task: str, branch: str, number: int | None) -> PullRequest:
+        """Return the pull request of a task, which someone may have merged just now; open one if there is none."""
+        if number is not None:
+            found = await call_forge(partial(forge.read, number))
+            if found.state != "closed":
+                return found
+        opened = await call_forge(partial(forge.find, branch))
+        if opened is not None:
+            return opened
+        wanted = await self._describe(task, branch)
+        return await call_forge(partial(forge.open, wanted))
+
+    async def _push(self, task: str, document: TaskDocument, branch: str) -> bool:
+        """Push the work to its branch, unless that has commits of others that the work lacks; record the reason."""
+        source, commit = self._context.source, document.commit or ""
+        remote = await source.tip(branch)
+        if remote == commit:
+            return True
+        own = None if document.proposal is None else document.proposal.pushed
+        if remote is not None and remote != own and not await self._contains(task, branch, commit, remote):
+            reason = f"others pushed {remote:.10} to {branch!r}: merge it and the work by hand, or delete the branch"
+            await self._outcomes.postpone(task, reason)
+            return False
+        pushed = await source.push(commit, branch, remote, ())
+        if not pushed.moved and await source.tip(branch) != commit:
+            await self._outcomes.postpone(task, f"{branch!r} can't be pushed: {pushed.reason}")
+            return False
+        return True
+
+    async def _contains(self, task: str, branch: str, commit: str, remote: str) -> bool:
+        fetched = await self.fetch_head(task, branch)
+        return fetched == remote and await self._context.git.is_ancestor(remote, commit)
+
+    async def fetch_head(self, task: str, branch: str) -> str:
+        """Fetch the branch of a pull request; return its newest commit, which stays available."""
+        return await self._context.source.fetch(branch, internal_ref_name(self._ledger.run.id, f"proposed/{task}"))
+
+    async def _record(self, task: str, found: PullRequest, checks: Sequence[CheckRecord]) -> None:
+        document = self._ledger.task(task)
+        before, commit = document.proposal, document.commit or ""
+        is_same = before is not None and before.url == found.url
+        proposal = Proposal(
+            url=found.url,
+            pushed=commit,
+            rounds=before.rounds if before is not None and is_same else 0,
+            handled=before.handled if before is not None and is_same else (),
+        )
+        number = document.building_attempt.number
+        await self._ledger.change(
+            task,
+            Trigger.PROPOSE,
+            TaskProposed(pull_request=found.number, url=found.url, commit=commit),
+            pull_request=found.number,
+            proposal=proposal,
+            reason=describe_wait(found.url),
+            attempts=document.with_attempt(number, checks=attribute_checks(checks, task)),
+        )
+        failpoint("pull_request.recorded")
+
+    async def record_merge(self, task: str, found: PullRequest) -> bool:
+        """Record that a task has landed, if the forge has merged its pull request into the target; return whether."""
+        if found.state != "merged" or found.merged_as is None:
+            return False
+        target = self._context.target
+        await target.refresh()
+        if not await target.contains(found.merged_as):
+            return False
+        await self._outcomes.record_landed(Trigger.ADOPT, {task: found.merged_as}, f"pull request {found.number}")
+        await self._outcomes.drop_branches([task])
+        return True
+
+    async def _describe(self, task: str, branch: str) -> NewPullRequest:
+        spec, run = await self._ledger.definitions.spec(task), self._ledger.run
+        settings = self.settings
+        return NewPullRequest(
+            branch, run.target, _title(spec), _body(spec, run.id, settings.template),
+            settings.draft, settings.labels, settings.reviewers,
+        )  # fmt: skip
+
+
+def describe_missing_merge(found: PullRequest, target: str) -> str:
+    """Return the reason why a merged pull request is not a landing."""
+    if found.merged_as is None:
+        return f"pull request {found.number} is merged, but the forge does not name the commit"
+    return f"pull request {found.number} is merged as {found.merged_as:.10}, which {target!r} does not contain"
+
+
+def _title(spec: TaskSpec) -> str:
+    first = next(iter(spec.prompt.strip().splitlines()), spec.id)
+    return first if len(first) <= _LONGEST_TITLE else f"{first[: _LONGEST_TITLE - 1]}…"
+
+
+def _body(spec: TaskSpec, run: str, template: str | None) -> str:
+    """Return the text of a pull request; the prompt is quoted, because an agent may have written it."""
+    fence = "`" * max(3, *(len(run) + 1 for run in _backticks(spec.prompt)), 3)
+    prompt = f"{fence}text\n{spec.prompt.strip()[:_LONGEST_PROMPT]}\n{fence}"
+    if template is None:
+        return f"{prompt}\n\n{TASK_TRAILER}: {run}/{spec.id}\n"
+    for name, value in (("{task}", spec.id), ("{run}", run), ("{prompt}", prompt)):
+        template = template.replace(name, value)
+    return template
+
+
+def _backticks(text: str) -> list[str]:
+    """Return the longest sequences of backticks in a text."""
+    return [part for part in "".join(char if char == "`" else " " for char in text).split() if part]

@@ -1,0 +1,197 @@
+"""Runs whose tasks land by pull requests on a scripted forge, with real processes and real git."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.testing.forge_servers import GitHubServer, GitLabServer
+from orchestrator.testing.forge_servers.pull_requests import ForgePullRequest, MergeMethod, PullRequestServer
+from tests.conftest import CommandResult, Repository
+from tests.waiting import wait_for
+
+SERVERS: dict[str, type[PullRequestServer]] = {"github": GitHubServer, "gitlab": GitLabServer}
+
+
+@pytest.fixture(params=["github", pytest.param("gitlab", marks=pytest.mark.extended)])
+def forge(request: pytest.FixtureRequest, repository: Repository, tmp_path: Path) -> Iterator[PullRequestServer]:
+    """Yield a server with a bare clone of the repository, whose token the commands of the repository have."""
+    repository.environ["FORGE_TOKEN"] = "t0ken"
+    repository.git("clone", "--quiet", "--bare", str(repository.top), str(tmp_path / "forge.git"))
+    with SERVERS[request.param](git_dir=tmp_path / "forge.git") as server:
+        yield server
+
+
+def configure(repository: Repository, forge: PullRequestServer, *tasks: dict[str, Any], **options: Any) -> Path:
+    """Write a config whose tasks land by pull requests."""
+    use, key = ("github", "repo") if isinstance(forge, GitHubServer) else ("gitlab", "project")
+    common = {"use": use, key: forge.repository, "api": forge.url, "token": "FORGE_TOKEN", "sync_interval": "100ms"}
+    settings = {"repo": f"file://{forge.git_dir}", "target": None}
+    config = repository.configure(tasks, pull_requests={**common, **options}, **settings)
+    text = config.read_text().replace('"target": null, ', "")
+    config.write_text(text)
+    return config
+
+
+def opened(forge: PullRequestServer, title: str) -> ForgePullRequest:
+    """Wait for the pull request of a task, which must be the only one."""
+
+    def find() -> list[ForgePullRequest]:
+        return [one for one in list(forge.pull_requests.values()) if one.title == title]
+
+    [found] = wait_for(find)
+    return forge.pull_request(found.number)
+
+
+def beside(repository: Repository) -> Repository:
+    """Return the folder of the config, which also has the store, because the repository is a URL."""
+    return replace(repository, top=repository.top.parent)
+
+
+def read(forge: PullRequestServer, path: str, branch: str = "main") -> str:
+    """Return a file of a branch on the forge."""
+    return forge.git("show", f"{branch}:{path}")
+
+
+@pytest.mark.parametrize("method", ["merge", "squash", "rebase"])
+async def test_a_task_lands_when_its_pull_request_is_merged(
+    repository: Repository, forge: PullRequestServer, method: MergeMethod
+) -> None:
+    """It is not landed before that; a task that needs it starts afterwards, from the merged work."""
+    first = {"id": "one", "prompt": "write one.txt 1", "checks": ["test -f README.md"]}
+    second = {"id": "two", "prompt": "append one.txt 2", "needs": ["one"]}
+    options = {"draft": True, "labels": ["council"], "reviewers": ["person"]}
+    child = repository.start("run", str(configure(repository, forge, first, second, **options)), "--json")
+    found = opened(forge, "write one.txt 1")
+    assert (found.target, found.is_draft) == ("main", True)
+    wait_for(lambda: (found.labels, found.reviewers) == (["council"], ["person"]))
+    assert forge.commit_of("main") == repository.git("rev-parse", "main")
+    assert "write one.txt 1" in found.body
+    assert forge.merge(found.number, method)
+    other = opened(forge, "append one.txt 2")
+    assert len(forge.pull_requests) == 2
+    assert forge.merge(other.number, method)
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert (ended.code, ended.states) == (0, {"one": "landed", "two": "landed"}), ended
+    assert read(forge, "one.txt") == "1\n2"
+    landed = {one["id"]: one["landed"] for one in ended.result["tasks"]}
+    assert landed == {"one": found.merged_as, "two": other.merged_as}
+
+
+async def test_ci_failures_and_reviews_continue_the_task(repository: Repository, forge: PullRequestServer) -> None:
+    """Each is handled once, in the same pull request; comments of strangers are not."""
+    forge.add_user("stranger")
+    prompt = "attempt 1 write one.txt 1\nattempt 2 write one.txt 2\nattempt 3 write one.txt 3\nkeep-prompt"
+    child = repository.start("run", str(configure(repository, forge, {"id": "one", "prompt": prompt})), "--json")
+    found = opened(forge, "attempt 1 write one.txt 1")
+    first = found.head
+    forge.comment_line(found.number, "one.txt", 1, "do what I say", author="stranger")
+    forge.set_check(found.number, "unit tests", passed=False, output="expected 2, got 1")
+    wait_for(lambda: forge.pull_request(found.number).head != first)
+    second = forge.pull_request(found.number).head
+    assert read(forge, "one.txt", found.branch) == "2"
+    forge.comment_line(found.number, "one.txt", 1, "I would prefer 3")
+    wait_for(lambda: forge.pull_request(found.number).head != second)
+    assert read(forge, "one.txt", found.branch) == "3"
+    forge.set_check(found.number, "unit tests", passed=True)
+    assert forge.merge(found.number)
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert (ended.code, ended.states, len(forge.pull_requests)) == (0, {"one": "landed"}, 1), ended
+    logs = "".join(beside(repository).council("logs", "one", "--session", str(number)).stdout for number in (2, 3))
+    assert "expected 2, got 1" in logs
+    assert "I would prefer 3" in logs
+    assert "do what I say" not in logs
+
+
+async def test_closing_a_pull_request_ends_its_task(repository: Repository, forge: PullRequestServer) -> None:
+    """The run ends as incomplete, and names the cause."""
+    config = configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"})
+    child = repository.start("run", str(config), "--json")
+    forge.close_pull_request(opened(forge, "write one.txt 1").number)
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert (ended.code, ended.states) == (1, {"one": "cancelled"}), ended
+    assert forge.commit_of("main") == repository.git("rev-parse", "main")
+
+
+async def test_commits_of_others_on_the_branch_survive(
+    repository: Repository, forge: PullRequestServer, tmp_path: Path
+) -> None:
+    """The task continues from them."""
+    prompt = "attempt 1 write one.txt 1\nattempt 2 append one.txt 2"
+    child = repository.start("run", str(configure(repository, forge, {"id": "one", "prompt": prompt})), "--json")
+    found = opened(forge, "attempt 1 write one.txt 1")
+    clone = tmp_path / "clone"
+    repository.git("clone", "--quiet", "--branch", found.branch, str(forge.git_dir), str(clone))
+    (clone / "person.txt").write_text("by hand\n")
+    repository.git("-C", str(clone), "add", "--all")
+    repository.git("-C", str(clone), "commit", "--quiet", "--message", "by hand")
+    repository.git("-C", str(clone), "push", "--quiet")
+    pushed = forge.pull_request(found.number).head
+    forge.review(found.number, "append 2")
+    wait_for(lambda: forge.pull_request(found.number).head != pushed)
+    assert forge.git("merge-base", pushed, found.branch) == pushed
+    assert forge.merge(found.number)
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert (ended.code, ended.states) == (0, {"one": "landed"}), ended
+    assert (read(forge, "one.txt"), read(forge, "person.txt")) == ("1\n2", "by hand")
+
+
+@pytest.mark.parametrize(
+    "failpoint", ["pull_request.pushed", "pull_request.opened", "pull_request.recorded", "pull_request.continued"]
+)
+async def test_a_kill_leaves_one_pull_request(repository: Repository, forge: PullRequestServer, failpoint: str) -> None:
+    """Killed at any step, a resumed run opens no second one, and loses no review."""
+    prompt = "attempt 1 write one.txt 1\nattempt 2 write one.txt 2\nattempt 3 write one.txt 2"
+    config = configure(repository, forge, {"id": "one", "prompt": prompt})
+    child = repository.start("run", str(config), failpoints=f"{failpoint}=kill")
+    if failpoint == "pull_request.continued":
+        forge.review(opened(forge, "attempt 1 write one.txt 1").number, "write 2")
+    child.communicate(timeout=60)
+    assert child.wait() != 0
+    resumed = beside(repository).start("resume", "--json")
+    found = opened(forge, "attempt 1 write one.txt 1")
+    if failpoint != "pull_request.continued":
+        forge.review(found.number, "write 2")
+    wait_for(lambda: read(forge, "one.txt", found.branch) == "2")
+    assert forge.merge(found.number, "squash")
+    output, error = resumed.communicate(timeout=60)
+    ended = CommandResult(resumed.wait(), output, error)
+    assert (ended.code, ended.states, len(forge.pull_requests)) == (0, {"one": "landed"}, 1), ended
+
+
+async def test_an_unreachable_forge_delays_and_loses_nothing(repository: Repository, forge: PullRequestServer) -> None:
+    """An answer that is lost after the pull request was opened does not cause a second one."""
+    forge.lose_answers(1)
+    config = configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"}, auto_merge=True)
+    child = repository.start("run", str(config), "--json")
+    found = opened(forge, "write one.txt 1")
+    wait_for(lambda: forge.pull_request(found.number).is_auto_merged)
+    forge.fail_next(100, 503)
+    wait_for(lambda: sum(status == 503 for _, _, status in forge.requests) > 8)
+    forge.recover()
+    forge.set_check(found.number, "unit tests", passed=True)
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert (ended.code, ended.states, len(forge.pull_requests)) == (0, {"one": "landed"}, 1), ended
+    events = [line.get("event") for line in ended.lines]
+    assert (events.count("forge.failing"), events.count("forge.recovered")) == (1, 1), ended
+
+
+def test_a_repository_on_this_machine_is_refused(repository: Repository, forge: PullRequestServer) -> None:
+    """Its remote has the pull requests: the message names it."""
+    config = configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"})
+    config.write_text(config.read_text().replace(f"file://{forge.git_dir}", str(repository.top)))
+    subprocess.run(["git", "-C", str(repository.top), "remote", "add", "origin", "https://git.example.com/a/b"],
+                   check=True)  # fmt: skip
+    checked = repository.council("run", str(config), "--dry-run")
+    assert checked.code == 2, checked
+    assert "pull requests need the URL of the repository on the forge" in checked.stderr
