@@ -94,7 +94,7 @@ class GitHubForge(Connected[GitHubRepository]):
             for one in statuses
             if one["state"] in {"failure", "error"}
         ]
-        return ("failed" if failures else "passed" if runs or statuses else "pending"), failures
+        return ("failed" if failures else "passed" if runs or statuses else "pending"), tuple(failures)
 
     async def _read_findings(self, number: int) -> Sequence[ReviewFinding]:
         path = f"{self._repo}/pulls/{number}"

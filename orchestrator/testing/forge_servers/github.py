@@ -17,6 +17,9 @@ _FORBIDDEN = Answer(403, {"message": "Resource not accessible by personal access
 class GitHubServer(PullRequestServer):
     """A GitHub with one repository."""
 
+    auto_merge_error: str | None = None
+    """Why auto-merge is refused; None: it is not."""
+
     @property
     def url(self) -> str:
         """The URL of the API."""
@@ -152,6 +155,8 @@ class GitHubServer(PullRequestServer):
         if found is None:
             return Answer(200, {"data": None, "errors": [{"message": f"Could not resolve to a node: {node}"}]})
         checks = self.checks_of(self.pull_request(found.number).head)
+        if self.auto_merge_error is not None:
+            return Answer(200, {"data": None, "errors": [{"message": self.auto_merge_error}]})
         if checks and all(one.passed for one in checks):
             message = "Pull request Pull request is in clean status"
             return Answer(200, {"data": None, "errors": [{"message": message}]})
