@@ -179,7 +179,7 @@ class EventForwarder:
         The sink is opened at the first event.
         """
         try:
-            with anyio.CancelScope() as self._call_scope, plugin_code(PluginFailed, _StoreFailed, HistoryCompacted):
+            with anyio.CancelScope() as self._call_scope, plugin_code(_StoreFailed, HistoryCompacted):
                 await self._deliver_all()
         except _StoreFailed as error:
             raise error.error from None

@@ -233,8 +233,8 @@ class TrackerSync:
         states = found.states(self._link.name)
         result = SyncResult()
         if states:
-            with anyio.fail_after(CALL_TIMEOUT):
-                result = await call_plugin(lambda: tracker.sync(states), RefusedError, TimeoutError)
+            with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
+                result = await call_plugin(lambda: tracker.sync(states))
         requested, refused = await self._record(result, found)
         return SyncReport(self._link.name, len(states), requested, refused, sorted(self._conflicts))
 

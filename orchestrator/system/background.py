@@ -36,22 +36,21 @@ async def run_in_background(
         raise raised
 
 
-async def call_plugin(call: Callable[[], Awaitable[T]], *expected: type[Exception]) -> T:
+async def call_plugin(call: Callable[[], Awaitable[T]]) -> T:
     """Call code of a plugin in a separate task, so that a cancellation inside it does not cancel the caller.
 
-    Raises PluginFailed for errors that are not `expected`.
+    Raises its errors unchanged, so that its own context managers see them.
     """
     results: list[T] = []
-    caught: tuple[type[Exception], ...] = (PluginFailed, *expected)
-    raised: Exception = PluginFailed(RuntimeError("the plugin cancelled its own task"))
+    raised: BaseException = RuntimeError("the plugin cancelled its own task")
 
     async def run() -> None:
         nonlocal raised
         try:
-            with plugin_code(*expected):
+            with plugin_code():
                 results.append(await call())
-        except caught as failed:
-            raised = failed
+        except PluginFailed as failed:
+            raised = failed.__cause__ or failed
 
     async with anyio.create_task_group() as group:
         group.start_soon(run)

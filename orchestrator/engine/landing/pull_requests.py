@@ -49,8 +49,8 @@ async def connect_to_forge(open_forge: Callable[[], AbstractAsyncContextManager[
 
 async def call_forge(call: Callable[[], Awaitable[T]]) -> T:
     """Call a forge; raise RefusedError, PluginFailed or TimeoutError if it fails."""
-    with anyio.fail_after(CALL_TIMEOUT):
-        return await call_plugin(call, RefusedError, TimeoutError)
+    with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
+        return await call_plugin(call)
 
 
 class PullRequests:
