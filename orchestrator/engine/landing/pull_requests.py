@@ -25,6 +25,7 @@ from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError, PluginFailed, RefusedError, plugin_code
 from orchestrator.protocols import Forge, NewPullRequest, PullRequest
+from orchestrator.repo.landing.merge_commits import commit_merge
 from orchestrator.repo.landing.target_branch import TASK_TRAILER
 from orchestrator.repo.worktrees.hub import internal_ref_name, pull_request_branch_name
 from orchestrator.system.background import call_plugin
@@ -82,20 +83,26 @@ class PullRequests:
         document, branch = self._ledger.task(task), pull_request_branch_name(self._ledger.run.id, task)
         number = document.pull_request if document.proposal is not None else None
         async with self.connect() as forge:
-            found = None if number is None else await call_forge(partial(forge.read, number))
-            if found is None or found.state != "merged":
-                if not await self._push(task, document, branch):
+            if number is not None:
+                found = await call_forge(partial(forge.read, number))
+                if found.state == "merged":
+                    await self._settle_merge(task, found)
                     return
-                failpoint("pull_request.pushed")
-                found = await self._find_or_open(forge, task, branch, number)
-                failpoint("pull_request.opened")
+            if (commit := await self._push(task, document, branch)) is None:
+                return
+            failpoint("pull_request.pushed")
+            found = await self._find_or_open(forge, task, branch, number)
+            failpoint("pull_request.opened")
             if found.state == "merged":
-                if not await self.record_merge(task, found):
-                    await self._outcomes.postpone(task, describe_missing_merge(found, self._ledger.run.target))
+                await self._settle_merge(task, found)
                 return
             if self.settings.auto_merge:
                 await call_forge(partial(forge.merge_when_ready, found.number))
-        await self._record(task, found, checks)
+        await self._record(task, found, commit, checks)
+
+    async def _settle_merge(self, task: str, found: PullRequest) -> None:
+        if not await self.record_merge(task, found):
+            await self._outcomes.postpone(task, describe_missing_merge(found, self._ledger.run.target))
 
     async def _find_or_open(self, forge: Forge, task: str, branch: str, number: int | None) -> PullRequest:
         """Return the pull request of a task, which someone may have merged just now; open one if there is none."""
@@ -109,34 +116,48 @@ class PullRequests:
         wanted = await self._describe(task, branch)
         return await call_forge(partial(forge.open, wanted))
 
-    async def _push(self, task: str, document: TaskDocument, branch: str) -> bool:
-        """Push the work to its branch, unless that has commits of others that the work lacks; record the reason."""
+    async def _push(self, task: str, document: TaskDocument, branch: str) -> str | None:
+        """Push the work to its branch, merged with commits of others there; return the newest commit.
+
+        None if that is impossible: the reason is recorded.
+        """
         source, commit = self._context.source, document.commit or ""
         remote = await source.tip(branch)
-        if remote == commit:
-            return True
         own = None if document.proposal is None else document.proposal.pushed
-        if remote is not None and remote != own and not await self._contains(task, branch, commit, remote):
-            reason = f"others pushed {remote:.10} to {branch!r}: merge it and the work by hand, or delete the branch"
-            await self._outcomes.postpone(task, reason)
-            return False
+        if remote not in (None, own, commit):
+            merged = await self._merge_with_others(task, branch, commit)
+            if merged is None:
+                reason = f"it conflicts with commits of others on {branch!r}: merge them there, or delete the branch"
+                await self._outcomes.postpone(task, reason)
+                return None
+            commit, remote = merged
+        if remote == commit:
+            return commit
         pushed = await source.push(commit, branch, remote, ())
         if not pushed.moved and await source.tip(branch) != commit:
             await self._outcomes.postpone(task, f"{branch!r} can't be pushed: {pushed.reason}")
-            return False
-        return True
+            return None
+        return commit
 
-    async def _contains(self, task: str, branch: str, commit: str, remote: str) -> bool:
-        fetched = await self.fetch_head(task, branch)
-        return fetched == remote and await self._context.git.is_ancestor(remote, commit)
+    async def _merge_with_others(self, task: str, branch: str, commit: str) -> tuple[str, str] | None:
+        """Return the work merged with its branch on the forge, and the newest commit there; None if they conflict."""
+        git, head = self._context.git, await self.fetch_head(task, branch)
+        for contained, whole in ((head, commit), (commit, head)):
+            if await git.is_ancestor(contained, whole):
+                return whole, head
+        tree, paths = await git.merge_tree(head, commit)
+        if paths:
+            return None
+        message = f"Merge the work of {task} with commits of others\n"
+        return await commit_merge(git, tree, head, commit, message), head
 
     async def fetch_head(self, task: str, branch: str) -> str:
         """Fetch the branch of a pull request; return its newest commit, which stays available."""
         return await self._context.source.fetch(branch, internal_ref_name(self._ledger.run.id, f"proposed/{task}"))
 
-    async def _record(self, task: str, found: PullRequest, checks: Sequence[CheckRecord]) -> None:
+    async def _record(self, task: str, found: PullRequest, commit: str, checks: Sequence[CheckRecord]) -> None:
         document = self._ledger.task(task)
-        before, commit = document.proposal, document.commit or ""
+        before = document.proposal
         is_same = before is not None and before.url == found.url
         proposal = Proposal(
             url=found.url,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -121,6 +122,16 @@ async def test_closing_a_pull_request_ends_its_task(repository: Repository, forg
     assert forge.commit_of("main") == repository.git("rev-parse", "main")
 
 
+def push_by_hand(repository: Repository, forge: PullRequestServer, found: ForgePullRequest, folder: Path) -> str:
+    """Push a commit to the branch of a pull request; return it."""
+    repository.git("clone", "--quiet", "--branch", found.branch, str(forge.git_dir), str(folder))
+    (folder / "person.txt").write_text("by hand\n")
+    repository.git("-C", str(folder), "add", "--all")
+    repository.git("-C", str(folder), "commit", "--quiet", "--message", "by hand")
+    repository.git("-C", str(folder), "push", "--quiet")
+    return forge.pull_request(found.number).head
+
+
 async def test_commits_of_others_on_the_branch_survive(
     repository: Repository, forge: PullRequestServer, tmp_path: Path
 ) -> None:
@@ -128,13 +139,7 @@ async def test_commits_of_others_on_the_branch_survive(
     prompt = "attempt 1 write one.txt 1\nattempt 2 append one.txt 2"
     child = repository.start("run", str(configure(repository, forge, {"id": "one", "prompt": prompt})), "--json")
     found = opened(forge, "attempt 1 write one.txt 1")
-    clone = tmp_path / "clone"
-    repository.git("clone", "--quiet", "--branch", found.branch, str(forge.git_dir), str(clone))
-    (clone / "person.txt").write_text("by hand\n")
-    repository.git("-C", str(clone), "add", "--all")
-    repository.git("-C", str(clone), "commit", "--quiet", "--message", "by hand")
-    repository.git("-C", str(clone), "push", "--quiet")
-    pushed = forge.pull_request(found.number).head
+    pushed = push_by_hand(repository, forge, found, tmp_path / "clone")
     forge.review(found.number, "append 2")
     wait_for(lambda: forge.pull_request(found.number).head != pushed)
     assert forge.git("merge-base", pushed, found.branch) == pushed
@@ -143,6 +148,45 @@ async def test_commits_of_others_on_the_branch_survive(
     ended = CommandResult(child.wait(), output, error)
     assert (ended.code, ended.states) == (0, {"one": "landed"}), ended
     assert (read(forge, "one.txt"), read(forge, "person.txt")) == ("1\n2", "by hand")
+
+
+async def test_commits_of_others_during_a_session_are_merged(
+    repository: Repository, forge: PullRequestServer, tmp_path: Path
+) -> None:
+    """The session began before they were pushed."""
+    go, prompt = (
+        repository.spawns.parent / "go",
+        "attempt 1 write one.txt 1\nattempt 2 write one.txt 2\nattempt 2 await",
+    )
+    config = configure(repository, forge, {"id": "one", "prompt": f"{prompt} {go}"})
+    child = repository.start("run", str(config), "--json")
+    found = opened(forge, "attempt 1 write one.txt 1")
+    forge.review(found.number, "write 2")
+    wait_for(lambda: repository.spawns.read_text().count("\n") == 2)
+    pushed = push_by_hand(repository, forge, found, tmp_path / "clone")
+    go.touch()
+    wait_for(lambda: forge.pull_request(found.number).head != pushed)
+    assert forge.git("merge-base", pushed, found.branch) == pushed
+    assert (read(forge, "one.txt", found.branch), read(forge, "person.txt", found.branch)) == ("2", "by hand")
+    assert forge.merge(found.number, "squash")
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert (ended.code, ended.states) == (0, {"one": "landed"}), ended
+
+
+async def test_a_merge_into_another_branch_is_no_landing(repository: Repository, forge: PullRequestServer) -> None:
+    """The forge says merged, but the target does not have the commit."""
+    config = configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"})
+    child = repository.start("run", str(config), "--json")
+    found = opened(forge, "write one.txt 1")
+    forge.git("branch", "other", "main")
+    found.target = "other"
+    assert forge.merge(found.number)
+    wait_for(lambda: "does not contain" in beside(repository).council("status").stdout)
+    child.send_signal(signal.SIGINT)
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert ended.states == {"one": "proposed"}, ended
 
 
 @pytest.mark.parametrize(
