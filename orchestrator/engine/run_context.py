@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,6 +65,14 @@ from orchestrator.system.clock import Clock
 
 
 @dataclass(frozen=True, slots=True)
+class NewTasks:
+    """New tasks of trackers, by id, and the reasons why others are invalid, by tracker and id."""
+
+    specs: Mapping[str, TaskSpec]
+    refused: Mapping[tuple[str, str], str]
+
+
+@dataclass(frozen=True, slots=True)
 class RunContext:
     """The resources of an open run.
 
@@ -92,6 +100,8 @@ class RunContext:
     """The session API; None if it is not served."""
     open_forge: Callable[[], AbstractAsyncContextManager[Forge]] | None = None
     """Opens a connection to the forge; None if tasks do not land by pull requests."""
+    find_new_tasks: Callable[[RunDocument], Awaitable[NewTasks]] | None = None
+    """Finds the new tasks of the run's trackers; None if the run takes none."""
 
     def pool(self, *, sessions: int) -> AbstractAsyncContextManager[SlotPool]:
         """Open the worktree slots of the run.
@@ -174,6 +184,7 @@ async def open_run_context(
     environ: Mapping[str, str],
     clock: Clock,
     open_forge: Callable[[], AbstractAsyncContextManager[Forge]] | None = None,
+    find_new_tasks: Callable[[RunDocument], Awaitable[NewTasks]] | None = None,
 ) -> RunContext:
     """Open the resources of a run.
 
@@ -231,6 +242,7 @@ async def open_run_context(
         anyio.CapacityLimiter(run.checks_capacity or run.capacity),
         tuple(McpServer(name, one.command or (), one.env, one.url) for name, one in run.mcp_servers.items()),
         open_forge=open_forge,
+        find_new_tasks=find_new_tasks,
     )
 
 

@@ -20,6 +20,7 @@ FAILPOINTS: Final = frozenset(
         "git.started",  # the git command is running and has done nothing or part of its work
         "git.ended",  # the git command has done its work, and is killed before it reports success
         "run.seeded",  # the run and its tasks are in the store
+        "run.extended",  # new tasks of trackers are in the store
         "run.leader_elected",  # this process owns the run, with a new epoch
         "claims.taken_over",  # this process has taken the claims of a dead orchestrator, whose work is not saved yet
         "run.finished",  # the run's end is in the store

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,7 @@ from orchestrator.engine.reports.task_report import TaskReport
 from orchestrator.plugins import load_plugins
 from orchestrator.protocols import SessionRequest
 from orchestrator.sessions.setup.environment import BASE_VARIABLES
+from tests.printed_commands import check_syntax
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -117,6 +119,26 @@ def test_first_example_of_a_page_loads(page: str, tmp_path: Path) -> None:
     (tmp_path / "prompts/api.md").write_text("Add an API.\n")
     config = _load(tmp_path / "council.yaml")
     assert [task.id for task in config.tasks] == ["models", "api"]
+
+
+def test_example_of_pull_requests_loads(tmp_path: Path) -> None:
+    """It is a complete file, too."""
+    match = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/pull-requests.md").read_text(), re.DOTALL)
+    assert match
+    (tmp_path / "council.yaml").write_text(match[1])
+    config = _load(tmp_path / "council.yaml")
+    assert config.pull_requests is not None
+    assert (config.target, config.pull_requests.reviewers) == ("main", ("ana",))
+
+
+def test_commands_of_the_example_workflow_exist() -> None:
+    """With their options."""
+    workflow = yaml.safe_load((ROOT / "examples/ci/council.yml").read_text())
+    commands = [shlex.split(step["run"]) for step in workflow["jobs"]["run"]["steps"] if "run" in step]
+    ours = [command[1:] for command in commands if command[0] == "council"]
+    assert len(ours) == 2
+    for arguments in ours:
+        check_syntax(arguments)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import anyio
 
-from orchestrator.api.execution.creation import add_open_tracked_tasks
+from orchestrator.api.execution.tracked_tasks import add_open_tracked_tasks
 from orchestrator.config.adapters import make_trial_request
 from orchestrator.config.coordination import CoordinationOverrides, apply_max_retries, resolve_coordination
 from orchestrator.config.model import RunConfig, used_adapters

@@ -10,6 +10,7 @@ from functools import partial
 import anyio
 
 from orchestrator.api.context import ProjectContext
+from orchestrator.api.execution.tracked_tasks import find_new_tasks
 from orchestrator.config.coordination import (
     ENVIRONMENT_VARIABLES,
     CoordinationOverrides,
@@ -103,6 +104,7 @@ class RunEntry:
             environ=context.environ,
             clock=context.clock,
             open_forge=None if forge is None else partial(plugins.open, "forge", "pull_requests", forge),
+            find_new_tasks=None if self.run.follow is None else partial(find_new_tasks, context.store, plugins),
         )
 
     def _with_session_service(self, run_context: RunContext, ledger: Ledger) -> RunContext:

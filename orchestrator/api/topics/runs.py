@@ -76,10 +76,12 @@ class Runs(RunIndex):
         allow_deferred: bool = False,
         allow_failing_base: bool = False,
         coordination: CoordinationOverrides | None = None,
+        follow: bool = False,
     ) -> str:
         """Check that the file can run, record a run, and return its id.
 
-        With `allow_failing_base`, sessions start even if checks fail on the base. Raises RefusedError if a check of
+        With `allow_failing_base`, sessions start even if checks fail on the base. With `follow`, new tasks of the
+        trackers join the run, which has no end: it runs until it is stopped. Raises RefusedError if a check of
         `engine.diagnostics.preflight.run_preflight` fails.
         """
         if self._config is None:
@@ -91,6 +93,7 @@ class Runs(RunIndex):
             allow_deferred=allow_deferred,
             allow_failing_base=allow_failing_base,
             coordination=coordination,
+            follow=follow,
         )
 
     async def create_merge(self, run: str | None = None) -> str:

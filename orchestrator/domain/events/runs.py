@@ -495,6 +495,33 @@ class TrackerOutdated(RunEvent):
     tracker: str
 
 
+class TrackerTasksAdded(RunEvent):
+    """The tracker has new tasks, which join the run (`council run --follow`)."""
+
+    type = "tracker.tasks_added"
+    sentence = "new tasks of the trackers: {names}"
+    shown = Shown.ALWAYS
+
+    tasks: Sequence[str]
+
+    @property
+    def names(self) -> str:
+        """The tasks as text."""
+        return ", ".join(self.tasks)
+
+
+class TrackerTaskRefused(RunEvent):
+    """A new task of a tracker is invalid, and does not join the run."""
+
+    type = "tracker.task_refused"
+    sentence = "new task {task} of tracker {tracker} is refused: {reason}"
+    shown = Shown.ALWAYS
+
+    tracker: str
+    task: str
+    reason: str
+
+
 class TrackerConflict(RunEvent):
     """Another run that is alive claims a task in the tracker, which keeps showing that run."""
 

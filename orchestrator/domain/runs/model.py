@@ -15,7 +15,7 @@ from orchestrator.domain.runs.outcome import ToolDenials
 from orchestrator.domain.runs.phases import PhaseRecord
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TRANSITIONS, TaskStatus, Trigger
 from orchestrator.domain.settings.failures import FailureClass
-from orchestrator.domain.settings.run_settings import ResolvedSettings, Retention
+from orchestrator.domain.settings.run_settings import ResolvedSettings, Retention, TaskSpec
 from orchestrator.domain.wording import join_names, suggest_similar
 from orchestrator.errors import InvalidTransition, RefusedError
 
@@ -360,6 +360,8 @@ class RunDocument(ResolvedSettings):
     """Pairs of tasks with predicted merge conflicts, each sorted; recorded only to `hold` or `rebase` them."""
     released: tuple[str, ...] = ()
     """Tasks that a user released, which land regardless of predicted conflicts."""
+    follow: TaskSpec | None = None
+    """The defaults of new tasks of trackers, which join the run until it is stopped; None: it takes no new ones."""
     merges: str | None = None
     """The run whose branch it merges; `latest` never refers to such a run."""
     imported: ImportedRun | None = None

@@ -5,11 +5,14 @@ An attempt is recorded before it starts, its session runs, and its outcome is re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+import anyio
+import anyio.to_thread
 
 from orchestrator.domain.events.tasks import TaskClaimLost, TaskFailed, TaskMessageDelivered
 from orchestrator.domain.runs.model import PAUSED, Attempt, TaskDocument
@@ -32,14 +35,13 @@ from orchestrator.engine.scheduler.active_attempts import ActiveAttempt, Attempt
 from orchestrator.engine.scheduler.attempt_results import AttemptRecorder, end_events
 from orchestrator.engine.scheduler.budgets import Budgets
 from orchestrator.engine.scheduler.local_work import LocalWork
-from orchestrator.engine.scheduler.probes import watch_probe
 from orchestrator.engine.session_api.details import SessionWorkspace
 from orchestrator.engine.session_api.locks import StopChecks
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import message_write, read_messages
 from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import ClaimLost, HandoffCorrupted, RefusedError, VersionConflict
-from orchestrator.protocols import Capability, Guard, Write
+from orchestrator.protocols import Capability, Guard, SessionEvent, ToolCall, UsageReport, Write
 from orchestrator.repo.intake.diffs import diff_commits_bounded
 from orchestrator.repo.worktrees.pool import SlotPool
 from orchestrator.repo.worktrees.preserved import try_to_preserve
@@ -50,7 +52,11 @@ from orchestrator.sessions.output.log_files import log_path
 from orchestrator.sessions.program import SessionProgram
 from orchestrator.sessions.session import Session, SessionResult
 from orchestrator.sessions.terminal import UserTerminal
+from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
+
+#: Seconds between readings of the output of a session that probes an adapter.
+_PROBE_INTERVAL = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +238,7 @@ class AttemptRunner:
             if active.is_probe:
                 proven = partial(self.ledger.adapters.clear_cooldown, active.adapter)
                 follower = OutputFollower(assignment.adapter, log)
-                await stack.enter_async_context(watch_probe(follower, self.context.tools.clock, proven))
+                await stack.enter_async_context(_watch_probe(follower, self.context.tools.clock, proven))
             if session_service is None:
                 return await active.session.run()
             check_handoff = self.phase_handlers.completer.make_handoff_checker(
@@ -429,3 +435,25 @@ def _explain_new_conversation(document: TaskDocument, next_phase: NextPhase, ada
     if earlier.adapter == adapter or entry_of_adapter(earlier.adapter) != entry_of_adapter(adapter):
         return ""
     return f"new conversation, because that of session {earlier.number} is on {earlier.adapter}"
+
+
+@asynccontextmanager
+async def _watch_probe(
+    follower: OutputFollower, clock: Clock, on_response: Callable[[], Awaitable[None]]
+) -> AsyncIterator[None]:
+    """Call `on_response` once, as soon as a session reports a response of its model during the body."""
+
+    async def watch() -> None:
+        while not any(map(_is_response, await anyio.to_thread.run_sync(follower.read) or ())):
+            await clock.wait(anyio.Event(), clock.monotonic() + _PROBE_INTERVAL)
+        await on_response()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch)
+        yield
+        group.cancel_scope.cancel()
+
+
+def _is_response(event: SessionEvent) -> bool:
+    """Return whether only a response of the model causes an event; CLIs print their own errors as messages."""
+    return isinstance(event, ToolCall) or (isinstance(event, UsageReport) and event.output_tokens > 0)

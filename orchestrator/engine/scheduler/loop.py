@@ -31,6 +31,7 @@ from orchestrator.engine.scheduler.capacity import Capacity
 from orchestrator.engine.scheduler.landing_loop import LandingLoop
 from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.scheduler.monitor import Monitor
+from orchestrator.engine.scheduler.new_tasks import NewTaskFollower
 from orchestrator.engine.scheduler.peers import PeerSync
 from orchestrator.engine.scheduler.pull_requests import PullRequestFollower
 from orchestrator.engine.scheduler.requests import cancel_task
@@ -151,7 +152,8 @@ class Scheduler:
             services.cancel_scope.cancel()
         remaining = [*self._board.remaining_adapters(self._ledger.statuses())]
         was_stopped = self._stopping or self.halted is not None or attached is not None
-        if any(remaining) and (was_stopped or _has_unavailable(remaining, self._unavailable_adapters, self._board)):
+        has_work = any(remaining) or self._context.find_new_tasks is not None
+        if has_work and (was_stopped or _has_unavailable(remaining, self._unavailable_adapters, self._board)):
             return False
         self.halted = None
         await self._repository_guard.compare()
@@ -171,6 +173,8 @@ class Scheduler:
         services.start_soon(_monitor_as_leader, self._ledger)
         if self._follower is not None:
             services.start_soon(self._follower.run)
+        if (find := self._context.find_new_tasks) is not None:
+            services.start_soon(NewTaskFollower(self._ledger, find, self._local, self._clock).run)
         if self._context.session_service is not None:
             services.start_soon(self._context.session_service.follow_user_changes)
         if self._ledger.run.merge.on_predicted_conflict != "off":
@@ -250,7 +254,8 @@ class Scheduler:
             return False
         # Checked last, because it searches all tasks.
         awaits_user = self._local.awaiting_user() or self._merge_queue.tasks.held or self._local.attached
-        is_open = self._board.forecast.has_work() or self._local.is_waiting_for_peers() or awaits_user
+        follows = self._context.find_new_tasks is not None
+        is_open = self._board.forecast.has_work() or self._local.is_waiting_for_peers() or awaits_user or follows
         return self._is_start_blocked or not is_open
 
     async def _pause(self) -> None:

@@ -16,6 +16,7 @@ from orchestrator.domain.events.base import RunEvent, TaskEvent
 from orchestrator.domain.events.runs import RunJoined
 from orchestrator.domain.runs.model import RunDocument, TaskDocument
 from orchestrator.domain.runs.statuses import CLAIMED_STATUSES, TRANSITIONS, TaskStatus, Trigger
+from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.state.adapter_states import AdapterStates
 from orchestrator.engine.state.records import new_task_writes, parse_entry, run_key, task_key
 from orchestrator.engine.state.run_state import RunState
@@ -166,15 +167,34 @@ class Ledger:
         Other processes may change the run document concurrently.
         """
         specs = {task: spec for update in updates.values() for task, spec in update.tasks.items()}
-        if not specs:
-            await self.writer.commit(commit)
-            return
-        while True:
-            version, before = await self.run_state.read()
-            names = list(before.tasks)
+
+        def insert(names: list[str]) -> None:
             for task, update in updates.items():
                 index = 1 + max(names.index(name) for name in (task, *self.tasks[task].subtasks) if name in names)
                 names[index:index] = update.tasks
+
+        if specs:
+            await self._commit_new_tasks(specs, commit, insert)
+        else:
+            await self.writer.commit(commit)
+
+    async def add_tasks(self, specs: Mapping[str, TaskSpec], event: RunEvent) -> None:
+        """Add tasks at the end of the run, and record an event."""
+
+        def append(names: list[str]) -> None:
+            names += [task for task in specs if task not in names]
+
+        commit = Commit([], [Event.of(event.within(run=self.run.id))])
+        await self._commit_new_tasks(specs, commit, append)
+
+    async def _commit_new_tasks(
+        self, specs: Mapping[str, TaskSpec], commit: Commit, insert: Callable[[list[str]], None]
+    ) -> None:
+        """Commit with new tasks, which `insert` adds to the names of the run's tasks."""
+        while True:
+            version, before = await self.run_state.read()
+            names = list(before.tasks)
+            insert(names)
             after = before.model_copy(update={"tasks": tuple(names)})
             run_write = Write(run_key(after.id), version, after.model_dump(mode="json"))
             writes = [*commit.writes, run_write, *new_task_writes(after, specs)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,3 +117,53 @@ async def test_outage_of_the_forge_delays_no_work(repository: Repository, forge:
     assert events == ["tracker.failing", "tracker.recovered"]
     assert "council: landed" in shown(forge, 1)
     await repository.assert_invariants()
+
+
+async def test_followed_issues_join_an_active_run(repository: Repository, forge: ForgeServer) -> None:
+    """The run begins without any; an invalid issue is reported once and refused; a resumed run goes on."""
+    config = repository.configure([], trackers=trackers(forge))
+    child = repository.start("run", str(config), "--follow", "--json")
+    wait_for(lambda: "running" in repository.council("status").stdout)
+    first = forge.add_issue("Write one", "write one.txt 1", ["work"])
+    wait_for(lambda: "council:landed" in forge.issue(first).labels)
+    refused = forge.add_issue("Refused", "write two.txt 2", ["work", "adapter: nobody"])
+    second = forge.add_issue("Write three", f"Blocked by #{first}\nappend one.txt 3", ["work"])
+    wait_for(lambda: "council:landed" in forge.issue(second).labels)
+    child.send_signal(signal.SIGINT)
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert ended.states == {"issue-1": "landed", "issue-3": "landed"}, ended
+    assert ended.result["status"] == "interrupted"
+    [event] = [line for line in ended.lines if line.get("event") == "tracker.task_refused"]
+    assert (event["task"], "nobody" in event["reason"]) == (f"issue-{refused}", True)
+    resumed = repository.start("resume", "--json")
+    third = forge.add_issue("Write four", "append one.txt 4", ["work"])
+    wait_for(lambda: "council:landed" in forge.issue(third).labels)
+    resumed.send_signal(signal.SIGINT)
+    resumed.communicate(timeout=60)
+    assert (repository.top / "one.txt").read_text() == "1\n3\n4\n"
+    await repository.assert_invariants()
+
+
+async def test_killed_while_a_new_issue_joins(repository: Repository, forge: ForgeServer) -> None:
+    """It joins once, and its work lands in the resumed run."""
+    forge.add_issue("Write one", "write one.txt 1", ["work"])
+    config = repository.configure([], trackers=trackers(forge))
+    child = repository.start("run", str(config), "--follow", failpoints="run.extended=kill")
+    wait_for(lambda: "council:landed" in forge.issue(1).labels)
+    new = forge.add_issue("Write two", "append one.txt 2", ["work"])
+    child.communicate(timeout=60)
+    resumed = repository.start("resume", "--json")
+    wait_for(lambda: "council:landed" in forge.issue(new).labels)
+    resumed.send_signal(signal.SIGINT)
+    output, error = resumed.communicate(timeout=60)
+    ended = CommandResult(resumed.wait(), output, error)
+    assert ended.states == {"issue-1": "landed", "issue-2": "landed"}, ended
+    assert (repository.top / "one.txt").read_text() == "1\n2\n"
+    await repository.assert_invariants()
+
+
+def test_following_needs_a_tracker(repository: Repository) -> None:
+    """The message says so before anything starts."""
+    ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "hang"}])), "--follow")
+    assert (ended.code, "--follow needs a tracker" in ended.stderr) == (2, True), ended

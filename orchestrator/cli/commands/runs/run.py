@@ -94,6 +94,7 @@ _parse_branch = parsed_by(check_branch)
 @click.option("--check", "checks", metavar="COMMAND", multiple=True, help="Check for the prompts; repeatable.")
 @click.option("--allow-deferred", is_flag=True, help="Start even if the target's checkout has changes; land on resume.")
 @allow_failing_base_option
+@click.option("--follow", is_flag=True, help="Keep running, and add new tasks of the trackers as they appear.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan; start nothing.")
 @click.option("--mermaid", is_flag=True, help="With --dry-run, print a Mermaid flowchart.")
 @detach_option
@@ -114,6 +115,7 @@ async def run_file(  # noqa: PLR0917  one for each option
     checks: tuple[str, ...],
     allow_deferred: bool,
     allow_failing_base: bool,
+    follow: bool,
     dry_run: bool,
     mermaid: bool,
     detach: bool,
@@ -132,6 +134,7 @@ async def run_file(  # noqa: PLR0917  one for each option
       council run night.yaml --dry-run
       council run --only api -j 2
       council run --detach
+      council run --follow
       council run --dry-run --mermaid
       council run --task "Add a --quiet option." --check "make test"
       council run --task "Fix issue 12." --task "Fix issue 15." --adapter fixer --target fixes
@@ -147,6 +150,8 @@ async def run_file(  # noqa: PLR0917  one for each option
         )
     if detach and dry_run:
         raise click.UsageError("--dry-run and --detach cannot be combined.")
+    if follow and (prompts or only):
+        raise click.UsageError("--follow cannot be combined with --only or prompts: new tasks come from trackers.")
     if only and prompts:
         raise click.UsageError("--only and prompts cannot be combined: a prompt replaces the tasks of the file.")
     if mermaid and (context.output.as_json or not dry_run):
@@ -165,7 +170,10 @@ async def run_file(  # noqa: PLR0917  one for each option
     async with open_council(context, config, plugins, "pause") as opened:
         council = opened.council
         run = await council.runs.create(
-            allow_deferred=allow_deferred, allow_failing_base=allow_failing_base, coordination=coordination
+            allow_deferred=allow_deferred,
+            allow_failing_base=allow_failing_base,
+            coordination=coordination,
+            follow=follow,
         )
         await _warn_of_invisible_files(config, plugins, context.output)
         if detach:
