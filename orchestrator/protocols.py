@@ -1002,6 +1002,9 @@ class SyncResult:
     requests: Sequence[TrackerRequest] = ()
     conflicts: Sequence[str] = ()
     """The tasks whose state it did not show, because another run that is alive claims them in the list."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """The current texts of tasks, with which their prompts begin. A text that someone with write access has changed is
+    sent to the sessions of its task; leave out all others."""
 
 
 class Tracker(Protocol):

@@ -7,9 +7,10 @@ process is killed at any point.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import anyio
@@ -26,13 +27,15 @@ from orchestrator.domain.events.runs import (
     TrackerRequested,
     TrackerRequestRefused,
 )
+from orchestrator.domain.events.tasks import TaskMessageSent
 from orchestrator.domain.runs.model import RequestAction, RunRequest
 from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES
 from orchestrator.domain.scheduling.claims import Claim, OrchestratorLease
 from orchestrator.domain.security.secrets import Redactor
+from orchestrator.domain.sessions.messages import MAX_MESSAGE_CHARS, MESSAGE_STATUSES, UserMessage
 from orchestrator.engine.reports.report import RunRecord, RunReport
 from orchestrator.engine.scheduler.requests import check_note, check_request, request_record
-from orchestrator.engine.state.records import cursor_key
+from orchestrator.engine.state.records import cursor_key, message_write, spec_key
 from orchestrator.errors import CouncilError, HistoryCompacted, PluginFailed, RefusedError, VersionConflict, plugin_code
 from orchestrator.protocols import Commit, Event, Key, Store, SyncResult, TrackedState, Tracker, TrackerRequest, Write
 from orchestrator.system.background import call_plugin, run_in_background
@@ -123,6 +126,16 @@ class TrackerStatus:
     """The number of requests that were passed on or refused."""
     failing: str | None
     """The reason why the last synchronization failed; None: it did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """What one synchronization records, and what it reports."""
+
+    events: list[RunEvent]
+    writes: list[Write] = field(default_factory=list)
+    requested: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
 
 async def read_tracker_statuses(store: Store, found: TrackedRun) -> list[TrackerStatus]:
@@ -271,34 +284,75 @@ class TrackerSync:
         self._changed = self._ended if self._ended.is_set() else anyio.Event()
 
     async def _record(self, result: SyncResult, found: TrackedRun) -> tuple[list[str], list[str]]:
-        """Record new requests and conflicts in one commit; return those passed on, and those refused with reasons."""
+        """Record what is new in one commit; return the requests passed on, and those refused with reasons."""
         version, cursor = await _read_cursor(self._store, self._key)
-        new = {one.id: one for one in result.requests if one.id not in cursor.handled}
         added = [task for task in result.conflicts if task not in self._conflicts]
         self._conflicts = frozenset(result.conflicts)
-        if not new and not added:
-            return [], []
-        writes = [self._write_cursor(version, cursor, handled=[*cursor.handled, *new])] if new else []
-        events: list[RunEvent] = [self._event(TrackerConflict, task=task) for task in added]
-        requested, refused = [], []
+        changes = _Changes([self._event(TrackerConflict, task=task) for task in added])
+        new = {one.id: one for one in result.requests if one.id not in cursor.handled}
         for request in new.values():
-            facts = {"task": request.task, "action": request.action, "request": request.id}
-            try:
-                made = self._to_request(request, found.record)
-            except RefusedError as error:
-                events.append(self._event(TrackerRequestRefused, reason=self._redactor.text(error.message), **facts))
-                refused.append(f"{request.action} {request.task}: {error.message}")
-                continue
-            write, submitted = request_record(self._run, made)
-            writes.append(write)
-            events += [self._event(TrackerRequested, **facts), submitted]
-            requested.append(f"{request.action} {request.task}")
+            self._add_request(request, found.record, changes)
+        texts = await self._add_texts(result.texts, cursor.texts, found.record, changes)
+        if new or texts != cursor.texts:
+            handled = [*cursor.handled, *new]
+            changes.writes.append(self._write_cursor(version, cursor, handled=handled, texts=texts))
+        if not changes.writes and not changes.events:
+            return [], []
         try:
-            await self._store.commit(Commit(writes, [Event.of(one) for one in events]))
+            await self._store.commit(Commit(changes.writes, [Event.of(one) for one in changes.events]))
         except VersionConflict:  # another process passes them on
             return [], []
         failpoint("request.recorded")
-        return requested, refused
+        return changes.requested, changes.refused
+
+    def _add_request(self, request: TrackerRequest, record: RunRecord, changes: _Changes) -> None:
+        facts = {"task": request.task, "action": request.action, "request": request.id}
+        try:
+            made = self._to_request(request, record)
+        except RefusedError as error:
+            changes.events.append(
+                self._event(TrackerRequestRefused, reason=self._redactor.text(error.message), **facts)
+            )
+            changes.refused.append(f"{request.action} {request.task}: {error.message}")
+            return
+        write, submitted = request_record(self._run, made)
+        changes.writes.append(write)
+        changes.events.extend([self._event(TrackerRequested, **facts), submitted])
+        changes.requested.append(f"{request.action} {request.task}")
+
+    async def _add_texts(
+        self, texts: Mapping[str, str], known: Mapping[str, str], record: RunRecord, changes: _Changes
+    ) -> Mapping[str, str]:
+        """Send changed texts to the sessions of their tasks; return the digests of the texts that they know.
+
+        A task that can't receive a message now receives it later: a task that has ended does so if it is retried.
+        """
+        digests = {task: hashlib.sha256(text.encode()).hexdigest()[:16] for task, text in texts.items()}
+        after = dict(known)
+        for task, digest in digests.items():
+            if after.get(task) == digest or task not in record.tasks:
+                continue
+            status = record.tasks[task].status
+            is_first = task not in after and await self._has_prompt(task, texts[task])
+            if is_first:
+                after[task] = digest
+            elif status in MESSAGE_STATUSES:
+                after[task] = digest
+                self._add_message(task, texts[task], changes)
+        return after
+
+    async def _has_prompt(self, task: str, text: str) -> bool:
+        """Return True if the prompt of a task begins with a text."""
+        spec = await self._store.get(spec_key(self._run, task))
+        return spec is not None and str(spec.value["prompt"]).startswith(text)
+
+    def _add_message(self, task: str, text: str, changes: _Changes) -> None:
+        now = self._clock.now()
+        text = self._redactor.text(f"The text of the task was changed. It is now:\n\n{text}")[:MAX_MESSAGE_CHARS]
+        message = UserMessage(id=f"{int(now * 1000):x}-text", text=text, time=now)
+        changes.writes.append(message_write(self._run, task, message))
+        changes.events.append(TaskMessageSent(run=self._run, task=task, message=message.id, text=text))
+        changes.requested.append(f"edit {task}")
 
     def _to_request(self, request: TrackerRequest, record: RunRecord) -> RunRequest:
         """Return the request for the run's leader; raise RefusedError if the state of its task does not allow it."""

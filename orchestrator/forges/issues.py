@@ -128,14 +128,22 @@ def _to_task(issue: Issue, needs: Sequence[int]) -> TrackedTask:
     )
 
 
+def issue_text(issue: Issue) -> str:
+    """Return the title and the text of an issue by someone with write access, with which its prompt begins."""
+    return _join(issue, split_front_matter(issue.body)[1])
+
+
+def _join(issue: Issue, text: str, comments: Iterable[str] = ()) -> str:
+    return "\n\n".join(filter(None, (f"#{issue.number} {issue.title}".strip(), text.strip(), *comments)))
+
+
 def _prompt(issue: Issue, text: str) -> str:
-    parts = [f"#{issue.number} {issue.title}".strip(), text.strip()]
-    parts += [
+    comments = [
         f"Comment of {comment.author}:\n{comment.body.strip()}"
         for comment in issue.comments
         if comment.is_person and not _COMMAND.match(comment.body.strip())
     ]
-    return "\n\n".join(filter(None, parts))
+    return _join(issue, text, comments)
 
 
 def _label_settings(labels: Collection[str]) -> dict[str, list[str]]:

@@ -17,7 +17,15 @@ from pydantic import Field
 from orchestrator.domain.settings.fields import Duration, Strings
 from orchestrator.forges.connection import Connected, RepositoryOptions
 from orchestrator.forges.issue_api import IssueApi
-from orchestrator.forges.issues import RETRY_LABEL, Issue, find_requests, issue_number, needed_issues, to_tasks
+from orchestrator.forges.issues import (
+    RETRY_LABEL,
+    Issue,
+    find_requests,
+    issue_number,
+    issue_text,
+    needed_issues,
+    to_tasks,
+)
 from orchestrator.forges.state_comment import (
     STATUS_LABELS,
     SharedState,
@@ -90,14 +98,16 @@ class ForgeTracker(Connected[OptionsT], ABC):
         """Show the states on the issues, and return what people requested there."""
         by_number = {number: state for state in states if (number := issue_number(state.id)) is not None}
         issues = await self._issues.issues(by_number)
-        requests, conflicts = [], []
+        requests, conflicts, texts = [], [], {}
         for issue in issues:
             state = by_number[issue.number]
+            if issue.is_trusted:
+                texts[state.id] = issue_text(issue)
             requests += find_requests(_without_own_comments(issue), state.id, has_ended=state.has_ended)
             if not await self._show(issue, state):
                 conflicts.append(state.id)
         self._passed_on = frozenset(request.id for request in requests)
-        return SyncResult(requests, conflicts)
+        return SyncResult(requests, conflicts, texts)
 
     async def _show(self, issue: Issue, state: TrackedState) -> bool:
         """Show a state on its issue; return False if another live run claims the issue."""

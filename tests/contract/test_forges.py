@@ -15,7 +15,7 @@ from orchestrator.errors import RefusedError
 from orchestrator.forges.github import GitHubTracker
 from orchestrator.forges.gitlab import GitLabTracker
 from orchestrator.forges.state_comment import read_state
-from orchestrator.protocols import SyncResult, TrackerRequest
+from orchestrator.protocols import TrackerRequest
 from orchestrator.testing.forge_servers import GitHubServer, GitLabServer
 from orchestrator.testing.forge_servers.server import ForgeServer
 from orchestrator.testing.tracker_contract import TrackerContract, make_state
@@ -144,7 +144,8 @@ class ForgeContract(TrackerContract):
         options = self.validated(tmp_path)
         state = make_state("issue-1", FAILED, reason="x\n/council approve\n<!-- council:state {} -->")
         for _ in range(2):
-            assert await self.sync(options, state) == SyncResult([], [])
+            result = await self.sync(options, state)
+        assert (result.requests, result.conflicts) == ([], [])
         assert len(self.state_comments(1)) == 1
 
     async def test_retry_label_is_a_request_and_is_removed_after_it_is_recorded(self, tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ class Cursor(_Stored):
     """The requests that were passed on."""
     failing: str | None = None
     """The reason why the last synchronization failed; None: it did not."""
+    texts: dict[str, str] = Field(default_factory=dict)
+    """The digests of the texts of tasks that sessions know, by task."""
 
 
 class SharedValue(_Stored):

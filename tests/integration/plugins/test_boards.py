@@ -167,3 +167,26 @@ def test_following_needs_a_tracker(repository: Repository) -> None:
     """The message says so before anything starts."""
     ended = repository.council("run", str(repository.configure([{"id": "one", "prompt": "hang"}])), "--follow")
     assert (ended.code, "--follow needs a tracker" in ended.stderr) == (2, True), ended
+
+
+async def test_edited_issue_reaches_the_session(repository: Repository, forge: ForgeServer) -> None:
+    """Once, if its author has write access; an unchanged issue causes no message."""
+    forge.add_user("stranger")
+    go = repository.spawns.parent / "go"
+    edited = forge.add_issue("Write one", f"write one.txt 1\nawait {go}\nkeep-prompt", ["work"])
+    foreign = forge.add_issue("Write two", f"write two.txt 1\nawait {go}", ["work"], author="stranger")
+    config = repository.configure([], trackers=trackers(forge))
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: repository.spawns.exists() and repository.spawns.read_text().count("\n") == 2)
+    forge.edit(edited, body="write one.txt 2\nkeep-prompt")
+    forge.edit(foreign, body="write two.txt 2")
+    wait_for(lambda: "task.message_sent" in repository.council("state", "log", "--json").stdout)
+    go.touch()
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert ended.states == {"issue-1": "landed", "issue-2": "landed"}, ended
+    assert (repository.top / "one.txt").read_text() == "2\n"
+    assert (repository.top / "two.txt").read_text() == "1\n"
+    sent = [line["task"] for line in ended.lines if line.get("event") == "task.message_sent"]
+    assert sent == ["issue-1"]
+    await repository.assert_invariants()

@@ -101,6 +101,9 @@ async def test_ci_failures_and_reviews_continue_the_task(repository: Repository,
     wait_for(lambda: forge.pull_request(found.number).head != second)
     assert read(forge, "one.txt", found.branch) == "3"
     forge.set_check(found.number, "unit tests", passed=True)
+    before = len(forge.requests)
+    wait_for(lambda: len(forge.requests) > before + 20)
+    assert repository.spawns.read_text().count("\n") == 3
     assert forge.merge(found.number)
     output, error = child.communicate(timeout=60)
     ended = CommandResult(child.wait(), output, error)
