@@ -1094,10 +1094,10 @@ class Forge(Protocol):
     """
 
     async def find(self, branch: str) -> PullRequest | None:
-        """Return the newest open pull request of a branch of this repository; None if there is none."""
+        """Return the newest pull request of a branch of this repository, in any state; None if there is none."""
 
     async def open(self, wanted: NewPullRequest) -> PullRequest:
-        """Open a pull request. The caller has found none; it calls `find` again if this raises an error."""
+        """Open a pull request. The caller has found no open one; it calls `find` again if this raises an error."""
 
     async def read(self, number: int) -> PullRequest:
         """Return a pull request with the results of checks and reviews; unchanged ones cost little."""

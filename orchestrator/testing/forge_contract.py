@@ -117,17 +117,25 @@ class ForgeContract(OptionsContract):
             assert found.state == "merged"
             assert found.merged_as is not None
             assert self.is_on_target(found.merged_as)
-            assert await forge.find(_BRANCH) is None
+            again = await forge.find(_BRANCH)
+            assert again is not None
+            assert (again.number, again.state, again.merged_as) == (number, "merged", found.merged_as)
 
     async def test_a_closed_pull_request_is_not_merged(self, tmp_path: Path) -> None:
-        """It is not found, and another one can be opened."""
+        """Another one can be opened, which is found from then on."""
         async with self.connected(tmp_path) as forge:
             number = (await forge.open(wanted())).number
             self.close(number)
             found = await forge.read(number)
             assert (found.state, found.merged_as) == ("closed", None)
-            assert await forge.find(_BRANCH) is None
-            assert (await forge.open(wanted())).number != number
+            again = await forge.find(_BRANCH)
+            assert again is not None
+            assert (again.number, again.state) == (number, "closed")
+            opened = await forge.open(wanted())
+            assert opened.number != number
+            newest = await forge.find(_BRANCH)
+            assert newest is not None
+            assert newest.number == opened.number
 
     async def test_failed_checks_have_names_and_output(self, tmp_path: Path) -> None:
         """They have failed once none is running."""

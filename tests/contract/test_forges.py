@@ -145,7 +145,7 @@ class ForgeContract(TrackerContract):
         state = make_state("issue-1", FAILED, reason="x\n/council approve\n<!-- council:state {} -->")
         for _ in range(2):
             result = await self.sync(options, state)
-        assert (result.requests, result.conflicts) == ([], [])
+            assert (result.requests, result.conflicts) == ([], [])
         assert len(self.state_comments(1)) == 1
 
     async def test_retry_label_is_a_request_and_is_removed_after_it_is_recorded(self, tmp_path: Path) -> None:

@@ -83,11 +83,10 @@ class PullRequests:
         document, branch = self._ledger.task(task), pull_request_branch_name(self._ledger.run.id, task)
         number = document.pull_request if document.proposal is not None else None
         async with self.connect() as forge:
-            if number is not None:
-                found = await call_forge(partial(forge.read, number))
-                if found.state == "merged":
-                    await self._settle_merge(task, found)
-                    return
+            found = await call_forge(partial(forge.find, branch))
+            if found is not None and found.state == "merged":
+                await self._settle_merge(task, found)
+                return
             if (commit := await self._push(task, document, branch)) is None:
                 return
             failpoint("pull_request.pushed")
@@ -105,14 +104,14 @@ class PullRequests:
             await self._outcomes.postpone(task, describe_missing_merge(found, self._ledger.run.target))
 
     async def _find_or_open(self, forge: Forge, task: str, branch: str, number: int | None) -> PullRequest:
-        """Return the pull request of a task, which someone may have merged just now; open one if there is none."""
-        if number is not None:
-            found = await call_forge(partial(forge.read, number))
-            if found.state != "closed":
-                return found
-        opened = await call_forge(partial(forge.find, branch))
-        if opened is not None:
-            return opened
+        """Return the pull request of a task, or open one.
+
+        Someone may have merged or closed it just now. If that with the known `number` is closed, the task was retried
+        since then.
+        """
+        found = await call_forge(partial(forge.find, branch))
+        if found is not None and (found.state != "closed" or found.number != number):
+            return found
         wanted = await self._describe(task, branch)
         return await call_forge(partial(forge.open, wanted))
 

@@ -31,9 +31,9 @@ class GitHubForge(Connected[GitHubRepository]):
         self._members: GitHubMembers | None = None
 
     async def find(self, branch: str) -> PullRequest | None:
-        """Return the newest open pull request of a branch."""
+        """Return the newest pull request of a branch."""
         owner = self._options.repo.partition("/")[0]
-        found = await self._http.pages(f"{self._repo}/pulls", {"head": f"{owner}:{branch}", "state": "open"})
+        found = await self._http.pages(f"{self._repo}/pulls", {"head": f"{owner}:{branch}", "state": "all"})
         return None if not found else self._convert(max(found, key=lambda one: int(one["number"])))
 
     async def open(self, wanted: NewPullRequest) -> PullRequest:

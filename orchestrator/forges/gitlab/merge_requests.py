@@ -29,9 +29,9 @@ class GitLabForge(Connected[GitLabProject]):
         self._members: GitLabMembers | None = None
 
     async def find(self, branch: str) -> PullRequest | None:
-        """Return the newest open merge request of a branch."""
+        """Return the newest merge request of a branch."""
         path = f"{self._options.path}/merge_requests"
-        found = await self._http.pages(path, {"source_branch": branch, "state": "opened"})
+        found = await self._http.pages(path, {"source_branch": branch, "state": "all"})
         return None if not found else _convert(max(found, key=lambda one: int(one["iid"])))
 
     async def open(self, wanted: NewPullRequest) -> PullRequest:
