@@ -27,6 +27,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
 from orchestrator.domain.runs.outcome import Failed
 from orchestrator.domain.settings.failures import FailureClass
+from orchestrator.errors import RefusedError
 from orchestrator.system.clock import Clock
 
 if TYPE_CHECKING:
@@ -950,6 +951,8 @@ class TrackedTask:
     owns: Sequence[str] = ()
     adapter: str | None = None
     workflow: str | None = None
+    past_requests: Sequence[str] = ()
+    """The ids of the requests that the list has already: they were meant for an earlier run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -973,6 +976,10 @@ class TrackedState:
     """The number of its claims; a later claim has a higher epoch."""
     retries: int = 0
     """Its failed claims before this one."""
+    target: str = ""
+    """The branch on which it lands."""
+    next_command: str | None = None
+    """The command that a user runs next for the whole run, such as to merge the target; None: there is none."""
 
     @property
     def id(self) -> str:
@@ -1002,6 +1009,8 @@ class SyncResult:
     requests: Sequence[TrackerRequest] = ()
     conflicts: Sequence[str] = ()
     """The tasks whose state it did not show, because another run that is alive claims them in the list."""
+    problem: RefusedError | None = None
+    """Why it could not show all states, although it found the requests; it is called again."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """The current texts of tasks, with which their prompts begin. A text that someone with write access has changed is
     sent to the sessions of its task; leave out all others."""

@@ -29,7 +29,7 @@ from orchestrator.domain.events.runs import (
 )
 from orchestrator.domain.events.tasks import TaskMessageSent
 from orchestrator.domain.runs.model import RequestAction, RunRequest
-from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES, TaskStatus
 from orchestrator.domain.scheduling.claims import Claim, OrchestratorLease
 from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.messages import MAX_MESSAGE_CHARS, MESSAGE_STATUSES, UserMessage
@@ -86,7 +86,13 @@ class TrackedRun:
             heartbeat=None if lease is None else lease.heartbeat,
             epoch=0 if claim is None else claim.epoch,
             retries=0 if claim is None else claim.retries,
+            target=self.record.run.target,
+            next_command=self._next_command(status),
         )
+
+    def _next_command(self, status: TaskStatus) -> str | None:
+        awaits_merge = status in SUCCESS_STATUSES and self.report.awaits_merge
+        return f"council merge {self.record.run.id}" if awaits_merge else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +255,8 @@ class TrackerSync:
             with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
                 result = await call_plugin(lambda: tracker.sync(states))
         requested, refused = await self._record(result, found)
+        if result.problem is not None:
+            raise result.problem
         return SyncReport(self._link.name, len(states), requested, refused, sorted(self._conflicts))
 
     async def _try(self) -> None:
@@ -291,7 +299,8 @@ class TrackerSync:
         changes = _Changes([self._event(TrackerConflict, task=task) for task in added])
         new = {one.id: one for one in result.requests if one.id not in cursor.handled}
         for request in new.values():
-            self._add_request(request, found.record, changes)
+            if request.task in found.record.tasks and not await self._is_past(request):
+                self._add_request(request, found.record, changes)
         texts = await self._add_texts(result.texts, cursor.texts, found.record, changes)
         if new or texts != cursor.texts:
             handled = [*cursor.handled, *new]
@@ -304,6 +313,11 @@ class TrackerSync:
             return [], []
         failpoint("request.recorded")
         return changes.requested, changes.refused
+
+    async def _is_past(self, request: TrackerRequest) -> bool:
+        """Return True if a request is older than its task: it was meant for an earlier run."""
+        spec = await self._store.get(spec_key(self._run, request.task))
+        return spec is not None and request.id in spec.value.get("past_requests", ())
 
     def _add_request(self, request: TrackerRequest, record: RunRecord, changes: _Changes) -> None:
         facts = {"task": request.task, "action": request.action, "request": request.id}

@@ -95,7 +95,7 @@ def describe(state: TrackedState) -> str:
         "attempt": task.get("attempts") or None,
         "owner": state.owner,
         "branch": None if task.get("branch") is None else f"`{task['branch']}`",
-        "landed": None if task.get("landed") is None else f"`{task['landed']}`",
+        "landed": None if task.get("landed") is None else f"`{task['landed']}` on `{state.target}`",
         "cost": None if cost is None else f"${cost:.2f}",
         "reason": None if task.get("reason") is None else _quote(str(task["reason"])),
         "next": _next_step(state),
@@ -117,7 +117,9 @@ def _next_step(state: TrackedState) -> str | None:
         return "review and merge the pull request, or close it"
     if status in USER_STATUSES:
         return "comment `/council approve` or `/council reject REASON`"
-    return "comment `/council retry`, or set the label `council:retry`" if status in RETRYABLE_STATUSES else None
+    if status in RETRYABLE_STATUSES:
+        return "comment `/council retry`, or set the label `council:retry`"
+    return None if state.next_command is None else f"`{state.next_command}`"
 
 
 def is_outdated(shown: SharedState | None, new: SharedState, refresh: float) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Self, TypeVar
 from pydantic import Field
 
 from orchestrator.domain.settings.fields import Duration, Strings
+from orchestrator.errors import RefusedError
 from orchestrator.forges.connection import Connected, RepositoryOptions
 from orchestrator.forges.issue_api import IssueApi
 from orchestrator.forges.issues import (
@@ -24,6 +25,7 @@ from orchestrator.forges.issues import (
     issue_number,
     issue_text,
     needed_issues,
+    task_id,
     to_tasks,
 )
 from orchestrator.forges.state_comment import (
@@ -92,22 +94,27 @@ class ForgeTracker(Connected[OptionsT], ABC):
                 issues.append(_without_own_comments(issue))
         listed = {issue.number for issue in issues}
         others = {need for issue in issues for need in needed_issues(issue)} - listed
-        return to_tasks(issues, await self._issues.open_among(others))
+        tasks = to_tasks(issues, await self._issues.open_among(others))
+        past = {task_id(one.number): find_requests(one, task_id(one.number), has_ended=False) for one in issues}
+        return [replace(task, past_requests=[one.id for one in past[task.id]]) for task in tasks]
 
     async def sync(self, states: Sequence[TrackedState]) -> SyncResult:
         """Show the states on the issues, and return what people requested there."""
         by_number = {number: state for state in states if (number := issue_number(state.id)) is not None}
         issues = await self._issues.issues(by_number)
-        requests, conflicts, texts = [], [], {}
+        requests, conflicts = [], []
+        texts = {by_number[one.number].id: issue_text(one) for one in issues if one.is_trusted}
+        problem: RefusedError | None = None
         for issue in issues:
             state = by_number[issue.number]
-            if issue.is_trusted:
-                texts[state.id] = issue_text(issue)
             requests += find_requests(_without_own_comments(issue), state.id, has_ended=state.has_ended)
-            if not await self._show(issue, state):
-                conflicts.append(state.id)
+            try:
+                if problem is None and not await self._show(issue, state):
+                    conflicts.append(state.id)
+            except RefusedError as error:  # a token that may only read, for example: people's requests still count
+                problem = error
         self._passed_on = frozenset(request.id for request in requests)
-        return SyncResult(requests, conflicts, texts)
+        return SyncResult(requests, conflicts, problem, texts)
 
     async def _show(self, issue: Issue, state: TrackedState) -> bool:
         """Show a state on its issue; return False if another live run claims the issue."""

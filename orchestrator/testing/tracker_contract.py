@@ -75,10 +75,13 @@ class TrackerContract(OptionsContract):
                 return await tracker.tasks()
 
     async def sync(self, options: BaseModel, *states: TrackedState) -> SyncResult:
-        """Open the tracker and synchronize it."""
+        """Open the tracker and synchronize it; raise the problem that it reports, if any."""
         with anyio.fail_after(TIMEOUT):
             async with self.tracker_type(options) as tracker:
-                return await tracker.sync(states)
+                result = await tracker.sync(states)
+        if result.problem is not None:
+            raise result.problem
+        return result
 
     async def test_open_tasks_are_valid_tasks_of_a_file(self, tmp_path: Path) -> None:
         """Ids are unique in any case, prompts not empty, `needs` refer to listed tasks."""

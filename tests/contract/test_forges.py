@@ -238,6 +238,27 @@ class ForgeContract(TrackerContract):
             self.server.add_issue(f"Issue {number}", labels=["work"])
         assert len(await self.open_tasks(self.validated(tmp_path))) == 108
 
+    async def test_requests_before_a_run_are_not_for_it(self, tmp_path: Path) -> None:
+        """The task names them, and a later request is another one."""
+        options = self.validated(tmp_path)
+        old = self.server.comment(1, "/council cancel")
+        [task, *_] = await self.open_tasks(options)
+        assert task.past_requests == [f"comment-{old}"]
+        new = self.server.comment(1, "/council cancel")
+        result = await self.sync(options, make_state("issue-1", RUNNING))
+        assert [one.id for one in result.requests] == [f"comment-{old}", f"comment-{new}"]
+
+    async def test_token_that_may_only_read_finds_requests(self, tmp_path: Path) -> None:
+        """The problem is reported beside them."""
+        options = self.validated(tmp_path)
+        self.server.add_user("reader", token="t0ken", permission="read")
+        self.server.comment(1, "/council cancel")
+        async with self.tracker_type(options) as tracker:
+            result = await tracker.sync([make_state("issue-1", RUNNING)])
+        assert [one.action for one in result.requests] == ["cancel"]
+        assert result.problem is not None
+        assert "403" in result.problem.message
+
 
 class TestGitHub(ForgeContract):
     """Run the contract with GitHub."""

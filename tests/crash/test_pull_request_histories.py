@@ -17,6 +17,7 @@ from orchestrator.testing.forge_servers.pull_requests import ForgePullRequest, P
 from tests.command_server import StartedCommand
 from tests.conftest import Repository
 from tests.integration.plugins.test_pull_requests import beside, configure, push_by_hand
+from tests.waiting import wait_for
 
 #: The number of histories; more by the environment.
 COUNT = int(os.environ.get("COUNCIL_HISTORIES", "2"))
@@ -43,7 +44,9 @@ class History:
         tasks[-1]["needs"] = ["t0"]
         config = configure(self.repository, self.forge, *tasks, rounds=9)
         self.log.append("run")
-        return self.repository.start("run", str(config), "--json")
+        child = self.repository.start("run", str(config), "--json")
+        wait_for(self.repository.spawns.exists)  # otherwise there may be no run to resume
+        return child
 
     def act(self, child: StartedCommand) -> StartedCommand:
         """Let a person, the server or the kernel do something; return the running command."""

@@ -112,7 +112,9 @@ class Board:
             await self.restart()
             return False
         self.performed += [one.id for one in result.requests if one.id not in self.performed]
-        return True
+        if result.problem is not None:
+            await self.restart()
+        return result.problem is None
 
     async def restart(self) -> None:
         """Close the tracker, as if its process had ended."""

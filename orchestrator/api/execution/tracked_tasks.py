@@ -48,7 +48,8 @@ async def add_open_tracked_tasks(config: RunConfig, plugins: Plugins, *, may_be_
     config = add_tracked_tasks(config, tracked, plugins.adapters)
     if not config.tasks and not may_be_none:
         names = ", ".join(map(repr, tracked))
-        raise RefusedError(f"nothing to do: no open task in {names}", "add a task, or try again later")
+        remedy = "add a task, or try again later: those of an active run are not free (`council runs` lists runs)"
+        raise RefusedError(f"nothing to do: no open task in {names}", remedy)
     return config
 
 
@@ -71,9 +72,8 @@ async def _fetch_tracked_tasks(
 
 def _checked(task: TrackedTask) -> TrackedTask:
     """Return a task of a tracker with tuples; raise AttributeError or TypeError if it is none."""
-    return TrackedTask(
-        task.id, task.prompt, tuple(task.needs), task.priority, tuple(task.owns), task.adapter, task.workflow
-    )
+    needs, owns, past = tuple(task.needs), tuple(task.owns), tuple(task.past_requests)
+    return TrackedTask(task.id, task.prompt, needs, task.priority, owns, task.adapter, task.workflow, past)
 
 
 async def find_new_tasks(store: Store, plugins: Plugins, run: RunDocument) -> NewTasks:
@@ -142,7 +142,7 @@ def add_tracked_tasks(
         adapters.try_commands(ours, prompts, possible, config.adapters, adapter_types, problems)
     if problems or template is None:
         raise problems.error()
-    trackers = [name for name, tasks in found.items() for _ in tasks]
+    origins = [(name, task.past_requests) for name, tasks in found.items() for task in tasks]
     specs = [
         template.model_copy(
             update={
@@ -150,7 +150,8 @@ def add_tracked_tasks(
                 "id": entry.id,
                 "prompt": prompts[index],
                 **resolve_needs(entry),
-                "tracker": trackers[index],
+                "tracker": origins[index][0],
+                "past_requests": tuple(origins[index][1]),
             }
         )
         for index, entry in enumerate(entries)

@@ -440,6 +440,8 @@ class TaskSpec(TaskSettings):
     """Values for its first phase, including those of the file. Empty without a workflow."""
     tracker: str | None = None
     """The name of the tracker that it came from; None: it is in the config file."""
+    past_requests: Strings = ()
+    """The requests in its tracker that were meant for an earlier run."""
     plan: str | None = None
     """The id of the plan handoff that created it, so that an agent wrote its prompt; None: no plan."""
 

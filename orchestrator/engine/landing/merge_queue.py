@@ -216,6 +216,10 @@ class MergeQueue:
         """Land tasks, or open their pull requests; return the tasks to queue again."""
         if self.pull_requests is None:
             return await self._land_together(lease, tasks, group)
+        # A person may have merged it while its session ran: its work would conflict with a squashed commit.
+        tasks = [task for task in tasks if not await self.pull_requests.settle(task)]
+        if not tasks:
+            return []
         merges, checked = await self._prepare_checked(lease, tasks, group)
         for task in merges:
             await self.pull_requests.propose(task, checked.records)

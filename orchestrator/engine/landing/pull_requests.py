@@ -67,6 +67,19 @@ class PullRequests:
         assert self._context.open_forge is not None, "the run lands by pull requests"  # noqa: S101
         return connect_to_forge(self._context.open_forge)
 
+    async def settle(self, task: str) -> bool:
+        """Return True if a task with an earlier pull request needs none now: it is merged, or can't be read."""
+        number = self._ledger.task(task).pull_request
+        if number is None or self._ledger.task(task).proposal is None:
+            return False
+        try:
+            async with self.connect() as forge:
+                found = await call_forge(partial(forge.read, number))
+            return found.state == "merged" and await self.record_merge(task, found)
+        except (GitError, RefusedError, PluginFailed, TimeoutError) as error:
+            await self._outcomes.postpone(task, describe_failure(error))
+            return True
+
     async def propose(self, task: str, checks: Sequence[CheckRecord]) -> None:
         """Push the built work of a task, open its pull request or update it, and record that.
 
@@ -74,10 +87,8 @@ class PullRequests:
         """
         try:
             await self._propose(task, checks)
-        except TimeoutError:
-            await self._outcomes.postpone(task, f"the forge did not answer within {CALL_TIMEOUT:g} s")
-        except (GitError, RefusedError, PluginFailed) as error:
-            await self._outcomes.postpone(task, str(error))
+        except (GitError, RefusedError, PluginFailed, TimeoutError) as error:
+            await self._outcomes.postpone(task, describe_failure(error))
 
     async def _propose(self, task: str, checks: Sequence[CheckRecord]) -> None:
         document, branch = self._ledger.task(task), pull_request_branch_name(self._ledger.run.id, task)
@@ -195,6 +206,11 @@ class PullRequests:
             branch, run.target, _title(spec), _body(spec, run.id, settings.template),
             settings.draft, settings.labels, settings.reviewers,
         )  # fmt: skip
+
+
+def describe_failure(error: Exception) -> str:
+    """Return the reason why a forge can't be used."""
+    return f"the forge did not answer within {CALL_TIMEOUT:g} s" if isinstance(error, TimeoutError) else str(error)
 
 
 def describe_missing_merge(found: PullRequest, target: str) -> str:

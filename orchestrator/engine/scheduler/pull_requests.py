@@ -13,7 +13,7 @@ from tenacity.wait import wait_base
 from orchestrator.domain.events.runs import ForgeFailing, ForgeRecovered
 from orchestrator.domain.events.tasks import TaskDeferred, TaskRetrying
 from orchestrator.domain.runs.model import RequestAction, RunRequest
-from orchestrator.domain.runs.statuses import FINAL_STATUSES, TaskStatus, Trigger
+from orchestrator.domain.runs.statuses import FINAL_STATUSES, SUCCESS_STATUSES, TaskStatus, Trigger
 from orchestrator.domain.settings.failures import FailureClass
 from orchestrator.domain.workflow.routing import restart_task
 from orchestrator.engine.landing.pull_request_verdicts import (
@@ -24,7 +24,12 @@ from orchestrator.engine.landing.pull_request_verdicts import (
     judge_pull_request,
     render_feedback,
 )
-from orchestrator.engine.landing.pull_requests import CALL_TIMEOUT, PullRequests, call_forge, describe_missing_merge
+from orchestrator.engine.landing.pull_requests import (
+    PullRequests,
+    call_forge,
+    describe_failure,
+    describe_missing_merge,
+)
 from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.scheduler.requests import request_record
 from orchestrator.engine.state.ledger import Ledger
@@ -35,6 +40,8 @@ from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
 _RETRY_WAIT: Final[wait_base] = wait_exponential(max=60.0)
+#: Tasks whose pull request has no further effect; others may have failed, and their pull request is merged anyway.
+_UNFOLLOWED: Final = SUCCESS_STATUSES | {TaskStatus.CANCELLED}
 #: The errors if another process has just changed a task: the next reading applies.
 _OVERTAKEN: Final = (ClaimLost, VersionConflict)
 
@@ -65,10 +72,8 @@ class PullRequestFollower:
                     await self._read_all(forge)
                     await self._report(None)
                     await self._sleep(self._proposals.settings.sync_interval)
-        except TimeoutError:
-            await self._report(f"timed out after {CALL_TIMEOUT:g} s")
-        except (GitError, RefusedError, PluginFailed) as error:
-            await self._report(str(error))
+        except (GitError, RefusedError, PluginFailed, TimeoutError) as error:
+            await self._report(describe_failure(error))
         except StoreUnavailable:  # mandatory commits report the outage
             return
 
@@ -82,7 +87,7 @@ class PullRequestFollower:
         for task in self._ledger.run.tasks:
             document = self._ledger.task(task)
             number = document.pull_request
-            if document.proposal is None or number is None or document.status in FINAL_STATUSES:
+            if document.proposal is None or number is None or document.status in _UNFOLLOWED:
                 continue
             found = await call_forge(partial(forge.read, number))
             # A partial change would leave the board and the documents inconsistent.
@@ -97,7 +102,7 @@ class PullRequestFollower:
 
     async def _apply(self, task: str, found: PullRequest) -> None:
         document = self._ledger.task(task)
-        if document.proposal is None or document.status in FINAL_STATUSES or self._ledger.is_claimed_elsewhere(task):
+        if document.proposal is None or document.status in _UNFOLLOWED or self._ledger.is_claimed_elsewhere(task):
             return
         match judge_pull_request(found, document.proposal, self._proposals.settings):
             case Merged():
@@ -108,7 +113,7 @@ class PullRequestFollower:
                     self._local.wake()
                 else:
                     await self._note(task, describe_missing_merge(found, self._ledger.run.target))
-            case Closed():
+            case Closed() if document.status not in FINAL_STATUSES:
                 await self._cancel(task, found)
             case Continues() as continues if document.status is TaskStatus.PROPOSED:
                 await self._continue(task, found, continues)

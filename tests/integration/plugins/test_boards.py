@@ -190,3 +190,17 @@ async def test_edited_issue_reaches_the_session(repository: Repository, forge: F
     sent = [line["task"] for line in ended.lines if line.get("event") == "task.message_sent"]
     assert sent == ["issue-1"]
     await repository.assert_invariants()
+
+
+async def test_requests_of_an_earlier_run_are_not_repeated(repository: Repository, forge: ForgeServer) -> None:
+    """A comment cancelled the task in one run: the next run works on the issue."""
+    forge.add_issue("Write one", "without go hang\nwrite one.txt 1", ["work"])
+    config = repository.configure([], trackers=trackers(forge))
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: "council: running" in shown(forge, 1))
+    forge.comment(1, "/council cancel")
+    assert child.communicate(timeout=60)
+    repository.commit({"go": ""})
+    again = repository.council("run", str(config), "--json")
+    assert again.states == {"issue-1": "landed"}, again
+    assert "on `main`" in shown(forge, 1)
