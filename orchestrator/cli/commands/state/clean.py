@@ -171,6 +171,9 @@ def _print_removals(output: Output, removals: Sequence[RemovalResult]) -> None:
         if one.error is not None:
             output.text(printable(f"{one.leftover.name} could not be removed: {one.error}") + "\n", err=True)
     output.text(f"removed {_total([one.leftover for one in removals if one.error is None])}\n")
+    if any(one.leftover.kind is LeftoverKind.RUN and one.error is None for one in removals):
+        remedy = "`council checkpoint list` and `council checkpoint restore` bring them back, with their unmerged work"
+        output.text(f"records of runs were removed: {remedy}\n")
 
 
 def _result(found: Sequence[Leftover], removals: Sequence[RemovalResult], code: int) -> dict[str, object]:
