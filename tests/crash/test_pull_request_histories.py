@@ -90,7 +90,8 @@ class History:
                 self.forge.set_check(one.number, "unit tests", passed=False, output="wrong number")
             case 8 if one.number not in self.by_hand:
                 folder = self.folder / f"clone-{one.number}"
-                self.by_hand[one.number] = push_by_hand(self.repository, self.forge, one, folder)
+                name = f"by-hand-{one.number}.txt"
+                self.by_hand[one.number] = push_by_hand(self.repository, self.forge, one, folder, name)
 
     def finish(self, child: StartedCommand) -> dict[str, str]:
         """Let the server recover and people merge everything; return the states of the tasks."""

@@ -183,12 +183,13 @@ def _facts(task: TaskSpec | TrackedTask) -> dict[str, object]:
 
 def _check_names(tracked: Sequence[Node], config: RunConfig, problems: Problems) -> None:
     """Report adapters and workflows of tracked tasks that the file does not have."""
-    known = {"adapter": [*map(entry_of_adapter, config.adapters), *config.adapters], "workflow": config.workflows}
+    adapter_names = dict.fromkeys([*map(entry_of_adapter, config.adapters), *config.adapters])
+    known = {"adapter": adapter_names.keys(), "workflow": config.workflows.keys()}
     for task in tracked:
         for key, names in known.items():
             node = task.get(key)
             if node is not None and node.value not in names and (key, node.value) != ("workflow", NO_WORKFLOW):
-                remedy = suggest(str(node.value), names, f"the {key}s of the file")
+                remedy = suggest(str(node.value), names, f"the {key}s of the file") if names else f"it has no {key}s"
                 problems.add(node.at, f"there is no {key} {node.value!r} in the file", remedy)
 
 

@@ -125,10 +125,12 @@ async def test_closing_a_pull_request_ends_its_task(repository: Repository, forg
     assert forge.commit_of("main") == repository.git("rev-parse", "main")
 
 
-def push_by_hand(repository: Repository, forge: PullRequestServer, found: ForgePullRequest, folder: Path) -> str:
+def push_by_hand(
+    repository: Repository, forge: PullRequestServer, found: ForgePullRequest, folder: Path, name: str = "person.txt"
+) -> str:
     """Push a commit to the branch of a pull request; return it."""
     repository.git("clone", "--quiet", "--branch", found.branch, str(forge.git_dir), str(folder))
-    (folder / "person.txt").write_text("by hand\n")
+    (folder / name).write_text("by hand\n")
     repository.git("-C", str(folder), "add", "--all")
     repository.git("-C", str(folder), "commit", "--quiet", "--message", "by hand")
     repository.git("-C", str(folder), "push", "--quiet")
