@@ -51,6 +51,10 @@ COMMANDS_BY_SECTION: Mapping[str, Mapping[str, tuple[str, str]]] = {
         ),
         "queue": ("runs.queue:queue", "Show the merge queue of a run, and why each task waits."),
         "sync": ("runs.sync:sync", "Show the states of a run's tasks in its trackers, and read the requests there."),
+        "serve-webhooks": (
+            "runs.webhooks:serve_webhooks",
+            "Let active runs read boards and pull requests as soon as a forge reports a change.",
+        ),
         "locks": ("state.locks:locks", "List locks with their holders, times and waiters."),
         "where": ("runs.status:where", "Print the locations of the state, the logs and the repositories."),
     },

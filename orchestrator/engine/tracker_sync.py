@@ -20,6 +20,7 @@ from tenacity.wait import wait_base
 from orchestrator.domain.documents.stored import Cursor
 from orchestrator.domain.events.base import RunEvent
 from orchestrator.domain.events.runs import (
+    ForgeChanged,
     TrackerConflict,
     TrackerFailing,
     TrackerOutdated,
@@ -215,13 +216,18 @@ class TrackerSync:
                 try:
                     async with aclosing(self._store.watch(await self._store.position())) as records:
                         async for record in records:
-                            data = [event.data for event in record.events if not event.type.startswith("tracker.")]
-                            if any(one.get("run") == self._run and "task" in one for one in data):
+                            if any(map(self._is_cause, record.events)):
                                 self._changed.set()
                 except HistoryCompacted:
                     continue
                 except (CouncilError, OSError):
                     return
+
+    def _is_cause(self, event: Event) -> bool:
+        """Return True for an event after which to synchronize: a change of a task, or one that a forge reports."""
+        if event.data.get("run") != self._run or event.type.startswith("tracker."):
+            return False
+        return "task" in event.data or event.type == ForgeChanged.type
 
     def end(self) -> None:
         """Stop after one more synchronization."""

@@ -12,6 +12,7 @@ from orchestrator.api.context import StopSignal
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.run_reader import RunReader
 from orchestrator.domain.events.runs import (
+    ForgeChanged,
     RunFinished,
     RunImported,
     RunInterrupted,
@@ -27,7 +28,7 @@ from orchestrator.domain.scheduling.stacked_work import find_stack_waits
 from orchestrator.engine.reports.report import RunReport, RunStatus
 from orchestrator.engine.state.records import read_queue_windows, read_run
 from orchestrator.errors import RefusedError, UnreadableDocument
-from orchestrator.protocols import RecordedEvent
+from orchestrator.protocols import Commit, Event, RecordedEvent
 from orchestrator.state.documents.log_reader import follow_log
 
 if TYPE_CHECKING:
@@ -220,6 +221,14 @@ class Runs(RunIndex):
         Raises RefusedError if the run has no trackers.
         """
         return await execution.read_sync_status(self.context, await self._with_trackers(run))
+
+    async def report_forge_change(self) -> Sequence[str]:
+        """Let the active runs read their boards and pull requests now; return their ids."""
+        live = [run async for run in self.live()]
+        if live:
+            events = [Event.of(ForgeChanged(run=run)) for run in live]
+            await self.context.store.commit(Commit([], events))
+        return live
 
     async def _with_trackers(self, run: str | None) -> RunDocument:
         document = await read_run(self.context.store, await self.find(run))

@@ -464,6 +464,14 @@ class ForgeRecovered(RunEvent):
     sentence = "pull requests can be read again"
 
 
+class ForgeChanged(RunEvent):
+    """A forge has reported a change (`council serve-webhooks`): boards and pull requests are read now."""
+
+    type = "forge.changed"
+    sentence = "the forge reported a change"
+    shown = Shown.NEVER
+
+
 class TrackerFailing(RunEvent):
     """The synchronization with a tracker failed; it is retried with increasing delays."""
 

@@ -10,6 +10,7 @@ from orchestrator.domain.events.runs import TrackerTaskRefused, TrackerTasksAdde
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.engine.run_context import NewTasks
 from orchestrator.engine.scheduler.local_work import LocalWork
+from orchestrator.engine.state.forge_changes import watch_forge
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import CouncilError, VersionConflict
 from orchestrator.system.clock import Clock
@@ -24,13 +25,23 @@ class NewTaskFollower:
     ) -> None:
         self._ledger, self._find, self._local, self._clock = ledger, find, local, clock
         self._interval = min(tracker.sync_interval for tracker in ledger.run.trackers.values())
+        self._due = anyio.Event()
         self._refused = dict[tuple[str, str], str]()
 
     async def run(self) -> None:
         """Look for new tasks every `sync_interval` until cancelled."""
         await self._ledger.writer.became_leader.wait()
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch_forge, self._ledger.writer.store, self._ledger.run.id, self._wake)
+            await self._repeat()
+
+    def _wake(self) -> None:
+        self._due.set()
+
+    async def _repeat(self) -> None:
         while True:
-            await self._clock.wait(anyio.Event(), self._clock.monotonic() + self._interval)
+            await self._clock.wait(self._due, self._clock.monotonic() + self._interval)
+            self._due = anyio.Event()
             try:
                 await self._look()
             except (CouncilError, OSError):  # the synchronization with the tracker reports it

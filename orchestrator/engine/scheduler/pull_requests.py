@@ -32,6 +32,7 @@ from orchestrator.engine.landing.pull_requests import (
 )
 from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.scheduler.requests import request_record
+from orchestrator.engine.state.forge_changes import watch_forge
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import ClaimLost, GitError, PluginFailed, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Forge, PullRequest
@@ -52,6 +53,8 @@ class PullRequestFollower:
     def __init__(self, ledger: Ledger, proposals: PullRequests, local: LocalWork, clock: Clock) -> None:
         self._ledger, self._proposals, self._local, self._clock = ledger, proposals, local, clock
         self._is_failing = False
+        self._due = anyio.Event()
+        """Set to read the pull requests immediately."""
         self.is_busy = False
         """Whether a task is being changed, which may create work."""
 
@@ -59,10 +62,16 @@ class PullRequestFollower:
         """Read the pull requests every `sync_interval` until cancelled."""
         await self._ledger.writer.became_leader.wait()
         retrying = AsyncRetrying(retry=retry_if_result(lambda _: True), wait=_RETRY_WAIT, sleep=self._sleep)
-        await retrying(self._follow)
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch_forge, self._ledger.writer.store, self._ledger.run.id, self._wake)
+            await retrying(self._follow)
+
+    def _wake(self) -> None:
+        self._due.set()
 
     async def _sleep(self, delay: float) -> None:
-        await self._clock.wait(anyio.Event(), self._clock.monotonic() + delay)
+        await self._clock.wait(self._due, self._clock.monotonic() + delay)
+        self._due = anyio.Event()
 
     async def _follow(self) -> None:
         """Read until a failure, which is reported once."""
