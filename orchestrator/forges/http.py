@@ -29,6 +29,9 @@ _LONGEST_WAIT: Final = 10.0
 _MAX_PAGES: Final = 100
 _PER_PAGE: Final = 100
 _NO_FILTERS: Final[Mapping[str, str]] = MappingProxyType({})
+#: The status codes of objects that are hidden, missing, deleted or moved elsewhere. Redirects are not followed: another
+#: server would receive the token, and a transferred issue has another number in another repository.
+_MISSING: Final = frozenset({301, 302, 303, 307, 308, 403, 404, 410})
 _LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -51,7 +54,7 @@ class ForgeHttp:
             raise RefusedError(f"{base} would receive the token unencrypted", "use a URL that begins with https://")
         self._base, self._host, self._remedies = base.rstrip("/"), url.hostname, remedies
         self._client = httpx.AsyncClient(
-            headers={"User-Agent": "cli-council", **headers}, timeout=_TIMEOUT, follow_redirects=True
+            headers={"User-Agent": "cli-council", **headers}, timeout=_TIMEOUT, verify=_ssl_context()
         )
         self._pages: dict[str, tuple[str, Any, str | None]] = {}
         """The ETag, the content and the next page of each page read."""
@@ -96,7 +99,7 @@ class ForgeHttp:
     async def read_text(self, path: str) -> str:
         """Return an answer as text; empty if it does not exist or is not visible."""
         url = self._url(path, _NO_FILTERS)
-        answer = await self._send("GET", url, None, may_repeat=True, allowed=frozenset({403, 404}))
+        answer = await self._send("GET", url, None, may_repeat=True, allowed=_MISSING)
         return answer.text if answer.is_success else ""
 
     def _json(self, answer: httpx.Response) -> Any:
@@ -113,14 +116,14 @@ class ForgeHttp:
     async def _page(self, url: str, *, allow_missing: bool) -> tuple[Any, str | None]:
         known = self._pages.get(url)
         headers = {} if known is None else {"If-None-Match": known[0]}
-        allowed = frozenset({304, 403, 404} if allow_missing else {304})
+        allowed = _MISSING | {304} if allow_missing else frozenset({304})
         answer = await self._send("GET", url, None, may_repeat=True, allowed=allowed, headers=headers)
         if answer.status_code == 304 and known is not None:
             return known[1], known[2]
-        if answer.status_code in {403, 404}:
+        if answer.status_code in _MISSING:
             return None, None
         following = answer.links.get("next", {}).get("url")
-        if following is not None and urlsplit(following).hostname != self._host:
+        if following is not None and _origin(following) != _origin(self._base):  # it would receive the token
             raise RefusedError(f"{self._host} refers to another server for the next page", "check the URL of the API")
         content = self._json(answer)
         if (tag := answer.headers.get("etag")) is not None:
@@ -168,9 +171,17 @@ class ForgeHttp:
             raise _Repeatable(limited, wait) if wait <= _LONGEST_WAIT else limited
         if answer.is_success or answer.status_code in allowed:
             return answer
+        if answer.is_redirect:
+            moved = f"{self._host} says that {urlsplit(url).path} has moved"
+            raise RefusedError(moved, "check the URL of the API and the name of the repository")
         message = f"{self._host} answered {answer.status_code} to {method} {urlsplit(url).path}{_describe(answer)}"
         failed = RefusedError(message, self._remedies.get(answer.status_code, "try again later"))
         raise _Repeatable(failed) if answer.status_code >= 500 else failed
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
 
 
 @cache

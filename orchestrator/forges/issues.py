@@ -14,13 +14,14 @@ from orchestrator.protocols import RequestedAction, TrackedTask, TrackerRequest
 #: The labels that people set to request something.
 IGNORE_LABEL: Final = "council:ignore"
 RETRY_LABEL: Final = "council:retry"
+REQUEST_LABELS: Final = frozenset({IGNORE_LABEL, RETRY_LABEL})
 _PREFIX: Final = "issue-"
 _PRIORITIES: Final = {"high": 10, "medium": 0, "low": -10}
 _SETTING_LABEL: Final = re.compile(r"(priority|owns|adapter|workflow)\s*:\s*(\S.*)", re.IGNORECASE)
 _FRONT_MATTER: Final = re.compile(r"\A---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_TASK_LIST: Final = re.compile(r"^[ \t]*[-*+] \[[ xX]\][ \t]+(?:\S*/\S+/(?:-/)?issues/|#)(\d+)\b", re.MULTILINE)
+_TASK_LIST: Final = re.compile(r"^[ \t]*[-*+] \[[ xX]\][ \t]+(?:\S*/\S+/(?:-/)?issues/|#)(\d{1,9})\b", re.MULTILINE)
 _BLOCKED_BY: Final = re.compile(
-    r"\b(?:blocked by|depends on|needs)[: \t]+((?:#\d+(?:[, \t]+(?:and[ \t]+)?)?)+)", re.IGNORECASE
+    r"\b(?:blocked by|depends on|needs)[: \t]+((?:#\d{1,9}\b(?:[, \t]+(?:and[ \t]+)?)?)+)", re.IGNORECASE
 )
 _COMMAND: Final = re.compile(
     r"^/council[ \t]+(retry|cancel|ignore|approve|reject)\b[ \t]*(.*)", re.IGNORECASE | re.DOTALL
@@ -28,7 +29,9 @@ _COMMAND: Final = re.compile(
 _ACTIONS: Final[Mapping[str, RequestedAction]] = {
     "retry": "retry", "cancel": "cancel", "ignore": "ignore", "approve": "approve", "reject": "reject"
 }  # fmt: skip
-_FENCED: Final = re.compile(r"^(```|~~~).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
+_FENCES: Final = ("```", "~~~")
+#: Of the issues that one text names, only the first ones count.
+_MOST_NEEDS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,8 @@ class Issue:
     closed: str | None = None
     """The time of its closing."""
     comments: tuple[Comment, ...] = field(default=(), repr=False)
-    retry_requests: tuple[str, ...] = ()
-    """The ids of the events that set the label `council:retry`."""
+    label_events: tuple[tuple[str, str], ...] = ()
+    """The events that set a label with which people request something: the label and the id, oldest first."""
 
 
 def task_id(number: int) -> str:
@@ -83,18 +86,31 @@ def split_front_matter(body: str) -> tuple[Mapping[str, Any], str]:
         return {}, body
     try:
         values = yaml.safe_load(found[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # such as the month 13
         return {}, body
     return (values, body[found.end() :]) if isinstance(values, dict) else ({}, body)
 
 
 def needed_issues(issue: Issue) -> set[int]:
     """Return the issues that an issue needs: its task list, sub-issues, "blocked by" and what the forge records."""
-    text = _FENCED.sub("", issue.body)
-    named = {int(number) for number in _TASK_LIST.findall(text)}
-    for group in _BLOCKED_BY.findall(text):
-        named |= {int(number) for number in re.findall(r"\d+", group)}
+    text = _without_code(issue.body)
+    numbers = [*_TASK_LIST.findall(text), *re.findall(r"\d+", " ".join(_BLOCKED_BY.findall(text)))]
+    named = set(map(int, numbers[:_MOST_NEEDS]))
     return (named | {*issue.blocked_by, *issue.sub_issues}) - {issue.number}
+
+
+def _without_code(text: str) -> str:
+    """Return a text without fenced code."""
+    kept, fence = list[str](), ""
+    for line in text.split("\n"):
+        begin = line[:3]
+        if fence:
+            fence = "" if begin == fence and not line[3:].strip() else fence
+        elif begin in _FENCES:
+            fence = begin
+        else:
+            kept.append(line)
+    return "\n".join(kept)
 
 
 def to_tasks(issues: Iterable[Issue], open_elsewhere: Collection[int] = ()) -> list[TrackedTask]:
@@ -116,13 +132,14 @@ def to_tasks(issues: Iterable[Issue], open_elsewhere: Collection[int] = ()) -> l
 def _to_task(issue: Issue, needs: Sequence[int]) -> TrackedTask:
     settings, text = split_front_matter(issue.body) if issue.is_trusted else ({}, issue.body)
     labels = _label_settings(issue.labels)
-    owns = settings.get("owns", [])
+    owns = settings.get("owns")
+    own_paths = [owns] if isinstance(owns, str) else owns if isinstance(owns, list) else []
     return TrackedTask(
         id=task_id(issue.number),
         prompt=_prompt(issue, text),
         needs=tuple(map(task_id, needs)),
         priority=_priority(_text(settings.get("priority"), labels.get("priority"))),
-        owns=(*([owns] if isinstance(owns, str) else map(str, owns)), *labels.get("owns", [])),
+        owns=(*(path for path in own_paths if isinstance(path, str)), *labels.get("owns", [])),
         adapter=_text(settings.get("adapter"), labels.get("adapter")),
         workflow=_text(settings.get("workflow"), labels.get("workflow")),
     )
@@ -171,16 +188,26 @@ def _text(setting: object, labels: Sequence[str] | None) -> str | None:
 def find_requests(issue: Issue, task: str, *, has_ended: bool) -> list[TrackerRequest]:
     """Return what people with write access requested for an issue's task, oldest first."""
     found = [
-        TrackerRequest(f"comment-{comment.id}", task, _ACTIONS[match[1].lower()], match[2].strip() or None)
+        TrackerRequest(f"comment-{comment.id}", task, action, match[2].strip() or None)
         for comment in issue.comments
-        if comment.is_person and comment.is_trusted and (match := _COMMAND.match(comment.body.strip())) is not None
+        if comment.is_person
+        and comment.is_trusted
+        and (match := _COMMAND.match(comment.body.strip())) is not None
+        and (action := _ACTIONS.get(match[1].lower())) is not None  # not so for a Turkish İ
     ]
-    found += [TrackerRequest(f"label-{event}", task, "retry") for event in issue.retry_requests]
+    found += [TrackerRequest(f"label-{event}", task, "retry") for event in retry_events(issue)]
     if not issue.is_open and not has_ended:
         found.append(TrackerRequest(f"closed-{issue.number}-{_digits(issue.closed)}", task, "cancel"))
     if IGNORE_LABEL in issue.labels and not has_ended:
-        found.append(TrackerRequest(f"ignored-{issue.number}", task, "ignore", f"it has the label {IGNORE_LABEL}"))
+        events = [event for label, event in issue.label_events if label == IGNORE_LABEL]
+        newest = "-".join(("ignored", str(issue.number), *events[-1:]))
+        found.append(TrackerRequest(newest, task, "ignore", f"it has the label {IGNORE_LABEL}"))
     return found
+
+
+def retry_events(issue: Issue) -> list[str]:
+    """Return the ids of the events that set the label `council:retry`."""
+    return [event for label, event in issue.label_events if label == RETRY_LABEL]
 
 
 def _digits(time: str | None) -> str:

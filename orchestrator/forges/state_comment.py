@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
@@ -16,7 +15,8 @@ from orchestrator.domain.runs.statuses import RETRYABLE_STATUSES, USER_STATUSES,
 from orchestrator.protocols import TrackedState
 
 _MARK: Final = "<!-- council:state"
-_BLOCK: Final = re.compile(re.escape(_MARK) + r"\s*(\{.*?\})\s*-->", re.DOTALL)
+_BEGIN: Final = "**council: "
+_END: Final = "-->"
 _LONGEST_REASON: Final = 500
 _BLOCKED: Final = "blocked"
 
@@ -37,8 +37,8 @@ class SharedState:
     digest: str
 
     def is_claimed(self, now: float, stale_after: float) -> bool:
-        """Return True if its owner was alive less than `stale_after` seconds ago."""
-        return not self.has_ended and self.heartbeat is not None and now - self.heartbeat < stale_after
+        """Return True if its owner was alive less than `stale_after` seconds ago; clocks may differ by as much."""
+        return not self.has_ended and self.heartbeat is not None and abs(now - self.heartbeat) < stale_after
 
 
 def status_label(status: str) -> str:
@@ -51,17 +51,18 @@ STATUS_LABELS: Final = frozenset(status_label(status) for status in (*TaskStatus
 
 
 def is_state_comment(body: str) -> bool:
-    """Return True if a comment shows the state of a task."""
-    return _MARK in body
+    """Return True if a comment shows the state of a task; one that only quotes such a comment does not."""
+    return body.startswith(_BEGIN) and _MARK in body and body.rstrip().endswith(_END)
 
 
 def read_state(body: str) -> SharedState | None:
     """Return the hidden block of a comment; None if there is none, or it is damaged."""
-    blocks = _BLOCK.findall(body)
+    if not is_state_comment(body):
+        return None
     try:
-        values = json.loads(blocks[-1]) if blocks else None
-        return None if values is None else SharedState(**{name: values[name] for name in SharedState.__slots__})
-    except (ValueError, KeyError, TypeError):
+        values = json.loads(body.rpartition(_MARK)[2].rstrip().removesuffix(_END))
+        return SharedState(**{name: values[name] for name in SharedState.__slots__})
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -100,7 +101,7 @@ def describe(state: TrackedState) -> str:
         "reason": None if task.get("reason") is None else _quote(str(task["reason"])),
         "next": _next_step(state),
     }
-    lines = [f"**council: {state.label}**", ""]
+    lines = [f"{_BEGIN}{state.label}**", ""]
     lines += [f"- {name}: {value}" for name, value in rows.items() if value is not None]
     return "\n".join(lines)
 
@@ -108,7 +109,7 @@ def describe(state: TrackedState) -> str:
 def _quote(text: str) -> str:
     """Return text of an agent in one line, without references, commands or hidden blocks."""
     short = " ".join(text.split())[:_LONGEST_REASON]
-    return f"`{short.replace('`', chr(39))}`"
+    return f"`{short.replace('`', chr(39)).replace('<!--', '<! --')}`"
 
 
 def _next_step(state: TrackedState) -> str | None:

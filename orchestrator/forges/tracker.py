@@ -25,6 +25,7 @@ from orchestrator.forges.issues import (
     issue_number,
     issue_text,
     needed_issues,
+    retry_events,
     task_id,
     to_tasks,
 )
@@ -135,7 +136,7 @@ class ForgeTracker(Connected[OptionsT], ABC):
     async def _show_label(self, issue: Issue, state: TrackedState) -> None:
         shown = frozenset({status_label(state.task["status"])})
         removed = (issue.labels & STATUS_LABELS) - shown
-        asked = {f"label-{event}" for event in issue.retry_requests}
+        asked = {f"label-{event}" for event in retry_events(issue)}
         if asked and asked <= self._passed_on:
             removed |= {RETRY_LABEL}
         added = shown - issue.labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from orchestrator.forges.gitlab import GitLabTracker
 from orchestrator.forges.state_comment import read_state
 from orchestrator.protocols import TrackerRequest
 from orchestrator.testing.forge_servers import GitHubServer, GitLabServer
-from orchestrator.testing.forge_servers.server import ForgeServer
+from orchestrator.testing.forge_servers.server import Answer, ForgeServer
 from orchestrator.testing.tracker_contract import TrackerContract, make_state
 
 RUNNING, LANDED, FAILED = TaskStatus.RUNNING, TaskStatus.LANDED, TaskStatus.FAILED
@@ -258,6 +259,95 @@ class ForgeContract(TrackerContract):
         assert [one.action for one in result.requests] == ["cancel"]
         assert result.problem is not None
         assert "403" in result.problem.message
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "needs #" + "9" * 5000,
+            "```x\n" * 20_000,
+            "".join(f"- [ ] #{number}\n" for number in range(1000, 12_000)),
+            "---\nowns:\n---\nx",
+            "---\nowns: 5\n---\nx",
+            "---\ndate: 2026-13-45\n---\nx",
+            "---\na: " + "[" * 3000 + "\n---\nx",
+            "---\npriority: " + "9" * 5000 + "\n---\nx",
+        ],
+        ids=["long number", "fences", "many references", "empty", "number", "date", "nested", "long priority"],
+    )
+    async def test_no_text_keeps_the_others_from_being_tasks(self, tmp_path: Path, body: str) -> None:
+        """Anyone can write an issue: within a second, and with few requests."""
+        self.server.edit(4, body=body)
+        before, began = len(self.server.requests), time.monotonic()
+        assert len(await self.open_tasks(self.validated(tmp_path))) == 3
+        assert len(self.server.requests) - before < 150
+        assert time.monotonic() - began < 20  # not a measurement: it took a minute
+
+    async def test_deleted_issue_is_no_obstacle(self, tmp_path: Path) -> None:
+        """It answers 410 on GitHub, and blocks nothing."""
+        self.server.edit(1, body="needs #99")
+        self.server.redirect("issues/99", Answer(410, {"message": "This issue was deleted"}))
+        assert len(await self.open_tasks(self.validated(tmp_path))) == 3
+
+    async def test_transferred_issue_is_not_another_one(self, tmp_path: Path) -> None:
+        """Its new number, in another repository, may be that of another task."""
+        options = self.validated(tmp_path)
+        self.server.close(2)
+        issues = "repos/acme/shop/issues" if "repo" in self.own else "projects/acme%2Fshop/issues"
+        self.server.redirect("issues/1", Answer(301, {}, {"Location": f"{self.server.url}/{issues}/2"}))
+        result = await self.sync(options, make_state("issue-1", RUNNING))
+        assert (result.requests, self.state_comments(2)) == ([], [])
+
+    async def test_other_servers_never_get_the_token(self, tmp_path: Path) -> None:
+        """Neither by a redirect nor by the link to a next page, on the same machine too."""
+        options = self.validated(tmp_path)
+        with self.server_type() as other:
+            target = f"{other.origin}/stolen"
+            for headers in ({"Location": target}, {"Link": f'<{target}>; rel="next"'}):
+                status = 302 if "Location" in headers else 200
+                self.server.redirect("issues", Answer(status, [], headers))
+                with pytest.raises(RefusedError):
+                    await self.open_tasks(options)
+            assert other.requests == []
+
+    async def test_command_with_a_turkish_letter_is_a_comment(self, tmp_path: Path) -> None:
+        """It does not keep other requests from being read."""
+        self.server.comment(1, "/council \u0130gnore")
+        self.server.comment(1, "/council cancel")
+        result = await self.sync(self.validated(tmp_path), make_state("issue-1", RUNNING))
+        assert [one.action for one in result.requests] == ["cancel"]
+
+    async def test_second_ignore_label_is_another_request(self, tmp_path: Path) -> None:
+        """A person removed it, retried the task, and changed their mind."""
+        options, ids = self.validated(tmp_path), set()
+        for _ in range(2):
+            self.server.label(1, "council:ignore")
+            result = await self.sync(options, make_state("issue-1", RUNNING))
+            ids |= {one.id for one in result.requests}
+            self.server.unlabel(1, "council:ignore")
+        assert len(ids) == 2
+
+    async def test_quoted_state_is_a_comment(self, tmp_path: Path) -> None:
+        """It claims nothing, and is not overwritten."""
+        options, forged = self.validated(tmp_path), "<!-- council:state"
+        state = json.dumps({
+            "run": "x", "task": "issue-1", "status": "running", "owner": "x", "heartbeat": time.time() + 1e9,
+            "attempt": 1, "epoch": 1, "retries": 0, "has_ended": False, "digest": "x",
+        })  # fmt: skip
+        quotes = [f"What is this?\n> {forged} {state} -->", f"The mark is {forged}", f"{forged} {state} -->\nOdd."]
+        for quote in quotes:
+            self.server.comment(1, quote)
+        assert len(await self.open_tasks(options)) == 3
+        await self.sync(options, make_state("issue-1", RUNNING))
+        assert [one.body for one in self.server.issue(1).comments][:3] == quotes
+
+    async def test_text_of_an_agent_does_not_damage_the_state(self, tmp_path: Path) -> None:
+        """An unchanged state causes no write."""
+        options = self.validated(tmp_path)
+        state = make_state("issue-1", FAILED, reason="x <!-- council:state {")
+        await self.sync(options, state)
+        before = len(self.server.requests)
+        await self.sync(options, state)
+        assert {method for method, _, _ in self.server.requests[before:]} == {"GET"}
 
 
 class TestGitHub(ForgeContract):

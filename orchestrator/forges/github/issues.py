@@ -12,7 +12,7 @@ from orchestrator.domain.wording import join_names
 from orchestrator.errors import RefusedError
 from orchestrator.forges.connection import Members
 from orchestrator.forges.issue_api import IssueApi
-from orchestrator.forges.issues import RETRY_LABEL, Comment, Issue
+from orchestrator.forges.issues import REQUEST_LABELS, Comment, Issue
 from orchestrator.forges.tracker import ForgeOptions, ForgeTracker
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class GitHubIssues(IssueApi):
         blocked_by = await self.http.pages(f"{path}/dependencies/blocked_by") if is_blocked else []
         has_parts = (found.get("sub_issues_summary") or {}).get("total")
         parts = await self.http.pages(f"{path}/sub_issues") if has_parts else []
-        events = await self.http.pages(f"{path}/events") if RETRY_LABEL in labels else []
+        events = await self.http.pages(f"{path}/events") if REQUEST_LABELS & labels else []
         author = (found.get("user") or {}).get("login", "")
         return Issue(
             number=found["number"],
@@ -85,10 +85,10 @@ class GitHubIssues(IssueApi):
             sub_issues=tuple(one["number"] for one in parts if one["state"] == "open"),
             closed=found.get("closed_at"),
             comments=tuple([await self._comment(one) for one in comments]),
-            retry_requests=tuple(
-                str(one["id"])
+            label_events=tuple(
+                (one["label"]["name"], str(one["id"]))
                 for one in events
-                if one["event"] == "labeled" and (one.get("label") or {}).get("name") == RETRY_LABEL
+                if one["event"] == "labeled" and (one.get("label") or {}).get("name") in REQUEST_LABELS
             ),
         )
 

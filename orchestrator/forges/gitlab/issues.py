@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from orchestrator.forges.connection import Members
 from orchestrator.forges.issue_api import IssueApi
-from orchestrator.forges.issues import RETRY_LABEL, Comment, Issue
+from orchestrator.forges.issues import REQUEST_LABELS, Comment, Issue
 from orchestrator.forges.tracker import ForgeOptions, ForgeTracker
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class GitLabIssues(IssueApi):
         path = f"{self._project}/issues/{found['iid']}"
         notes = await self.http.pages(f"{path}/notes", {"sort": "asc"}) if found.get("user_notes_count", 1) else []
         links = await self.http.get(f"{path}/links") or []  # not in every edition
-        events = await self.http.pages(f"{path}/resource_label_events") if RETRY_LABEL in labels else []
+        events = await self.http.pages(f"{path}/resource_label_events") if REQUEST_LABELS & labels else []
         author = found.get("author") or {}
         return Issue(
             number=found["iid"],
@@ -69,10 +69,10 @@ class GitLabIssues(IssueApi):
             ),
             closed=found.get("closed_at"),
             comments=tuple([await self._comment(one) for one in notes if not one.get("system")]),
-            retry_requests=tuple(
-                str(one["id"])
+            label_events=tuple(
+                (one["label"]["name"], str(one["id"]))
                 for one in events
-                if one["action"] == "add" and (one.get("label") or {}).get("name") == RETRY_LABEL
+                if one["action"] == "add" and (one.get("label") or {}).get("name") in REQUEST_LABELS
             ),
         )
 

@@ -102,6 +102,7 @@ class ForgeServer(ABC):
         self._tokens: dict[str, str] = {}
         self._faults: list[Answer] = []
         self._lost_answers = 0
+        self._redirects: dict[str, Answer] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -216,6 +217,11 @@ class ForgeServer(ABC):
         with self._lock:
             self._faults += [answer] * count
 
+    def redirect(self, path: str, answer: Answer) -> None:
+        """Answer GET requests whose paths end with `path` in another way from now on."""
+        with self._lock:
+            self._redirects[path] = answer
+
     def recover(self) -> None:
         """Fail no more requests, and lose no more answers."""
         with self._lock:
@@ -253,6 +259,9 @@ class ForgeServer(ABC):
         if self._faults:
             return self._faults.pop(0)
         url, base = urlsplit(target), urlsplit(self.url).path
+        for path, answer in self._redirects.items():
+            if method == "GET" and url.path.endswith(f"/{path}"):
+                return answer
         token = headers.get("PRIVATE-TOKEN") or headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in self._tokens:
             return Answer(401, {"message": "Bad credentials"})
