@@ -6,6 +6,7 @@ repeated after errors of the network or the server, except those that would crea
 
 from __future__ import annotations
 
+import json
 import ssl
 import time
 from collections.abc import Mapping
@@ -104,9 +105,12 @@ class ForgeHttp:
 
     def _json(self, answer: httpx.Response) -> Any:
         try:
-            return answer.json()
+            found = answer.json()
         except ValueError:
             raise RefusedError(f"{self._host} did not answer with JSON", "check the URL of the API") from None
+        if "\\ud" in answer.text.lower():  # perhaps half of a surrogate pair, which no store accepts
+            found = json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
+        return found
 
     def _url(self, path: str, filters: Mapping[str, str]) -> str:
         if urlsplit(path).netloc:

@@ -316,6 +316,12 @@ class ForgeContract(TrackerContract):
         result = await self.sync(self.validated(tmp_path), make_state("issue-1", RUNNING))
         assert [one.action for one in result.requests] == ["cancel"]
 
+    async def test_half_of_a_surrogate_pair_is_replaced(self, tmp_path: Path) -> None:
+        """No store accepts it; other characters stay."""
+        self.server.edit(1, body="a \ud83d b \U0001f600")
+        [task, *_] = await self.open_tasks(self.validated(tmp_path))
+        assert task.prompt.endswith("a ? b \U0001f600")
+
     async def test_second_ignore_label_is_another_request(self, tmp_path: Path) -> None:
         """A person removed it, retried the task, and changed their mind."""
         options, ids = self.validated(tmp_path), set()

@@ -24,6 +24,7 @@ from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.scheduler.recovery import has_active_peers
 from orchestrator.engine.scheduler.requests import (
     check_adapters_to_enable,
+    check_encoding,
     check_phase,
     check_request,
     is_handled,
@@ -74,6 +75,7 @@ class RunController:
         context, reader = self._context, RunReader(self._context)
         record = await reader.record(run)
         record.run.check_not_imported()
+        check_encoding("reason", reason or "")
         for task in tasks:
             await check_task(context.store, record.run, task)
         include_waiting = reload is not None and phase is None

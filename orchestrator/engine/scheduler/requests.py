@@ -171,12 +171,21 @@ def check_reason(reason: str) -> None:
         raise RefusedError("the reason would be recorded, but it seems to contain a secret key", "remove the key")
 
 
+def check_encoding(what: str, text: str) -> None:
+    """Raise RefusedError for a text that the terminal did not pass as UTF-8, which no store accepts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RefusedError(f"the {what} is not valid UTF-8", "enter it again, or pass it from a UTF-8 file") from None
+
+
 def check_note(note: str | None) -> None:
     """Raise RefusedError for a note that is empty, too long, or contains a secret."""
     if note is None:
         return
     if not note.strip():
         raise RefusedError("the note is empty", "enter a note, or omit `--note`")
+    check_encoding("note", note)
     if len(note) > MAX_NOTE_LENGTH:
         raise RefusedError(f"the note has {len(note)} characters", f"shorten it to at most {MAX_NOTE_LENGTH}")
     if has_secret_key(note):
@@ -187,6 +196,7 @@ def check_message(text: str, earlier: Sequence[UserMessage]) -> None:
     """Raise RefusedError for a message that is empty, too long, or contains a secret."""
     if not text.strip():
         raise RefusedError("the message is empty", "enter the text after the task")
+    check_encoding("message", text)
     if len(text) > MAX_MESSAGE_CHARS:
         raise RefusedError(f"the message has {len(text)} characters", f"shorten it to at most {MAX_MESSAGE_CHARS}")
     if sum(len(message.text) for message in earlier) + len(text) > MAX_TASK_CHARS:

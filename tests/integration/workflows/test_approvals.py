@@ -164,10 +164,14 @@ def test_only_waiting_tasks_can_be_approved(repository: Repository) -> None:
         ("", "the note is empty"),
         ("sk-ant-api03-" + "a1B2" * 24, "secret key"),
         ("x" * 10_001, "10001"),
+        ("caf\udce9", "the note is not valid UTF-8"),
     ):
         refused = repository.council("reject", "t", "--note", note)
         assert refused.code == 2
         assert why in refused.stderr
+    for command in (["queue", "hold", "t", "--reason"], ["task", "ignore", "t", "--reason"]):
+        refused = repository.council(*command, "caf\udce9")
+        assert (refused.code, "the reason is not valid UTF-8" in refused.stderr) == (2, True), refused
     assert "no task 'x'" in repository.council("approve", "x").stderr
 
 
