@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import anyio
 import anyio.to_thread
 
@@ -20,6 +22,7 @@ from orchestrator.engine.diagnostics.preflight import (
     fetch_base_and_target,
     run_preflight,
 )
+from orchestrator.engine.landing.pull_requests import check_forge
 from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.state.merge_run import MERGE_TASK, build_merge_run
 from orchestrator.engine.state.records import new_run_id, read_specs, record_new_run
@@ -63,6 +66,9 @@ async def create_run(
         store=location,
         allow_deferred=allow_deferred,
     )
+    if config.pull_requests is not None:
+        forge = config.pull_requests.to_stored()
+        await check_forge(partial(plugins.open, "forge", "pull_requests", forge))
     document = RunDocument(
         **config.to_stored() | {"target": cleared.target, "coordination": coordinated},
         id=run,

@@ -54,6 +54,17 @@ async def call_forge(call: Callable[[], Awaitable[T]]) -> T:
         return await call_plugin(call)
 
 
+async def check_forge(open_forge: Callable[[], AbstractAsyncContextManager[Forge]]) -> None:
+    """Raise RefusedError if a forge does not answer, so that a run does not start without a token, for example."""
+    try:
+        async with connect_to_forge(open_forge) as forge:
+            await call_forge(partial(forge.find, "council/no-such-branch"))
+    except (PluginFailed, TimeoutError) as error:
+        raise RefusedError(f"pull_requests: {describe_failure(error)}", "try again later, or fix the forge") from error
+    except RefusedError as error:
+        raise RefusedError(f"pull_requests: {error.message}", error.remedy) from error
+
+
 class PullRequests:
     """The pull requests of one run."""
 

@@ -244,3 +244,11 @@ def test_a_repository_on_this_machine_is_refused(repository: Repository, forge: 
     checked = repository.council("run", str(config), "--dry-run")
     assert checked.code == 2, checked
     assert "pull requests need the URL of the repository on the forge" in checked.stderr
+
+
+def test_a_wrong_token_is_refused_before_anything_starts(repository: Repository, forge: PullRequestServer) -> None:
+    """Otherwise all work would be done, and could not be proposed."""
+    repository.environ["FORGE_TOKEN"] = "wrong"
+    ended = repository.council("run", str(configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"})))
+    assert (ended.code, "pull_requests: 127.0.0.1 answered 401" in ended.stderr) == (2, True), ended
+    assert not repository.spawns.exists()
