@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.domain.runs.model import Proposal
-from orchestrator.domain.security.quoting import DATA_NOTICE, format_value, quote_block
+from orchestrator.domain.security.quoting import DATA_NOTICE, format_value, quote_block, remove_control_characters
 from orchestrator.domain.settings.run_settings import PullRequestSettings
 from orchestrator.domain.wording import join_names
 from orchestrator.protocols import CiFailure, PullRequest, ReviewFinding
 
-#: The largest lengths of one text, and of all texts together, in the prompt of a session, in characters.
+#: The largest length of a text in the prompt of a session, in characters, and the largest number of texts.
 _LONGEST_TEXT = 8192
-_LONGEST_FEEDBACK = 32_768
+_MOST_QUOTED = 20
 _MOST_NAMED = 4
 
 
@@ -57,12 +57,13 @@ def judge_pull_request(
     ci = f"ci-{found.head}"
     failures = found.failures if found.ci == "failed" and ci not in known else ()
     findings = [one for one in found.findings if one.id not in known]
-    problems = [f"CI fails: {_name(found.failures)}"] if found.ci == "failed" else []
+    problems = [f"CI fails: {_names(found.failures)}"] if found.ci == "failed" else []
     problems += [f"review of {join_names(sorted({one.author for one in findings}))}"] if findings else []
     problems += ["it has merge conflicts with its target"] if found.has_conflict else []
     reason = "; ".join(problems) or None
-    fixed = failures if settings.on_ci_failure == "fix" else ()
-    answered = findings if settings.on_review == "fix" else ()
+    # The others follow in the next round.
+    fixed = failures[:_MOST_QUOTED] if settings.on_ci_failure == "fix" else ()
+    answered = findings[: _MOST_QUOTED - len(fixed)] if settings.on_review == "fix" else ()
     if reason is None or not (fixed or answered):
         return Waits(describe_wait(found.url, reason))
     if proposal.rounds >= settings.rounds:
@@ -76,8 +77,8 @@ def describe_wait(url: str, reason: str | None = None) -> str:
     return f"{url}: {reason or 'waits for review and merge'}"
 
 
-def _name(failures: Sequence[CiFailure]) -> str:
-    return join_names([one.name for one in failures], _MOST_NAMED) or "an unnamed check"
+def _names(failures: Sequence[CiFailure]) -> str:
+    return join_names([remove_control_characters(one.name) for one in failures], _MOST_NAMED) or "an unnamed check"
 
 
 def render_feedback(continues: Continues, number: int, marker: str) -> str:
@@ -85,15 +86,13 @@ def render_feedback(continues: Continues, number: int, marker: str) -> str:
 
     `marker` is a nonce that the quoted texts cannot contain.
     """
+    quoted = [(f"output of {one.name}", one.output.strip()[-_LONGEST_TEXT:]) for one in continues.failures]
+    quoted += [(f"comment of {one.place}", one.text.strip()) for one in continues.findings]
     blocks = [
-        quote_block(format_value(one.output.strip()[-_LONGEST_TEXT:], _LONGEST_TEXT), marker, f"output of {one.name}")
-        for one in continues.failures
+        quote_block(format_value(text, _LONGEST_TEXT), marker, remove_control_characters(title))
+        for title, text in quoted
     ]
-    blocks += [
-        quote_block(format_value(one.text.strip(), _LONGEST_TEXT), marker, f"comment of {one.place}")
-        for one in continues.findings
-    ]
-    text = "\n".join(blocks)[:_LONGEST_FEEDBACK]
+    text = "\n".join(blocks)
     return (
         "---\n"
         f"Your work is open as pull request {number}, and this worktree contains it. It can't be merged yet:\n"

@@ -7,6 +7,7 @@ process killed at any point leaves at most one pull request. Commits of others o
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -35,6 +36,7 @@ from orchestrator.system.failpoints import failpoint
 CALL_TIMEOUT: Final = 30.0
 _LONGEST_TITLE: Final = 72
 _LONGEST_PROMPT: Final = 4000
+_BACKTICKS: Final = re.compile("`+")
 
 T = TypeVar("T")
 
@@ -238,15 +240,11 @@ def _title(spec: TaskSpec) -> str:
 
 def _body(spec: TaskSpec, run: str, template: str | None) -> str:
     """Return the text of a pull request; the prompt is quoted, because an agent may have written it."""
-    fence = "`" * max(3, *(len(run) + 1 for run in _backticks(spec.prompt)), 3)
+    longest = max(map(len, _BACKTICKS.findall(spec.prompt)), default=0)
+    fence = "`" * max(3, longest + 1)
     prompt = f"{fence}text\n{spec.prompt.strip()[:_LONGEST_PROMPT]}\n{fence}"
     if template is None:
         return f"{prompt}\n\n{TASK_TRAILER}: {run}/{spec.id}\n"
     for name, value in (("{task}", spec.id), ("{run}", run), ("{prompt}", prompt)):
         template = template.replace(name, value)
     return template
-
-
-def _backticks(text: str) -> list[str]:
-    """Return the longest sequences of backticks in a text."""
-    return [part for part in "".join(char if char == "`" else " " for char in text).split() if part]
