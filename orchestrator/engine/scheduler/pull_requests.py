@@ -108,6 +108,7 @@ class PullRequestFollower:
                     continue
                 finally:
                     self.is_busy = False
+                    self._local.wake()  # a stop may wait for this
 
     async def _apply(self, task: str, found: PullRequest) -> None:
         document = self._ledger.task(task)

@@ -252,3 +252,18 @@ def test_a_wrong_token_is_refused_before_anything_starts(repository: Repository,
     ended = repository.council("run", str(configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"})))
     assert (ended.code, "pull_requests: 127.0.0.1 answered 401" in ended.stderr) == (2, True), ended
     assert not repository.spawns.exists()
+
+
+def test_a_stop_while_a_pull_request_is_read_ends_the_run(repository: Repository, forge: PullRequestServer) -> None:
+    """Almost always, one is being read."""
+    config = configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"}, sync_interval="1ms")
+    child = repository.start("run", str(config), "--json")
+    found = opened(forge, "write one.txt 1")
+    forge.git("branch", "other", "main")
+    found.target = "other"
+    assert forge.merge(found.number)
+    before = len(forge.requests)
+    wait_for(lambda: len(forge.requests) > before + 20)
+    child.send_signal(signal.SIGINT)
+    output, error = child.communicate(timeout=60)
+    assert CommandResult(child.wait(), output, error).states == {"one": "proposed"}
