@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -36,10 +36,11 @@ from orchestrator.domain.security.secrets import Redactor
 from orchestrator.domain.sessions.messages import MAX_MESSAGE_CHARS, MESSAGE_STATUSES, UserMessage
 from orchestrator.engine.reports.report import RunRecord, RunReport
 from orchestrator.engine.scheduler.requests import check_note, check_request, request_record
+from orchestrator.engine.state.forge_changes import watch_events
 from orchestrator.engine.state.records import cursor_key, message_write, spec_key
-from orchestrator.errors import CouncilError, HistoryCompacted, PluginFailed, RefusedError, VersionConflict, plugin_code
+from orchestrator.errors import CouncilError, PluginFailed, RefusedError, VersionConflict
 from orchestrator.protocols import Commit, Event, Key, Store, SyncResult, TrackedState, Tracker, TrackerRequest, Write
-from orchestrator.system.background import call_plugin, run_in_background
+from orchestrator.system.background import ask_plugin, open_plugin, run_in_background
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
@@ -212,16 +213,7 @@ class TrackerSync:
     async def watch_changes(self) -> None:
         """Synchronize soon after a task of the run changes."""
         with self._watch_scope:
-            while True:
-                try:
-                    async with aclosing(self._store.watch(await self._store.position())) as records:
-                        async for record in records:
-                            if any(map(self._is_cause, record.events)):
-                                self._changed.set()
-                except HistoryCompacted:
-                    continue
-                except (CouncilError, OSError):
-                    return
+            await watch_events(self._store, self._is_cause, lambda: self._changed.set())  # noqa: PLW0108  it is replaced
 
     def _is_cause(self, event: Event) -> bool:
         """Return True for an event after which to synchronize: a change of a task, or one that a forge reports."""
@@ -248,8 +240,8 @@ class TrackerSync:
 
         Raises PluginFailed, RefusedError or TimeoutError if the tracker fails, CouncilError if the store does.
         """
-        async with AsyncExitStack() as stack:
-            report = await self._sync(await _enter(stack, self._link.open))
+        async with open_plugin(self._link.open, CALL_TIMEOUT) as tracker:
+            report = await self._sync(tracker)
         await self._record_recovery()
         return report
 
@@ -258,8 +250,7 @@ class TrackerSync:
         states = found.states(self._link.name)
         result = SyncResult()
         if states:
-            with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
-                result = await call_plugin(lambda: tracker.sync(states))
+            result = await ask_plugin(lambda: tracker.sync(states), CALL_TIMEOUT)
         requested, refused = await self._record(result, found)
         if result.problem is not None:
             raise result.problem
@@ -280,8 +271,7 @@ class TrackerSync:
             await self._record_failure(reason, self._event(TrackerFailing, reason=reason))
 
     async def _sync_until_end(self) -> None:
-        async with AsyncExitStack() as stack:
-            tracker = await _enter(stack, self._link.open)
+        async with open_plugin(self._link.open, CALL_TIMEOUT) as tracker:
             while True:
                 is_last = self._ended.is_set()
                 await self._sync(tracker)
@@ -421,8 +411,3 @@ class TrackerSync:
 async def _read_cursor(store: Store, key: Key) -> tuple[int, Cursor]:
     found = await store.get(key)
     return (0, Cursor()) if found is None else (found.version, Cursor.model_validate(found.value))
-
-
-async def _enter(stack: AsyncExitStack, open_tracker: Callable[[], AbstractAsyncContextManager[Tracker]]) -> Tracker:
-    with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
-        return await stack.enter_async_context(open_tracker())

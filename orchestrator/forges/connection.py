@@ -39,6 +39,10 @@ class RepositoryOptions(BaseModel, ABC):
     async def connection(self) -> Connection:
         """Return the API and the token; raise RefusedError if there is none."""
 
+    @abstractmethod
+    def members(self, http: ForgeHttp) -> Members:
+        """Return the users who may write to the repository."""
+
 
 OptionsT = TypeVar("OptionsT", bound=RepositoryOptions)
 
@@ -52,6 +56,7 @@ class Connected(Generic[OptionsT]):
         self._options = options
         self._stack = AsyncExitStack()
         self._http: ForgeHttp
+        self._members: Members
 
     async def __aenter__(self) -> Self:
         """Find the token and open the connection; raise RefusedError if a package is missing."""
@@ -63,6 +68,7 @@ class Connected(Generic[OptionsT]):
         connection = await self._options.connection()
         http = ForgeHttp(connection.api, connection.headers, connection.remedies)
         self._http = await self._stack.enter_async_context(http)
+        self._members = self._options.members(http)
         return self
 
     async def __aexit__(self, *raised: object) -> None:

@@ -10,13 +10,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Final, Self, TypeVar
+from typing import Annotated, Final, Self, TypeVar
 
 from pydantic import Field
 
 from orchestrator.domain.settings.fields import Duration, Strings
 from orchestrator.errors import RefusedError
-from orchestrator.forges.connection import Connected, RepositoryOptions
+from orchestrator.forges.connection import Connected, Members, RepositoryOptions
 from orchestrator.forges.issue_api import IssueApi
 from orchestrator.forges.issues import (
     RETRY_LABEL,
@@ -41,9 +41,6 @@ from orchestrator.forges.state_comment import (
     write_comment,
 )
 from orchestrator.protocols import SyncResult, TrackedState, TrackedTask
-
-if TYPE_CHECKING:
-    from orchestrator.forges.http import ForgeHttp
 
 _TOKEN_TIMEOUT: Final = 10.0
 
@@ -76,13 +73,13 @@ class ForgeTracker(Connected[OptionsT], ABC):
         """The requests of the previous synchronization, which are recorded by now."""
 
     @abstractmethod
-    def issue_api(self, http: ForgeHttp) -> IssueApi:
+    def issue_api(self, members: Members) -> IssueApi:
         """Return the issues of the repository."""
 
     async def __aenter__(self) -> Self:
         """Open the connection."""
         await super().__aenter__()
-        self._issues = self.issue_api(self._http)
+        self._issues = self.issue_api(self._members)
         return self
 
     async def tasks(self) -> Sequence[TrackedTask]:

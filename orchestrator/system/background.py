@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 import anyio
 
-from orchestrator.errors import PluginFailed, plugin_code
+from orchestrator.errors import PluginFailed, RefusedError, plugin_code
 
 T = TypeVar("T")
 
@@ -57,3 +57,21 @@ async def call_plugin(call: Callable[[], Awaitable[T]]) -> T:
     if not results:
         raise raised
     return results[0]
+
+
+async def ask_plugin(call: Callable[[], Awaitable[T]], seconds: float) -> T:
+    """Call code of a plugin like `call_plugin`, for at most `seconds`.
+
+    Raises RefusedError, TimeoutError, or PluginFailed for other errors.
+    """
+    with plugin_code(RefusedError, TimeoutError), anyio.fail_after(seconds):
+        return await call_plugin(call)
+
+
+@asynccontextmanager
+async def open_plugin(opened: Callable[[], AbstractAsyncContextManager[T]], seconds: float) -> AsyncIterator[T]:
+    """Open an object of a plugin for the body, within `seconds`; raise errors like `ask_plugin`."""
+    async with AsyncExitStack() as stack:
+        with plugin_code(RefusedError, TimeoutError), anyio.fail_after(seconds):
+            made = await stack.enter_async_context(opened())
+        yield made

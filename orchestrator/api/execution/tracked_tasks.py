@@ -72,8 +72,10 @@ async def _fetch_tracked_tasks(
 
 def _checked(task: TrackedTask) -> TrackedTask:
     """Return a task of a tracker with tuples; raise AttributeError or TypeError if it is none."""
-    needs, owns, past = tuple(task.needs), tuple(task.owns), tuple(task.past_requests)
-    return TrackedTask(task.id, task.prompt, needs, task.priority, owns, task.adapter, task.workflow, past)
+    return TrackedTask(
+        task.id, task.prompt, tuple(task.needs), task.priority, tuple(task.owns), task.adapter, task.workflow,
+        tuple(task.past_requests),
+    )  # fmt: skip
 
 
 async def find_new_tasks(store: Store, plugins: Plugins, run: RunDocument) -> NewTasks:

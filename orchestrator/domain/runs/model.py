@@ -131,7 +131,7 @@ class Proposal(StoredDocument):
     rounds: int = 0
     """The number of times that the task was continued for it."""
     handled: tuple[str, ...] = ()
-    """The failures and review comments that sessions were told of."""
+    """The failures and review comments that sessions have received."""
 
 
 class ImportedTask(StoredDocument):

@@ -42,7 +42,7 @@ class Continues:
     failures: Sequence[CiFailure]
     findings: Sequence[ReviewFinding]
     handled: Sequence[str]
-    """The ids of all failures and comments that sessions were told of."""
+    """The ids of all failures and comments that sessions have received."""
 
 
 def judge_pull_request(

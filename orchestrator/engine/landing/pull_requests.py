@@ -8,12 +8,10 @@ process killed at any point leaves at most one pull request. Commits of others o
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Final, TypeVar
-
-import anyio
 
 from orchestrator.domain.events.tasks import TaskProposed
 from orchestrator.domain.runs.check_results import CheckRecord, attribute_checks
@@ -24,12 +22,12 @@ from orchestrator.engine.landing.outcomes import LandingOutcomes
 from orchestrator.engine.landing.pull_request_verdicts import describe_wait
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.errors import GitError, PluginFailed, RefusedError, plugin_code
+from orchestrator.errors import GitError, PluginFailed, RefusedError
 from orchestrator.protocols import Forge, NewPullRequest, PullRequest
 from orchestrator.repo.landing.merge_commits import commit_merge
 from orchestrator.repo.landing.target_branch import TASK_TRAILER
 from orchestrator.repo.worktrees.hub import internal_ref_name, pull_request_branch_name
-from orchestrator.system.background import call_plugin
+from orchestrator.system.background import ask_plugin, open_plugin
 from orchestrator.system.failpoints import failpoint
 
 #: The time limit of one call of a forge, in seconds.
@@ -41,25 +39,15 @@ _BACKTICKS: Final = re.compile("`+")
 T = TypeVar("T")
 
 
-@asynccontextmanager
-async def connect_to_forge(open_forge: Callable[[], AbstractAsyncContextManager[Forge]]) -> AsyncIterator[Forge]:
-    """Open a connection to a forge for the body; raise RefusedError or PluginFailed if it fails."""
-    async with AsyncExitStack() as stack:
-        with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
-            forge = await stack.enter_async_context(open_forge())
-        yield forge
-
-
 async def call_forge(call: Callable[[], Awaitable[T]]) -> T:
     """Call a forge; raise RefusedError, PluginFailed or TimeoutError if it fails."""
-    with plugin_code(RefusedError, TimeoutError), anyio.fail_after(CALL_TIMEOUT):
-        return await call_plugin(call)
+    return await ask_plugin(call, CALL_TIMEOUT)
 
 
 async def check_forge(open_forge: Callable[[], AbstractAsyncContextManager[Forge]]) -> None:
     """Raise RefusedError if a forge does not answer, so that a run does not start without a token, for example."""
     try:
-        async with connect_to_forge(open_forge) as forge:
+        async with open_plugin(open_forge, CALL_TIMEOUT) as forge:
             await call_forge(partial(forge.find, "council/no-such-branch"))
     except (PluginFailed, TimeoutError) as error:
         raise RefusedError(f"pull_requests: {describe_failure(error)}", "try again later, or fix the forge") from error
@@ -78,7 +66,7 @@ class PullRequests:
     def connect(self) -> AbstractAsyncContextManager[Forge]:
         """Open a connection to the forge."""
         assert self._context.open_forge is not None, "the run lands by pull requests"  # noqa: S101
-        return connect_to_forge(self._context.open_forge)
+        return open_plugin(self._context.open_forge, CALL_TIMEOUT)
 
     async def settle(self, task: str) -> bool:
         """Return True if a task with an earlier pull request needs none now: it is merged, or can't be read."""

@@ -10,7 +10,7 @@ from orchestrator.domain.events.runs import TrackerTaskRefused, TrackerTasksAdde
 from orchestrator.domain.runs.model import RunDocument
 from orchestrator.engine.run_context import NewTasks
 from orchestrator.engine.scheduler.local_work import LocalWork
-from orchestrator.engine.state.forge_changes import watch_forge
+from orchestrator.engine.state.forge_changes import ForgeChanges
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import CouncilError, VersionConflict
 from orchestrator.system.clock import Clock
@@ -23,25 +23,21 @@ class NewTaskFollower:
     def __init__(
         self, ledger: Ledger, find: Callable[[RunDocument], Awaitable[NewTasks]], local: LocalWork, clock: Clock
     ) -> None:
-        self._ledger, self._find, self._local, self._clock = ledger, find, local, clock
+        self._ledger, self._find, self._local = ledger, find, local
         self._interval = min(tracker.sync_interval for tracker in ledger.run.trackers.values())
-        self._due = anyio.Event()
+        self._changes = ForgeChanges(ledger.writer.store, ledger.run.id, clock)
         self._refused = dict[tuple[str, str], str]()
 
     async def run(self) -> None:
         """Look for new tasks every `sync_interval` until cancelled."""
         await self._ledger.writer.became_leader.wait()
         async with anyio.create_task_group() as group:
-            group.start_soon(watch_forge, self._ledger.writer.store, self._ledger.run.id, self._wake)
+            group.start_soon(self._changes.watch)
             await self._repeat()
-
-    def _wake(self) -> None:
-        self._due.set()
 
     async def _repeat(self) -> None:
         while True:
-            await self._clock.wait(self._due, self._clock.monotonic() + self._interval)
-            self._due = anyio.Event()
+            await self._changes.wait(self._interval)
             try:
                 await self._look()
             except (CouncilError, OSError):  # the synchronization with the tracker reports it

@@ -32,7 +32,7 @@ from orchestrator.engine.landing.pull_requests import (
 )
 from orchestrator.engine.scheduler.local_work import LocalWork
 from orchestrator.engine.scheduler.requests import request_record
-from orchestrator.engine.state.forge_changes import watch_forge
+from orchestrator.engine.state.forge_changes import ForgeChanges
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import ClaimLost, GitError, PluginFailed, RefusedError, StoreUnavailable, VersionConflict
 from orchestrator.protocols import Commit, Event, Forge, PullRequest
@@ -53,25 +53,17 @@ class PullRequestFollower:
     def __init__(self, ledger: Ledger, proposals: PullRequests, local: LocalWork, clock: Clock) -> None:
         self._ledger, self._proposals, self._local, self._clock = ledger, proposals, local, clock
         self._is_failing = False
-        self._due = anyio.Event()
-        """Set to read the pull requests immediately."""
+        self._changes = ForgeChanges(ledger.writer.store, ledger.run.id, clock)
         self.is_busy = False
         """Whether a task is being changed, which may create work."""
 
     async def run(self) -> None:
         """Read the pull requests every `sync_interval` until cancelled."""
         await self._ledger.writer.became_leader.wait()
-        retrying = AsyncRetrying(retry=retry_if_result(lambda _: True), wait=_RETRY_WAIT, sleep=self._sleep)
+        retrying = AsyncRetrying(retry=retry_if_result(lambda _: True), wait=_RETRY_WAIT, sleep=self._changes.wait)
         async with anyio.create_task_group() as group:
-            group.start_soon(watch_forge, self._ledger.writer.store, self._ledger.run.id, self._wake)
+            group.start_soon(self._changes.watch)
             await retrying(self._follow)
-
-    def _wake(self) -> None:
-        self._due.set()
-
-    async def _sleep(self, delay: float) -> None:
-        await self._clock.wait(self._due, self._clock.monotonic() + delay)
-        self._due = anyio.Event()
 
     async def _follow(self) -> None:
         """Read until a failure, which is reported once."""
@@ -80,7 +72,7 @@ class PullRequestFollower:
                 while True:
                     await self._read_all(forge)
                     await self._report(None)
-                    await self._sleep(self._proposals.settings.sync_interval)
+                    await self._changes.wait(self._proposals.settings.sync_interval)
         except (GitError, RefusedError, PluginFailed, TimeoutError) as error:
             await self._report(describe_failure(error))
         except StoreUnavailable:  # mandatory commits report the outage
@@ -108,7 +100,7 @@ class PullRequestFollower:
                     continue
                 finally:
                     self.is_busy = False
-                    self._local.wake()  # a stop may wait for this
+                    self._local.wake()  # for a new attempt, or a stop that waits for this
 
     async def _apply(self, task: str, found: PullRequest) -> None:
         document = self._ledger.task(task)
@@ -120,7 +112,6 @@ class PullRequestFollower:
                     return
                 if await self._proposals.record_merge(task, found):
                     self._local.sync_task(task)
-                    self._local.wake()
                 else:
                     await self._note(task, describe_missing_merge(found, self._ledger.run.target))
             case Closed() if document.status not in FINAL_STATUSES:
@@ -157,8 +148,8 @@ class PullRequestFollower:
         if head != found.head:  # pushed just now: the next reading applies
             return
         spec = await self._ledger.definitions.spec(task)
-        branch, failure = self._ledger.work_branch(task), FailureClass.REJECTED
-        failure = FailureClass.CHECKS_FAILED if continues.failures else failure
+        branch = self._ledger.work_branch(task)
+        failure = FailureClass.CHECKS_FAILED if continues.failures else FailureClass.REJECTED
         proposal = document.proposal.model_copy(
             update={"rounds": document.proposal.rounds + 1, "handled": tuple(continues.handled)}
         )
@@ -176,4 +167,3 @@ class PullRequestFollower:
         await self._ledger.change(task, Trigger.RETRY_WORK, event, **changes)
         failpoint("pull_request.continued")
         self._local.resume(task)
-        self._local.wake()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 from pydantic import BaseModel
@@ -11,14 +11,10 @@ from pydantic import BaseModel
 from orchestrator.domain.wording import join_names
 from orchestrator.errors import RefusedError
 from orchestrator.forges.connection import Members
+from orchestrator.forges.github.repository import GitHubRepository
 from orchestrator.forges.issue_api import IssueApi
 from orchestrator.forges.issues import REQUEST_LABELS, Comment, Issue
 from orchestrator.forges.tracker import ForgeOptions, ForgeTracker
-
-if TYPE_CHECKING:
-    from orchestrator.forges.http import ForgeHttp
-
-from orchestrator.forges.github.repository import GitHubMembers, GitHubRepository
 
 
 class GitHubOptions(GitHubRepository, ForgeOptions):
@@ -125,6 +121,6 @@ class GitHubTracker(ForgeTracker[GitHubOptions]):
 
     Options: ClassVar[type[BaseModel]] = GitHubOptions
 
-    def issue_api(self, http: ForgeHttp) -> IssueApi:
+    def issue_api(self, members: Members) -> IssueApi:
         """Return the issues of the repository."""
-        return GitHubIssues(GitHubMembers(http, self._options.repo), self._options)
+        return GitHubIssues(members, self._options)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from orchestrator.errors import RefusedError
 from orchestrator.forges.connection import Connected
-from orchestrator.forges.github.repository import GitHubMembers, GitHubRepository
+from orchestrator.forges.github.repository import GitHubRepository
 from orchestrator.protocols import CiFailure, NewPullRequest, PullRequest, ReviewFinding
 
 #: The conclusions of a check run that keep a pull request from being merged (docs.github.com, "About status checks").
@@ -28,7 +28,6 @@ class GitHubForge(Connected[GitHubRepository]):
     def __init__(self, options: GitHubRepository, /) -> None:
         super().__init__(options)
         self._repo = f"repos/{options.repo}"
-        self._members: GitHubMembers | None = None
 
     async def find(self, branch: str) -> PullRequest | None:
         """Return the newest pull request of a branch."""
@@ -111,7 +110,6 @@ class GitHubForge(Connected[GitHubRepository]):
         return found
 
     async def _is_trusted(self, one: Mapping[str, Any]) -> bool:
-        self._members = self._members or GitHubMembers(self._http, self._options.repo)
         is_person = (one.get("user") or {}).get("type") != "Bot"
         return is_person and await self._members.is_trusted(_login(one))
 

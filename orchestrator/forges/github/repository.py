@@ -44,6 +44,10 @@ class GitHubRepository(RepositoryOptions):
         }
         return Connection(self.api, headers, _REMEDIES)
 
+    def members(self, http: ForgeHttp) -> Members:
+        """Return the users who may write to it."""
+        return GitHubMembers(http, self.repo)
+
 
 class GitHubMembers(Members):
     """The users who may write to a repository on GitHub, by login."""

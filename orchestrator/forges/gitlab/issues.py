@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
 from orchestrator.forges.connection import Members
+from orchestrator.forges.gitlab.repository import GitLabProject
 from orchestrator.forges.issue_api import IssueApi
 from orchestrator.forges.issues import REQUEST_LABELS, Comment, Issue
 from orchestrator.forges.tracker import ForgeOptions, ForgeTracker
-
-if TYPE_CHECKING:
-    from orchestrator.forges.http import ForgeHttp
-
-from orchestrator.forges.gitlab.repository import GitLabMembers, GitLabProject
 
 
 class GitLabOptions(GitLabProject, ForgeOptions):
@@ -104,6 +100,6 @@ class GitLabTracker(ForgeTracker[GitLabOptions]):
 
     Options: ClassVar[type[BaseModel]] = GitLabOptions
 
-    def issue_api(self, http: ForgeHttp) -> IssueApi:
+    def issue_api(self, members: Members) -> IssueApi:
         """Return the issues of the project."""
-        return GitLabIssues(GitLabMembers(http, self._options.path), self._options)
+        return GitLabIssues(members, self._options)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from orchestrator.domain.wording import join_names
 from orchestrator.errors import RefusedError
 from orchestrator.forges.connection import Connected
-from orchestrator.forges.gitlab.repository import GitLabMembers, GitLabProject
+from orchestrator.forges.gitlab.repository import GitLabProject
 from orchestrator.protocols import CiFailure, NewPullRequest, PullRequest, ReviewFinding
 
 #: The states of pipelines that have ended (docs.gitlab.com, "Pipelines API"); all others are running or waiting.
@@ -23,10 +23,6 @@ class GitLabForge(Connected[GitLabProject]):
     """A project on GitLab, on which tasks land by merge requests."""
 
     Options: ClassVar[type[BaseModel]] = GitLabProject
-
-    def __init__(self, options: GitLabProject, /) -> None:
-        super().__init__(options)
-        self._members: GitLabMembers | None = None
 
     async def find(self, branch: str) -> PullRequest | None:
         """Return the newest merge request of a branch."""
@@ -97,7 +93,6 @@ class GitLabForge(Connected[GitLabProject]):
         ]
 
     async def _is_trusted(self, note: Mapping[str, Any]) -> bool:
-        self._members = self._members or GitLabMembers(self._http, self._options.path)
         return await self._members.is_trusted((note.get("author") or {}).get("id"))
 
 

@@ -43,6 +43,10 @@ class GitLabProject(RepositoryOptions):
         token = await find_token(self.token, ["glab", "config", "get", "token", "--host", host])
         return Connection(self.api, {"PRIVATE-TOKEN": token}, _REMEDIES)
 
+    def members(self, http: ForgeHttp) -> Members:
+        """Return the users who may write to it."""
+        return GitLabMembers(http, self.path)
+
 
 class GitLabMembers(Members):
     """The users who may push to a project on GitLab, by id."""
