@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -199,12 +200,9 @@ async def test_outside_processes_are_unreachable(
 
 async def test_services_of_the_machine_are_unreachable(folders: Folders, bubblewrap: SandboxKind) -> None:
     """/run contains only the files for name resolution, and a hidden socket can't be connected to."""
-    os.chdir(folders.home.parent)
     with socket.socket(socket.AF_UNIX) as listening:
-        here = Path.cwd()
-        os.chdir(folders.hidden)  # a socket path is limited in length
-        listening.bind("socket")
-        os.chdir(here)
+        with contextlib.chdir(folders.hidden):  # a socket path is limited in length
+            listening.bind("socket")
         listening.listen()
         assert await attack(folders, SandboxKind.OFF, folders.policy(), ["socket_file"]) == ["socket_file"]
         assert await attack(folders, bubblewrap, folders.policy(), ["services", "socket_file"]) == []
