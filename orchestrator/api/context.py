@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import anyio.to_thread
 
-from orchestrator.project import Project, find_project
+from orchestrator.project import Project, council_home, find_project
 from orchestrator.protocols import Store
 from orchestrator.state import offline
+from orchestrator.state.log.identity import record_store_use
 from orchestrator.system.clock import Clock
 
 if TYPE_CHECKING:
@@ -67,6 +68,22 @@ class ProjectContext:
     async def check_writable(self) -> None:
         """Raise RefusedError if the store is read-only: opened from outside its project."""
         await anyio.to_thread.run_sync(self._check_folder)
+
+    async def join_project(self) -> None:
+        """Make a folder outside any project one of this store, so that this machine can work in its runs there."""
+        await anyio.to_thread.run_sync(self._join_project)
+
+    def _join_project(self) -> None:
+        if self.project.folder.is_dir() or self.store.local_paths():
+            return
+        self.project.create()
+        self.use_store(self.url)
+
+    def use_store(self, url: str | None) -> None:
+        """Let the project use a store by default, and trust it; None means its own. Blocks."""
+        if url is not None:
+            record_store_use(url, council_home(self.environ))
+        self.project.set_store_url(url)
 
     def _check_folder(self) -> None:
         if not self.project.folder.is_dir():

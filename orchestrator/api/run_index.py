@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import anyio.to_thread
@@ -18,7 +17,8 @@ from orchestrator.engine.state.records import read_run
 from orchestrator.errors import RefusedError, UnreadableDocument
 from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import Document
-from orchestrator.repo.worktrees.hub import Hub, create_folders
+from orchestrator.repo.worktrees.hub import Hub, create_folders, find_hub
+from orchestrator.repo.worktrees.origin import StoreLocation
 
 #: The name of the newest run.
 LATEST: Final = "latest"
@@ -70,12 +70,17 @@ class RunIndex:
         raise RefusedError(f"there is no run {name!r}", suggest_similar(name, known) or "`council runs` lists them")
 
     async def hub(self, run: RunDocument) -> Hub:
-        """Return the repositories of a run.
+        """Return the repositories of a run on this machine; create those of a run that spans machines.
 
         Raises RefusedError if they are missing, or the run was imported.
         """
         run.check_not_imported()
-        hub = Hub(Path(run.hub))
+        context, hub = self.context, find_hub(run, self.context.environ)
+        if run.hub is None:
+            from orchestrator.engine.diagnostics.preflight import prepare_hub  # noqa: PLC0415  slow, and only for such runs
+
+            location = await anyio.to_thread.run_sync(StoreLocation.of, context.url, context.store.local_paths())
+            return await prepare_hub(run, location, context.environ)
         # An attempt that was still active may have created its own folder again, but nothing else.
         if not await anyio.to_thread.run_sync(hub.trusted.is_dir):
             remedy = "move it away and start a new run" if hub.root.exists() else "start a new run"
@@ -91,8 +96,10 @@ class RunIndex:
         document = await read_run(self.context.store, run) if isinstance(run, str) else run
         if document.imported is not None:
             return False
-        hub = await self.hub(document)
-        if await hub.run_lock(document.id).is_held() or await hub.liveness_locks.held(document.id):
+        hub = await self._existing_hub(document)
+        if hub is not None and (
+            await hub.run_lock(document.id).is_held() or await hub.liveness_locks.held(document.id)
+        ):
             return True
         return bool(await self.active_processes(document))
 
@@ -101,15 +108,25 @@ class RunIndex:
 
         Raises RefusedError if its repositories are missing.
         """
-        alive = await (await self.hub(run)).liveness_locks.list_alive(run.id)
-        joined = (await read_orchestrators(self.context.store, run.id)).values()
-        here, now = socket.gethostname(), self.context.clock.now()
-        active = [
-            one
-            for one in joined
-            if one.ended is None and (one.owner.id in alive if one.owner.host == here else now < one.expires)
-        ]
+        hub, now = await self._existing_hub(run), self.context.clock.now()
+        joined = [one for one in (await read_orchestrators(self.context.store, run.id)).values() if one.ended is None]
+        here, alive = {one.owner.id for one in joined if one.owner.host == socket.gethostname()}, frozenset[str]()
+        if hub is not None:
+            alive = await hub.liveness_locks.list_alive(run.id)
+        if run.hub is None:  # machines may have the same name: a lock file shows which processes are of this one
+            here = set() if hub is None else await hub.liveness_locks.list_known(run.id)
+        active = [one for one in joined if (one.owner.id in alive if one.owner.id in here else now < one.expires)]
         return sorted(active, key=lambda one: one.since)
+
+    async def _existing_hub(self, run: RunDocument) -> Hub | None:
+        """Return the repositories of a run; None if it spans machines, and this one has none.
+
+        Raises RefusedError if another run's are missing.
+        """
+        if run.hub is not None:
+            return await self.hub(run)
+        hub = find_hub(run, self.context.environ)
+        return hub if await anyio.to_thread.run_sync(hub.trusted.is_dir) else None
 
     async def has_live_process(self, run: str) -> bool:
         """Return True if a process is active in a run; False without its repositories."""

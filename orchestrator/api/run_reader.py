@@ -30,7 +30,7 @@ from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import Document
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.run_repository import has_unmerged_commits
-from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.hub import find_hub
 
 #: Bytes at the end of a background log that are searched for an error, and the prefix of its line.
 _TAIL, _OF_COUNCIL = 8192, "council: "
@@ -79,7 +79,7 @@ class RunReader:
             for task, one in record.tasks.items()
             if task in also or (one.status in FINAL_STATUSES and (one.branch is not None or _has_kept_worktree(one)))
         }
-        hub = Hub(Path(record.run.hub))
+        hub = find_hub(record.run, self.context.environ)
         trusted = hub.trusted
         if not keeping or record.run.imported is not None or not await anyio.Path(trusted, "HEAD").is_file():
             return record
@@ -113,7 +113,7 @@ class RunReader:
         return build_report(
             record,
             logs=self.context.project.logs(record.run.id),
-            repository=Hub(Path(record.run.hub)).trusted,
+            repository=find_hub(record.run, self.context.environ).trusted,
             has_ended=has_ended,
             is_live=is_live,
             now=self.context.clock.now(),

@@ -43,6 +43,7 @@ from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.structural_merge import find_merge_drivers
 from orchestrator.repo.landing.target_branch import Target
 from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
+from orchestrator.repo.source.shared_work import SharedWork
 from orchestrator.repo.source.upstream import UpstreamRepository
 from orchestrator.repo.source.user_checkouts import LocalRepository
 from orchestrator.repo.source.user_programs import SKIPPED_HOOKS_REASON, find_hooks_in_checkouts
@@ -93,6 +94,8 @@ class RunContext:
     """Returns the full ref for a name; refs are separate per orchestrator, because concurrent fetches into one fail."""
     registry: OwnershipRegistry
     """Path ownership on the target."""
+    shared_work: SharedWork | None
+    """The work of the run at its remote; None if the run is on one machine."""
     check_slots: anyio.CapacityLimiter
     """Held by each check of this process, and by commands of its sessions (`council slot`)."""
     mcp_servers: tuple[McpServer, ...] = ()
@@ -239,6 +242,7 @@ async def open_run_context(
         Accounting(known_prices() | run.prices),
         refs,
         OwnershipRegistry(store, clock, ownership_scope(source.location, run.target), is_alive),
+        SharedWork(source, git, run.id) if run.hub is None else None,
         anyio.CapacityLimiter(run.checks_capacity or run.capacity),
         tuple(McpServer(name, one.command or (), one.env, one.url) for name, one in run.mcp_servers.items()),
         open_forge=open_forge,
@@ -323,7 +327,7 @@ def with_session_service(
         NoteStore(store, clock, scope, redactor),
         SessionLocks(contexts, FileLocks(project.file_locks, clock), context.registry, lock_timeout),
         context.git,
-        partial(find_workspace, store, context.adapters, project.logs_folder, redactor),
+        partial(find_workspace, store, context.adapters, project.logs_folder, redactor, context.git.environ),
         context.check_slots,
     )
     return replace(context, session_service=service, tools=replace(context.tools, session_service=service))

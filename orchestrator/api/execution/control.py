@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -37,7 +36,7 @@ from orchestrator.engine.state.writer import take_leadership
 from orchestrator.errors import REQUEST_RECORDED, LockHeld, RequestTimeout, RunActive
 from orchestrator.locking.orchestrators import create_owner
 from orchestrator.protocols import Guard
-from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.hub import find_hub
 from orchestrator.state.documents.checkpoints import create_checkpoint, plan_restore
 from orchestrator.system import slow_waits
 from orchestrator.system.file_lock import LockHolder
@@ -155,15 +154,15 @@ class RunController:
                 if not new:
                     return await restore_checkpoint(context.store, plan, list(guards.values()), context.environ)
                 for run in new:
-                    await _block_run(stack, run, force=force)
+                    await _block_run(stack, run, context.environ, force=force)
                 for run in new:
                     me = create_owner(Role.LEADER)
                     guards[run.id] = await take_leadership(context.store, context.clock, run.id, me)
 
 
-async def _block_run(stack: AsyncExitStack, run: RunDocument, *, force: bool) -> None:
+async def _block_run(stack: AsyncExitStack, run: RunDocument, environ: Mapping[str, str], *, force: bool) -> None:
     """Prevent processes from joining a run; with `force`, one may already be active."""
-    hub = Hub(Path(run.hub))
+    hub = find_hub(run, environ)
     if not await anyio.to_thread.run_sync(hub.trusted.is_dir):  # no process can be active without it
         return
     try:

@@ -27,12 +27,11 @@ from orchestrator.engine.reports.report import RunRecord
 from orchestrator.engine.state.merge_run import MERGE_TASK, build_merge_run
 from orchestrator.engine.state.records import new_run_id, read_specs, record_new_run
 from orchestrator.errors import NothingToMerge, RefusedError
-from orchestrator.project import council_home, exclude_from_git
+from orchestrator.project import exclude_from_git
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees.hub import internal_ref_name, work_branch_name
 from orchestrator.repo.worktrees.origin import StoreLocation
-from orchestrator.state.log.identity import record_store_use
 
 
 async def create_run(
@@ -57,6 +56,7 @@ async def create_run(
     location = None
     if context.url != MEMORY:
         location = await anyio.to_thread.run_sync(StoreLocation.of, context.url, context.store.local_paths())
+    spans_machines = config.is_url and location is not None and not location.paths
     cleared = await run_preflight(
         config,
         site,
@@ -79,11 +79,11 @@ async def create_run(
         has_target=cleared.has_target,
         allow_failing_base=allow_failing_base,
         follow=_template(config) if follow else None,
-        hub=str(cleared.hub.root),
+        hub=None if spans_machines else str(cleared.hub.root),
         started=context.clock.now(),
     )
     if context.follows_file:
-        await anyio.to_thread.run_sync(_use_store, context, config.state.url)
+        await anyio.to_thread.run_sync(context.use_store, config.state.url)
     await record_new_run(context.store, document, {task.id: task for task in config.tasks})
     return run
 
@@ -146,9 +146,3 @@ async def _explain_missing_branch(git: Git, record: RunRecord, start: str) -> Re
         return NothingToMerge(f"{message}, and {run.base!r} already contains its work", "there is nothing to merge")
     remedy = f"`git branch {run.target} {tip}` restores it, then `council merge {run.id}`"
     return RefusedError(f"{message}, and {run.base!r} does not contain all of its work", remedy)
-
-
-def _use_store(context: ProjectContext, url: str | None) -> None:
-    if url is not None:
-        record_store_use(url, council_home(context.environ))
-    context.project.set_store_url(url)

@@ -57,7 +57,8 @@ class RunEntry:
             opened = await self._open_run_context([lock.fd, life.fd], None)
             sandbox = opened.tools.sandbox.kind
             redactor = opened.tools.redactor
-            ledger = await Ledger.take(store, clock, redactor, members, sandbox, is_shared=self.settings.enabled)
+            work, is_shared = opened.shared_work, self.settings.enabled
+            ledger = await Ledger.take(store, clock, redactor, members, sandbox, work, is_shared=is_shared)
             async with _leave_on_exit(members):
                 await _check_sharing(members)
                 for left_out in (await self.context.plugins.load()).left_out:
@@ -79,7 +80,8 @@ class RunEntry:
             sandbox = opened.tools.sandbox.kind
             await _check_sharing(members)  # before and after joining, because another process may join in between
             store, clock = self.context.store, self.context.clock
-            ledger = await Ledger.join(store, clock, opened.tools.redactor, members, sandbox)
+            redactor, work = opened.tools.redactor, opened.shared_work
+            ledger = await Ledger.join(store, clock, redactor, members, sandbox, work)
             async with _leave_on_exit(members):
                 await _check_sharing(members)
                 yield ledger, self._with_session_service(opened, ledger)

@@ -28,7 +28,7 @@ from orchestrator.repo.landing.merge_commits import RETRY_BASE_MESSAGE
 from orchestrator.repo.landing.salvage import UnmergedWork
 from orchestrator.repo.source.run_repository import find_run_repository
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.hub import find_hub
 from orchestrator.repo.worktrees.preserved import is_preserved
 from orchestrator.repo.worktrees.slots import empty_trash
 from orchestrator.repo.worktrees.worktrees import Worktree
@@ -184,8 +184,9 @@ class TaskChanges(Topic):
 
     async def _session(self, run: str, task: str, attempt: Attempt) -> tuple[Worktree, IntakeRules]:
         """Return the worktree of an attempt, and the rules for showing its files."""
-        redactor = Redactor(secret_values(self._context.environ))
-        return await find_session_files(self._context.store, SessionName(run, task, attempt.number), redactor)
+        store, environ = self._context.store, self._context.environ
+        session, redactor = SessionName(run, task, attempt.number), Redactor(secret_values(environ))
+        return await find_session_files(store, session, redactor, environ)
 
     async def _describe(self, one: UnmergedWork, made: CommitSummary) -> PreservedWork:
         status = (await read_task(self._context.store, one.run, one.task)).status
@@ -221,7 +222,7 @@ class TaskChanges(Topic):
 
     async def _leftover_worktrees(self, run: str) -> list[Worktree]:
         document = await read_run(self._context.store, run)
-        hub = Hub(Path(document.hub))
+        hub = find_hub(document, self._context.environ)
         leftovers = await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, run, document.tasks)
         return [one for one in leftovers if not one.is_check]
 
@@ -239,7 +240,7 @@ def trusted_git(run: RunDocument, environ: Mapping[str, str]) -> Git:
     Raises RefusedError if the run was imported.
     """
     run.check_not_imported()
-    return Git(Hub(Path(run.hub)).trusted, environ=environ)
+    return Git(find_hub(run, environ).trusted, environ=environ)
 
 
 async def _diff_range(git: Git, run: RunDocument, task: str, document: TaskDocument) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from orchestrator.domain.workflow.routing import DEFAULT_PHASES
 from orchestrator.engine.state.records import check_task, read_run, read_task
 from orchestrator.errors import RefusedError
 from orchestrator.protocols import Adapter, Store
-from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.hub import find_hub
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.entries import OutputEntry, OutputEntryBuilder, OutputEntryKind
 from orchestrator.sessions.output.log_files import list_attempt_streams, log_path, read_tail
@@ -183,7 +183,7 @@ class TaskLogs(Topic):
     async def _session_log(
         self, run: RunDocument, task: str, adapters: Mapping[str, Adapter], made: Attempt
     ) -> _SessionLog:
-        worktree = Worktree(Hub(Path(run.hub)), run.id, task, made.number)
+        worktree = Worktree(find_hub(run, self._context.environ), run.id, task, made.number)
         folder = made.folder or str(await anyio.to_thread.run_sync(lambda: worktree.tree))
         redactor = Redactor(secret_values(self._context.environ))
         return _SessionLog(adapters[made.adapter], made, f"{folder}/", redactor)

@@ -24,7 +24,7 @@ from orchestrator.locking.orchestrators import read_orchestrators
 from orchestrator.protocols import CommitRecord, Document, RecordedEvent, Store
 from orchestrator.repo.git.change_counts import Changes, count_many
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.hub import find_hub
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.log_files import last_activity
 from orchestrator.state.documents.log_reader import read_backwards
@@ -47,7 +47,7 @@ class RunReports(Topic):
         record = await reader.record(await self._find(run))
         name, store = record.run.id, self._context.store
         landed_at = await find_landing_times(store, record.run, record.tasks, await read_tasks(store, name))
-        checkouts = await anyio.to_thread.run_sync(_find_worktrees, record.run, record.tasks)
+        checkouts = await anyio.to_thread.run_sync(_find_worktrees, record.run, record.tasks, self._context.environ)
         now = self._context.clock.now()
         active = compute_run_active_time(record.orchestrators, record.tasks.values(), landed_at, now)
         is_live = record.run.ended is None and await reader.index.has_live_process(name)
@@ -86,7 +86,7 @@ class RunReports(Topic):
         document = await read_run(self._context.store, run)
         document.check_not_imported()
         works = await self._landed_works(document, commits)
-        git = Git(Hub(Path(document.hub)).trusted, environ=self._context.environ)
+        git = Git(find_hub(document, self._context.environ).trusted, environ=self._context.environ)
         counted = await count_many(git, dict(works.values()))
         return {task: counted[commit] for task, (commit, _) in works.items()}
 
@@ -157,12 +157,12 @@ def _events_of(part: Sequence[CommitRecord], run: str) -> Iterator[RecordedEvent
                 yield RecordedEvent(record.position, record.time, event)
 
 
-def _find_worktrees(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> dict[str, str]:
+def _find_worktrees(run: RunDocument, tasks: Mapping[str, TaskDocument], environ: Mapping[str, str]) -> dict[str, str]:
     """Return the worktrees of the newest attempts, by task. Blocks.
 
     Imported tasks have their original worktrees.
     """
-    hub = Hub(Path(run.hub))
+    hub = find_hub(run, environ)
     newest = {task: Worktree(hub, run.id, task, one.attempt.number) for task, one in tasks.items() if one.attempts}
     found = {task: str(slot.tree) for task, worktree in newest.items() if (slot := worktree.slot) is not None}
     return found | {

@@ -156,8 +156,10 @@ class Runs(RunIndex):
         """Join a run as an additional worker until no task is left; return the report.
 
         Claims free tasks whose adapter works on this machine, at most `capacity` at once (None: the run's capacity).
-        If the run no longer has a leader, this process becomes the leader.
+        If the run no longer has a leader, this process becomes the leader. With a store on a server, a folder outside
+        any project becomes one of this store.
         """
+        await self.context.join_project()
         return await (await self._executor()).work(run, capacity, coordination)
 
     async def attach(self, task: str, terminal: UserTerminal, *, run: str | None = None) -> RunReport:

@@ -68,7 +68,8 @@ class Sessions(Topic):
             raise no_running_session_error(name, task)
         session, redactor = SessionName(name, task, document.attempt.number), self._redactor()
         adapters = await find_run_adapters(context, run_document)
-        workspace = await find_workspace(context.store, adapters, context.project.logs_folder, redactor, session)
+        logs, environ = context.project.logs_folder, context.environ
+        workspace = await find_workspace(context.store, adapters, logs, redactor, environ, session)
         return await read_session_details(trusted_git(run_document, context.environ), workspace, redactor)
 
     async def activity(self, run: str | None = None) -> RunActivity:

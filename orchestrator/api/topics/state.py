@@ -29,7 +29,7 @@ from orchestrator.protocols import (
     Key,
     VerificationReport,
 )
-from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.hub import find_hub
 from orchestrator.state.documents import conflicts
 from orchestrator.state.documents.conflicts import Conflict, ConflictResolution, UpdateResult
 from orchestrator.state.documents.log_reader import DocumentChange, is_run_document, subscribe
@@ -173,7 +173,7 @@ class State(Topic):
         if not await context.store.list("run"):
             return ProjectPaths(None, state, project.log_file, project.logs_folder, None, None)
         run = await read_run(context.store, await RunIndex(context).newest())
-        hub = Hub(Path(run.hub))
+        hub = find_hub(run, context.environ)
         return ProjectPaths(
             redact_urls(run.repo), state, project.log_file, project.logs_folder, hub.objects.parent, hub.trusted
         )

@@ -407,6 +407,27 @@ class TaskSalvaged(TaskEvent):
         return salvage_name(self.branch)
 
 
+class TaskWorkNotShared(TaskEvent):
+    """Work could not be pushed to the remote, so only the machine that built it can continue or land it for now.
+
+    It is pushed as soon as the remote can be reached ([many machines](machines.md#when-something-fails)).
+    """
+
+    type = "task.work_not_shared"
+    sentence = "its work is only on this machine for now: {reason}"
+
+    reason: str
+
+
+class TaskWorkMissing(TaskEvent):
+    """The work that the task continues was built on another machine, and can't be fetched from the remote yet."""
+
+    type = "task.work_missing"
+    sentence = "waits for its earlier work: {reason}"
+
+    reason: str
+
+
 class TaskWorktreePreserved(TaskEvent):
     """A worktree could not be removed, or has work that could not be collected.
 

@@ -342,8 +342,8 @@ class RunDocument(ResolvedSettings):
     """The commit of the target (or of the base, without a target); only later commits can be landings."""
     has_target: bool = False
     """Whether the target existed when the run was created; if so, no landing creates it."""
-    hub: str
-    """The folder of the hub and the trusted repository."""
+    hub: str | None
+    """The folder of the hub and the trusted repository; None if the run spans machines, which have one each."""
     started: Instant
     ended: Instant | None = None
     halted: str | None = None

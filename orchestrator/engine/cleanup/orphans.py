@@ -38,7 +38,7 @@ from orchestrator.repo.git.stale_files import is_git_running, list_partial_objec
 from orchestrator.repo.landing import salvage
 from orchestrator.repo.source.user_checkouts import find_repository
 from orchestrator.repo.worktrees import origin, worktrees
-from orchestrator.repo.worktrees.hub import INTERNAL_REFS, Hub, is_inside_hub
+from orchestrator.repo.worktrees.hub import INTERNAL_REFS, Hub, find_hub, is_inside_hub
 from orchestrator.repo.worktrees.origin import HubOrigin, StoreLocation
 from orchestrator.repo.worktrees.slots import WorktreeSlot, assess_slot, list_slots
 from orchestrator.repo.worktrees.worktrees import Worktree, list_lock_files
@@ -111,7 +111,7 @@ class OrphanFinder:
             task: TaskDocument.model_validate_json(one.encoded) if is_readable(one) else None
             for task, one in (await read_tasks(self._store, run.id)).items()
         }
-        hub = Hub(Path(run.hub))
+        hub = find_hub(run, self._environ)
         found = await _empty_run_folders(hub, run.id)
         for worktree in await anyio.to_thread.run_sync(worktrees.list_worktrees, hub, run.id, run.tasks):
             document = documents.get(worktree.task)
@@ -129,8 +129,8 @@ class OrphanFinder:
                 continue
             logs = self.project.logs(run.id)
             if await anyio.to_thread.run_sync(logs.is_dir):
-                reason = "output of an ended run"
-                found.append(Leftover(LeftoverKind.LOGS, str(logs), LeftoverStatus.LEFT_OVER, reason, run.hub, run.id))
+                reason, hub = "output of an ended run", str(find_hub(run, self._environ).root)
+                found.append(Leftover(LeftoverKind.LOGS, str(logs), LeftoverStatus.LEFT_OVER, reason, hub, run.id))
         return await _without_active_runs(found)
 
     async def old_runs(self, age: float, *, include_interrupted: bool) -> list[Leftover]:
@@ -148,7 +148,7 @@ class OrphanFinder:
     async def old_run(self, run: RunDocument, *, include_interrupted: bool) -> Leftover:
         """Return the cleanup status of an inactive run's record, at any age."""
         assert self._store is not None, "a run is known by its store"  # noqa: S101  the caller found the run there
-        hub, ended = Hub(Path(run.hub)), f"{datetime.fromtimestamp(await self._last(run), UTC):%Y-%m-%d}"
+        hub, ended = find_hub(run, self._environ), f"{datetime.fromtimestamp(await self._last(run), UTC):%Y-%m-%d}"
         branches: int | None = 0
         try:
             if await hub_exists(hub):
@@ -160,7 +160,7 @@ class OrphanFinder:
         status, reason = assess_run(
             run.id, ended, branches, len(left), is_finished=is_finished, include_interrupted=include_interrupted
         )
-        return Leftover(LeftoverKind.RUN, run.id, status, reason, run.hub, run.id)
+        return Leftover(LeftoverKind.RUN, run.id, status, reason, str(hub.root), run.id)
 
     async def _is_finished(self, run: RunDocument) -> bool:
         """Return True if no task of a run can continue.
@@ -184,7 +184,7 @@ class OrphanFinder:
         return max([run.started, *written])
 
     async def _hubs(self) -> list[Hub]:
-        known = {Path(run.hub) for run in (await self.runs()).values() if run is not None}
+        known = {find_hub(run, self._environ).root for run in (await self.runs()).values() if run is not None}
         home = await anyio.to_thread.run_sync(list_hubs, self._home)
         return [Hub(root) for root in sorted(known | {hub.root for hub in home}) if await hub_exists(Hub(root))]
 
@@ -208,7 +208,7 @@ class OrphanFinder:
         known = await anyio.to_thread.run_sync(origin.read_origin, hub.root)
         if known is None or not await anyio.to_thread.run_sync(known.is_gone):
             return None
-        if any(run is None or Path(run.hub) == hub.root for run in (await self.runs()).values()):
+        if any(run is None or find_hub(run, self._environ) == hub for run in (await self.runs()).values()):
             return None
         try:
             refs = len(await salvage.list_unmerged_work(Git(hub.trusted, environ=self._environ)))

@@ -10,7 +10,8 @@ import anyio.to_thread
 
 from orchestrator.config.model import RunConfig
 from orchestrator.config.warnings import RepositoryPaths
-from orchestrator.domain.security.secrets import Redactor, secret_values
+from orchestrator.domain.runs.model import RunDocument
+from orchestrator.domain.security.secrets import Redactor, redact_urls, secret_values
 from orchestrator.domain.wording import find_similar, join_names
 from orchestrator.engine.diagnostics.programs import explain_missing
 from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe, check_adapter_programs
@@ -19,6 +20,7 @@ from orchestrator.errors import GitError, RefusedError, raise_combined_refusal, 
 from orchestrator.project import Project, council_home
 from orchestrator.protocols import Adapter
 from orchestrator.repo.git.command import Git
+from orchestrator.repo.git.reading import read_ref
 from orchestrator.repo.source.compatibility import check_complete_clone, check_supported
 from orchestrator.repo.source.run_repository import RunRepository, find_run_repository
 from orchestrator.repo.source.upstream import UpstreamRepository
@@ -29,7 +31,7 @@ from orchestrator.repo.source.user_checkouts import (
     list_uncommitted_changes,
 )
 from orchestrator.repo.source.user_programs import find_unsafe_filter, read_git_config
-from orchestrator.repo.worktrees.hub import Hub, create_hub, internal_ref_name, locate_hub
+from orchestrator.repo.worktrees.hub import Hub, create_hub, find_hub, internal_ref_name, locate_hub
 from orchestrator.repo.worktrees.origin import HubUser, StoreLocation
 from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
 
@@ -91,15 +93,18 @@ async def run_preflight(
     if not allow_deferred:
         await check_checkout(site.repository, target, environ)
     hub = locate_hub(site.identity, home)
-    name = Redactor(secret_values(environ)).text(site.identity)  # a URL may contain a password
-    user = HubUser(name, None if site.repository is None else site.repository.git_dir, store)
-    await create_hub(hub, site.object_format, environ, user)
+    await create_hub(hub, site.object_format, environ, _hub_user(site, environ, store))
     start = await fetch_base_and_target(
         site, hub, run, (config.base, target if target in heads else config.base), environ
     )
     base = BaseCommit(config.base, internal_ref_name(run, "base"), Git(hub.trusted, environ=environ))
     await check_worktree_sources(config.worktrees, base, site.repository, [home])
     return PreflightResult(target, hub, start, sandbox, target in heads)
+
+
+def _hub_user(site: RunRepository, environ: Mapping[str, str], store: StoreLocation | None) -> HubUser:
+    name = Redactor(secret_values(environ)).text(site.identity)  # a URL may contain a password
+    return HubUser(name, None if site.repository is None else site.repository.git_dir, store)
 
 
 def project_of_config(config: RunConfig, site: RunRepository) -> Project:
@@ -122,6 +127,27 @@ async def fetch_base_and_target(
     if (await git("merge-base", tip, start, ok=(0, 1))).returncode:
         raise RefusedError(f"{base!r} and {target!r} have no common history", "change `base` or `target`")
     return start
+
+
+async def prepare_hub(run: RunDocument, store: StoreLocation, environ: Mapping[str, str]) -> Hub:
+    """Create the hub of a run that another machine has created, with the commits that the run starts from.
+
+    Raises RefusedError if the remote can't be read, or no longer has them.
+    """
+    site = await find_run_repository(run.repo, is_url=run.is_url, environ=environ)
+    hub = find_hub(run, environ)
+    git, start = Git(hub.trusted, environ=environ), internal_ref_name(run.id, "start")
+    await create_hub(hub, site.object_format, environ, _hub_user(site, environ, store))
+    if await read_ref(hub.trusted, start) == run.start:
+        return hub
+    target = run.target if run.target in await check_branches(site.source(git), run.base, run.target) else run.base
+    await fetch_base_and_target(site, hub, run.id, (run.base, target), environ)
+    try:
+        await git("update-ref", start, run.start)
+    except GitError as error:
+        message = f"{redact_urls(run.repo)} no longer has commit {run.start:.10}, from which the run started"
+        raise to_unusable_error(error, message, f"restore the history of {target!r}, or start a new run") from None
+    return hub
 
 
 async def delete_run_refs(hub: Hub, run: str, environ: Mapping[str, str]) -> None:

@@ -49,6 +49,7 @@ class MergeChains:
             resolve = may_merge_structurally(document, await self._ledger.definitions.spec(task))
             label, intended = f"{self._ledger.run.id}/{task}", document.intended_merges
             try:
+                await self._ledger.fetch_work(task, commit, f"refs/heads/{self._ledger.work_branch(task)}")
                 result = await self._target.prepare(lease, label, commit, base, last, intended, resolve=resolve)
             except LANDING_ERRORS as error:
                 if merges:

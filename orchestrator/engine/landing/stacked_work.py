@@ -102,9 +102,10 @@ class StackedWork:
 
     async def _rebase_onto(self, task: str, need: str, work: str, onto: StackedBase) -> None:
         run, document = self._ledger.run.id, self._ledger.task(task)
+        branch = f"refs/heads/{self._ledger.work_branch(task)}"
+        await self._ledger.fetch_work(task, work, branch)
         # A checkpoint may restore the earlier work.
         await self._git("update-ref", internal_ref_name(run, f"rebased/{task}/{work}"), work)
-        branch = f"refs/heads/{self._ledger.work_branch(task)}"
         rebased = await rebase_work(self._git, document.built_base, work, onto.base, branch)
         if not isinstance(rebased, str):
             sides = (self._branch, rebased.ours), (f"{run}/{task}", work)

@@ -21,7 +21,7 @@ from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.phases.start import ConflictingWork, NextPhase
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.errors import GitError
+from orchestrator.errors import GitError, RefusedError
 from orchestrator.repo.git.command import GITLINK_MODE
 from orchestrator.repo.git.unsupported_files import can_be_checked_out
 from orchestrator.repo.landing.merge_commits import rebase_work, renew_retry_base, stack_work
@@ -93,7 +93,7 @@ class BaseSelector:
     async def stack(self, task: str, needs: Sequence[str], tip: str) -> StackedBase | None:
         """Return `tip` with the built, unlanded work of the tasks that a task needs.
 
-        None if this is impossible until they have landed: they conflict, or their work is on another machine.
+        None if this is impossible until they have landed: they conflict, or their work is only on another machine.
         """
         works = select_stack(needs, self._ledger.tasks.documents())
         if not works:
@@ -103,8 +103,10 @@ class BaseSelector:
             await self._context.git("update-ref", ref, known)
             return StackedBase(known, works)
         try:
+            for need, commit in works.items():
+                await self._ledger.fetch_work(need, commit, self._context.refs(f"need/{need}"))
             base = await stack_work(self._context.git, tip, works, ref)
-        except GitError:
+        except (GitError, RefusedError):
             return None
         if not isinstance(base, str):
             return None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import anyio.to_thread
 from pydantic import ValidationError
@@ -26,7 +25,7 @@ from orchestrator.errors import GitError, PluginFailed, RefusedError, plugin_cod
 from orchestrator.protocols import JsonObject, Store
 from orchestrator.repo.git.blobs import compute_checksums
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.hub import find_hub
 from orchestrator.system.clock import Clock
 
 _REPAIR = "run `council state verify --repair` to keep the readable part"
@@ -182,7 +181,7 @@ async def verify_run(
     document = await read_run(store, run)
     if not document.workflows:
         return RunVerification(run)
-    trusted = Hub(Path(document.hub)).trusted
+    trusted = find_hub(document, environ).trusted
     has_repository = await anyio.to_thread.run_sync(trusted.is_dir)
     git = Git(trusted, environ=environ) if has_repository else None
     verifier = _RunVerifier(store, document, kinds, constraints, git, sessions, now)

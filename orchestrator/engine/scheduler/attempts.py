@@ -14,7 +14,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.domain.events.tasks import TaskClaimLost, TaskFailed, TaskMessageDelivered
+from orchestrator.domain.events.tasks import TaskClaimLost, TaskFailed, TaskMessageDelivered, TaskWorkMissing
 from orchestrator.domain.runs.model import PAUSED, Attempt, TaskDocument
 from orchestrator.domain.runs.outcome import Failed, SessionLimits
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, SUCCESS_STATUSES, Trigger
@@ -40,7 +40,7 @@ from orchestrator.engine.session_api.locks import StopChecks
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import message_write, read_messages
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import ClaimLost, HandoffCorrupted, RefusedError, VersionConflict
+from orchestrator.errors import ClaimLost, GitError, HandoffCorrupted, RefusedError, VersionConflict
 from orchestrator.protocols import Capability, Guard, SessionEvent, ToolCall, UsageReport, Write
 from orchestrator.repo.intake.diffs import diff_commits_bounded
 from orchestrator.repo.worktrees.pool import SlotPool
@@ -55,6 +55,8 @@ from orchestrator.sessions.terminal import UserTerminal
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
+#: Seconds after which work that could not be fetched is tried again.
+_REMOTE_RETRY_DELAY = 5.0
 #: Seconds between readings of the output of a session that probes an adapter.
 _PROBE_INTERVAL = 1.0
 
@@ -332,8 +334,9 @@ class AttemptPreparer:
             next_phase = await self.attempts.phase_handlers.starter.next_phase(task, spec)
             if isinstance(next_phase, TaskUpdate):
                 return next_phase
-            based = await self.attempts.base_selector.select(task, spec, next_phase, tips)
-            if based is None:  # offered again when one of its needs has landed, or is built again
+            has_work = await self._fetch_work(task, next_phase.start)
+            based = await self.attempts.base_selector.select(task, spec, next_phase, tips) if has_work else None
+            if has_work and based is None:  # offered again when one of its needs has landed, or is built again
                 self.local.board.pause(task, keeps_paths=False)
             if based is None or not self.local.board.adapters.is_running(task):  # cancelled in the meantime
                 return None
@@ -343,6 +346,18 @@ class AttemptPreparer:
         except (RefusedError, HandoffCorrupted) as error:  # an invalid template, condition or handoff
             await self._refuse(task, Failed(FailureClass.INVALID, str(error)))
             return None
+
+    async def _fetch_work(self, task: str, start: str | None) -> bool:
+        """Fetch the work that a task continues, if another machine has built it; if it can't be had, the task waits."""
+        ledger, context = self.attempts.ledger, self.attempts.context
+        try:
+            await ledger.fetch_work(task, start, context.refs(f"work/{task}"))
+        except (GitError, RefusedError) as error:
+            await ledger.writer.note_once(TaskWorkMissing(task=task, reason=str(error)), task)
+            self.local.board.wait(task, context.tools.clock.monotonic() + _REMOTE_RETRY_DELAY)
+            return False
+        ledger.writer.forget(TaskWorkMissing, task)
+        return True
 
     async def _waits(self, task: str, spec: TaskSpec) -> bool:
         """Return True, and update the board, if a task must wait for others that changed since it was chosen."""

@@ -165,6 +165,8 @@ class Scheduler:
             await self._merge_queue.outcomes.verify_landings()
         except GitError as error:
             await self._ledger.note(RunTargetUnreachable(reason=str(error)))
+        if self._ledger.work is not None:
+            await self._ledger.work.remove(self._ledger.statuses())
         return True
 
     def _start_services(self, services: TaskGroup) -> None:
@@ -173,6 +175,8 @@ class Scheduler:
         services.start_soon(_monitor_as_leader, self._ledger)
         if self._follower is not None:
             services.start_soon(self._follower.run)
+        if self._ledger.work is not None:
+            services.start_soon(self._ledger.work.run, self._ledger.tasks.documents)
         if (find := self._context.find_new_tasks) is not None:
             services.start_soon(NewTaskFollower(self._ledger, find, self._local, self._clock).run)
         if self._context.session_service is not None:

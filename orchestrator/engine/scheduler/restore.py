@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import anyio.to_thread
 
@@ -20,7 +19,7 @@ from orchestrator.engine.state.records import read_tasks, task_documents
 from orchestrator.errors import GitError, to_unusable_error
 from orchestrator.protocols import Commit, Event, Guard, Key, Store, Write
 from orchestrator.repo.git.command import Git
-from orchestrator.repo.worktrees.hub import Hub, work_branch_name
+from orchestrator.repo.worktrees.hub import Hub, find_hub, work_branch_name
 from orchestrator.state.documents.checkpoints import Checkpoint, RestorePlan, create_checkpoint
 from orchestrator.system.failpoints import failpoint
 
@@ -52,7 +51,7 @@ async def restore_checkpoint(
     before = None
     if plan.writes:
         for run in plan.runs.values():
-            await _restore_branches(run.id, Hub(Path(run.hub)), plan.writes, environ)
+            await _restore_branches(run.id, find_hub(run, environ), plan.writes, environ)
         before = await _checkpoint_before(store, plan)
         await store.commit(Commit(plan.writes, _events(plan, before), guards))
         failpoint("checkpoint.restored")

@@ -20,7 +20,7 @@ from orchestrator.protocols import Adapter, AgentMessage, AgentPlan, SessionEven
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.intake.diffs import count_session_changes, count_session_commits, diff_session
 from orchestrator.repo.intake.inspection import IntakeRules
-from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.hub import find_hub
 from orchestrator.repo.worktrees.worktrees import Worktree
 from orchestrator.sessions.output.entries import OutputEntryBuilder
 from orchestrator.sessions.output.follow import OutputFollower
@@ -81,17 +81,24 @@ class SessionDetails:
         return {**asdict(self), "handoffs": list(self.handoffs)}
 
 
-async def find_session_files(store: Store, session: SessionName, redactor: Redactor) -> tuple[Worktree, IntakeRules]:
+async def find_session_files(
+    store: Store, session: SessionName, redactor: Redactor, environ: Mapping[str, str]
+) -> tuple[Worktree, IntakeRules]:
     """Return the recorded worktree of an attempt, and the rules for showing its files."""
     run, spec = await read_run(store, session.run), await read_spec(store, session.run, session.task)
 
     config = run.worktrees
     rules = IntakeRules(redactor, spec.max_file, withheld=config.copied + config.linked)
-    return Worktree(Hub(Path(run.hub)), *session), rules
+    return Worktree(find_hub(run, environ), *session), rules
 
 
 async def find_workspace(
-    store: Store, adapters: Mapping[str, Adapter], logs: Path, redactor: Redactor, session: SessionName
+    store: Store,
+    adapters: Mapping[str, Adapter],
+    logs: Path,
+    redactor: Redactor,
+    environ: Mapping[str, str],
+    session: SessionName,
 ) -> SessionWorkspace:
     """Return an attempt's workspace on this machine; `logs` has a folder per run.
 
@@ -101,7 +108,7 @@ async def find_workspace(
     attempt = next((attempt for attempt in attempts if attempt.number == session.attempt), None)
     if attempt is None:
         raise RefusedError(f"attempt {session.attempt} of task {session.task!r} not found", "wait until it starts")
-    worktree, rules = await find_session_files(store, session, redactor)
+    worktree, rules = await find_session_files(store, session, redactor, environ)
     return SessionWorkspace(worktree, attempt.base, adapters[attempt.adapter], logs / session.run, rules)
 
 

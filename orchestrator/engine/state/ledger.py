@@ -22,12 +22,14 @@ from orchestrator.engine.state.records import new_task_writes, parse_entry, run_
 from orchestrator.engine.state.run_state import RunState
 from orchestrator.engine.state.tasks import LoadedRun, TaskDefinitions, TaskTable, load_run
 from orchestrator.engine.state.transitions import TaskUpdate, build_transition
+from orchestrator.engine.state.work_sharing import WorkSharing
 from orchestrator.engine.state.writer import RunWriter
 from orchestrator.errors import ClaimLost, LeaseLost, RefusedError, VersionConflict
 from orchestrator.locking.claims import Claims
 from orchestrator.locking.orchestrators import RunMembership
 from orchestrator.locking.takeovers import ClaimTakeovers
 from orchestrator.protocols import Commit, Event, Guard, Store, Write
+from orchestrator.repo.source.shared_work import SharedWork, TaskCommit
 from orchestrator.repo.worktrees.hub import work_branch_name
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
@@ -47,11 +49,14 @@ class Ledger:
     waits for a retry. `writer` commits; `run_state`, `adapters`, `tasks` and `definitions` hold the documents.
     """
 
-    def __init__(self, writer: RunWriter, loaded: LoadedRun, *, is_shared: bool = True) -> None:
-        """Create a ledger from loaded documents.
+    def __init__(
+        self, writer: RunWriter, loaded: LoadedRun, work: SharedWork | None = None, *, is_shared: bool = True
+    ) -> None:
+        """Create a ledger from loaded documents; `work` is at the remote if the run spans machines.
 
         Unless `is_shared`, there are no claims, and only the leader can work in the run.
         """
+        self.work = None if work is None else WorkSharing(work, writer)
         self.writer, self.orchestrators = writer, writer.orchestrators
         parts = writer.store, writer.clock, writer.orchestrators
         self.claims = Claims(*parts) if is_shared else None
@@ -72,6 +77,7 @@ class Ledger:
         redactor: Redactor,
         orchestrators: RunMembership,
         sandbox: str,
+        work: SharedWork | None = None,
         *,
         is_shared: bool = True,
     ) -> Ledger:
@@ -95,11 +101,17 @@ class Ledger:
                     raise
             else:
                 # Again: a checkpoint may have been restored before the lease.
-                return cls(writer, await load_run(store, writer.run, loaded), is_shared=is_shared)
+                return cls(writer, await load_run(store, writer.run, loaded), work, is_shared=is_shared)
 
     @classmethod
     async def join(
-        cls, store: Store, clock: Clock, redactor: Redactor, orchestrators: RunMembership, sandbox: str
+        cls,
+        store: Store,
+        clock: Clock,
+        redactor: Redactor,
+        orchestrators: RunMembership,
+        sandbox: str,
+        work: SharedWork | None = None,
     ) -> Ledger:
         """Join a run as a worker, and load it; the event has the kind of the `sandbox`."""
         writer, me = RunWriter(store, clock, redactor, orchestrators), orchestrators.me
@@ -107,7 +119,7 @@ class Ledger:
         joined = RunJoined(run=writer.run, orchestrator=me.id, host=me.host, pid=me.pid, sandbox=sandbox)
         await store.commit(Commit([orchestrators.join_write()], [Event.of(joined)]))
         orchestrators.mark_joined()
-        return cls(writer, await load_run(store, writer.run, loaded))
+        return cls(writer, await load_run(store, writer.run, loaded), work)
 
     @property
     def run(self) -> RunDocument:
@@ -121,6 +133,14 @@ class Ledger:
     def work_branch(self, task: str) -> str:
         """Return the branch with the built work of a task."""
         return work_branch_name(self.run.id, task, self.tasks[task].building_attempt.number)
+
+    async def fetch_work(self, task: str, commit: str | None, ref: str) -> None:
+        """Fetch recorded work of a task from other machines, and store it as `ref`, unless it is here.
+
+        Raises GitError if the remote can't be reached, and RefusedError if it does not have the work.
+        """
+        if self.work is not None and commit:
+            await self.work.fetch(TaskCommit(task, commit), ref)
 
     def statuses(self) -> dict[str, TaskStatus]:
         """Return the status of every task, in file order."""
@@ -139,6 +159,8 @@ class Ledger:
 
         `permits` are additional guards. Raises ClaimLost if another orchestrator has taken over one of the tasks.
         """
+        if self.work is not None:
+            await self.work.push(updates)
         writes, events, guards, changed = list[Write](), list[Event](), list(permits), dict[str, TaskDocument]()
         for task, update in updates.items():
             if self.is_claimed_elsewhere(task) or (self.tasks[task].status, update.trigger) not in TRANSITIONS:
@@ -219,6 +241,8 @@ class Ledger:
         if self.claims is None:
             await self.change_all({task: update})
             return True
+        if self.work is not None:
+            await self.work.push({task: update})
         async with self._path_starts if also is not None else nullcontext():
             with self.tasks.delay_reports([task]):
                 return await self._start(self.claims, task, update, also)

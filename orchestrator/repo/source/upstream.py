@@ -87,10 +87,23 @@ class UpstreamRepository:
 
     async def fetch(self, branch: str, ref: str) -> str:
         """Fetch a branch, store it as `ref` in the trusted repository; return the commit."""
-        refspec = f"+refs/heads/{branch}:{ref}"
+        return await self.fetch_ref(f"refs/heads/{branch}", ref)
+
+    async def fetch_ref(self, name: str, ref: str) -> str:
+        """Fetch any ref, store it as `ref` in the trusted repository; return the commit."""
         await self.git("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-maintenance",
-                       "--recurse-submodules=no", *self._upload, self.location, refspec)  # fmt: skip
+                       "--recurse-submodules=no", *self._upload, self.location, f"+{name}:{ref}")  # fmt: skip
         return await self.git.line("rev-parse", "--verify", f"{ref}^{{commit}}")
+
+    async def refs(self, pattern: str) -> list[str]:
+        """Return the names of the refs that match a pattern."""
+        done = await self.git("ls-remote", "--refs", self.location, pattern)
+        return [line.split("\t")[1] for line in done.stdout.decode(errors="surrogateescape").split("\n")[:-1]]
+
+    async def push_refs(self, refspecs: Sequence[str]) -> None:
+        """Create, replace or delete refs of our own at a remote, all or none if it can. Raises GitError."""
+        options = "--no-verify", "--no-signed", "--recurse-submodules=no", "--force"
+        await self.git("-c", "push.pushOption=", "push", "--quiet", *options, self.location, *refspecs)
 
     async def push(self, new: str, branch: str, old: str | None, keep_fds: Sequence[int]) -> PushResult:
         """Move a branch from `old` (None: it must not exist) to `new`, or not at all.

@@ -31,8 +31,10 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
+from orchestrator.domain.runs.model import RunDocument
 from orchestrator.domain.scheduling.claims import OrchestratorIdentity
 from orchestrator.errors import RefusedError, to_unusable_error
+from orchestrator.project import council_home
 from orchestrator.repo.git.command import IDENTITY, TRUSTED_NAME, Git
 from orchestrator.repo.worktrees import origin
 from orchestrator.repo.worktrees.files.file_trees import remove_all
@@ -67,8 +69,16 @@ class LivenessLocks:
         paths = await anyio.to_thread.run_sync(self._held, run)
         return frozenset(path.name.removeprefix(f"run-{run}.") for path in paths)
 
+    async def list_known(self, run: str) -> set[str]:
+        """Return a run's orchestrators that have ever run on this machine, unless the locks were deleted."""
+        paths = await anyio.to_thread.run_sync(self._all, run)
+        return {path.name.removeprefix(f"run-{run}.") for path in paths}
+
+    def _all(self, run: str) -> list[Path]:
+        return sorted(self.folder.glob(f"run-{run}.*"))
+
     def _held(self, run: str) -> list[Path]:
-        return [path for path in sorted(self.folder.glob(f"run-{run}.*")) if is_held(path)]
+        return [path for path in self._all(run) if is_held(path)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +161,11 @@ def locate_hub(source: str, home: Path) -> Hub:
     last = source.rstrip("/").removesuffix("/.git").removesuffix(".git").rsplit("/", 1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last)[:40] or "repo"
     return Hub(home / f"{name}-{hashlib.sha256(source.encode(errors='surrogateescape')).hexdigest()[:12]}")
+
+
+def find_hub(run: RunDocument, environ: Mapping[str, str]) -> Hub:
+    """Return the hub of a run on this machine. It need not exist, if another machine has created the run."""
+    return locate_hub(run.repo, council_home(environ)) if run.hub is None else Hub(Path(run.hub))
 
 
 async def create_hub(

@@ -1,0 +1,102 @@
+"""Machines share a store and a remote, and nothing else: each has its own home and folder."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Repository
+from tests.machines import Cluster, ended, work
+from tests.store_kinds import SERVERS
+from tests.waiting import wait_for
+
+
+@pytest.fixture(params=["postgres", pytest.param("redis", marks=pytest.mark.extended)])
+def cluster(request: pytest.FixtureRequest, repository: Repository, tmp_path: Path) -> Cluster:
+    """Return a remote with one commit on `main`."""
+    remote = tmp_path / "remote.git"
+    repository.git("clone", "--quiet", "--bare", str(repository.top), str(remote))
+    return Cluster(repository, remote, SERVERS[request.param].store_url_at(tmp_path))
+
+
+def test_a_worker_needs_only_the_store(cluster: Cluster, tmp_path: Path) -> None:
+    """Two machines with room for one session each run two tasks that wait for each other."""
+    first, second, met = cluster.machine("first"), cluster.machine("second"), tmp_path / "ledger"
+    steps = "intrude {met}/{me} here\nawait {met}/{other}\nwrite {me}.txt done"
+    tasks = [{"id": me, "prompt": steps.format(met=met, me=me, other=other)} for me, other in (("a", "b"), ("b", "a"))]
+    leader = first.start("run", cluster.configure(first, *tasks, capacity=1), "--json")
+    wait_for(cluster.attempts)
+    worker = ended(work(second, cluster))
+    report = ended(leader)
+    assert (report.code, report.states) == (0, {"a": "landed", "b": "landed"}), report.stderr
+    assert worker.code == 0, worker.stderr
+    assert sorted(cluster.attempts()) == ["a 1", "b 1"]
+    assert cluster.git("ls-tree", "--name-only", "main").split() == ["README.md", "a.txt", "b.txt", "src"]
+    assert cluster.shared() == []
+    # The folder now belongs to the store: commands need no option.
+    assert second.council("status", "--json").states == {"a": "landed", "b": "landed"}
+
+
+def test_work_of_a_lost_machine_lands_on_another(cluster: Cluster) -> None:
+    """It is at the remote before it counts as built; the lost machine's folders are not needed."""
+    first, second = cluster.machine("first"), cluster.machine("second")
+    config = cluster.configure(first, {"id": "one", "prompt": "write one.txt 1"})
+    assert first.council("run", config, failpoints="work.recorded=kill").code == -signal.SIGKILL
+    first.top.parent.rename(first.top.parent.with_name("lost"))
+    assert len(cluster.shared()) == 1
+    report = ended(work(second, cluster))
+    assert (report.code, report.states) == (0, {"one": "landed"}), report.stderr
+    assert cluster.attempts() == ["one 1"]
+    assert cluster.git("show", "main:one.txt") == "1"
+    assert cluster.shared() == []
+
+
+def test_a_later_phase_continues_on_another_machine(cluster: Cluster) -> None:
+    """It starts from the work of the first phase, although the machine that built it is lost."""
+    first, second = cluster.machine("first"), cluster.machine("second")
+    workflows = {"two": [{"build": {}}, {"polish": {}}]}
+    prompt = "in build write one.txt 1\nin polish append one.txt 2"
+    task = {"id": "one", "prompt": prompt, "workflow": "two"}
+    config = cluster.configure(first, task, workflows=workflows)
+    assert first.council("run", config, failpoints="attempt.ended=kill").code == -signal.SIGKILL
+    first.top.parent.rename(first.top.parent.with_name("lost"))
+    report = ended(work(second, cluster))
+    assert (report.code, report.states) == (0, {"one": "landed"}), report.stderr
+    assert cluster.attempts() == ["one 1", "one 2"]
+    assert cluster.git("show", "main:one.txt") == "1\n2"
+
+
+def test_replaced_work_at_the_remote_does_not_land(cluster: Cluster) -> None:
+    """Whoever can write to the remote can't exchange recorded work: its commit is recorded in the store."""
+    first, second = cluster.machine("first"), cluster.machine("second")
+    config = cluster.configure(first, {"id": "one", "prompt": "write one.txt 1"})
+    assert first.council("run", config, failpoints="work.recorded=kill").code == -signal.SIGKILL
+    first.top.parent.rename(first.top.parent.with_name("lost"))
+    [ref] = cluster.shared()
+    evil = cluster.git("commit-tree", "main^{tree}", "-p", "main", "-m", "evil")
+    cluster.git("update-ref", ref, evil)
+    cluster.git("gc", "--quiet", "--prune=now")
+    report = ended(work(second, cluster))
+    assert report.states == {"one": "queued"}
+    assert "is not the work of task 'one'" in json.dumps(report.lines)
+    assert evil not in cluster.git("rev-list", "main")
+
+
+def test_work_waits_for_the_remote(cluster: Cluster, tmp_path: Path) -> None:
+    """A session that ends while the remote is gone is not lost, nor repeated, and lands afterwards."""
+    first, gone = cluster.machine("first"), tmp_path / "gone.git"
+    prompt = f"intrude {tmp_path}/ledger/started 1\nawait {tmp_path}/ledger/go\nwrite one.txt 1"
+    child = first.start("run", cluster.configure(first, {"id": "one", "prompt": prompt}), "--json")
+    wait_for((tmp_path / "ledger" / "started").exists)
+    cluster.remote.rename(gone)
+    (tmp_path / "ledger" / "go").touch()
+    time.sleep(3)
+    gone.rename(cluster.remote)
+    report = ended(child)
+    assert (report.code, report.states) == (0, {"one": "landed"}), report.stderr
+    assert cluster.attempts() == ["one 1"]
+    assert cluster.shared() == []
