@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,7 @@ from orchestrator.project import Project
 from orchestrator.protocols import CommitRecord, Event, JsonObject, Key, Store
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.landing.target_branch import TASK_TRAILER
-from orchestrator.repo.worktrees.hub import Hub
+from orchestrator.repo.worktrees.hub import Hub, find_hub
 from orchestrator.repo.worktrees.slots import list_slots, read_record, read_slot_session
 from orchestrator.repo.worktrees.worktrees import list_lock_files
 from orchestrator.state.stores.file import open_file_store
@@ -123,7 +123,11 @@ async def _violations(scene: RunUnderTest, state: _State) -> AsyncIterator[str]:
             if key.startswith(f"{run.id}/")
         }
         specs = {task: TaskSpec.model_validate(state.of("spec")[f"{run.id}/{task}"]) for task in run.tasks}
-        for violation in (*_attempts(scene, run, tasks, specs), *_unsettled(run, tasks), *_left_overs(run, tasks)):
+        for violation in (
+            *_attempts(scene, run, tasks, specs),
+            *_unsettled(run, tasks),
+            *_left_overs(run, tasks, scene),
+        ):
             yield violation
         async for violation in _landings(scene, run, tasks):
             yield violation
@@ -226,7 +230,7 @@ async def _secrets(scene: RunUnderTest, state: _State) -> AsyncIterator[str]:
         if path.is_file() and (found := _canary(scene, path.read_bytes())):
             yield f"14: {path} has {found!r}"
     # The trusted repository uses the hub's objects; unreferenced ones count as well.
-    repositories = {Hub(Path(value["hub"])).trusted for value in state.of("run").values()} | {scene.top / ".git"}
+    repositories = {hub.trusted for hub in _hubs(state, scene)} | {scene.top / ".git"}
     for repository in repositories:
         arguments = ("cat-file", "--batch-all-objects", "--batch", "--unordered")
         objects = await scene.git(*arguments, cwd=repository)
@@ -245,8 +249,13 @@ def _unsettled(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str]
     return [f"16: {task} is {one.status}, the run is over" for task, one in tasks.items() if one.status in stages]
 
 
-def _left_overs(run: RunDocument, tasks: Mapping[str, TaskDocument]) -> list[str]:
-    hub = Hub(Path(run.hub))
+def _hubs(state: _State, scene: RunUnderTest) -> Iterator[Hub]:
+    for value in state.of("run").values():
+        yield find_hub(RunDocument.model_validate(value), scene.environ)
+
+
+def _left_overs(run: RunDocument, tasks: Mapping[str, TaskDocument], scene: RunUnderTest) -> list[str]:
+    hub = find_hub(run, scene.environ)
     broken = [f"10: {lock.path} is left" for lock in list_lock_files(hub)]
     kept = {f"{task}.{one.number}" for task, document in tasks.items() for one in document.attempts if one.is_kept}
     indexes = hub.indexes.glob(f"{run.id}-*")
@@ -319,7 +328,7 @@ async def _landings(scene: RunUnderTest, run: RunDocument, tasks: Mapping[str, T
 async def _starts(
     run: RunDocument, tasks: Mapping[str, TaskDocument], specs: Mapping[str, TaskSpec], scene: RunUnderTest
 ) -> AsyncIterator[str]:
-    git = Git(Hub(Path(run.hub)).trusted, environ=scene.environ)
+    git = Git(find_hub(run, scene.environ).trusted, environ=scene.environ)
     for task, spec in specs.items():
         for need in spec.needs:
             for attempt in tasks[task].attempts:
@@ -336,7 +345,7 @@ async def _starts(
 
 
 async def _stacks(run: RunDocument, tasks: Mapping[str, TaskDocument], scene: RunUnderTest) -> AsyncIterator[str]:
-    git = Git(Hub(Path(run.hub)).trusted, environ=scene.environ)
+    git = Git(find_hub(run, scene.environ).trusted, environ=scene.environ)
     for task, document in tasks.items():
         for need in document.stack if document.landed is not None else ():
             landed = tasks[need].landed
@@ -346,7 +355,7 @@ async def _stacks(run: RunDocument, tasks: Mapping[str, TaskDocument], scene: Ru
 
 async def _repository(scene: RunUnderTest, state: _State) -> AsyncIterator[str]:
     targets = {value["target"] for value in state.of("run").values()}
-    for root in {Path(value["hub"]) for value in state.of("run").values()}:
+    for root in {hub.root for hub in _hubs(state, scene)}:
         for violation in await _places(Hub(root)):
             yield violation
         checked = await Git(Hub(root).trusted, environ=scene.environ)("fsck", "--no-dangling", ok=range(256))

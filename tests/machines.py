@@ -68,7 +68,7 @@ def work(machine: Repository, cluster: Cluster, *more: str, failpoints: str = ""
 
 def ended(child: StartedCommand) -> CommandResult:
     """Wait for the end of a command."""
-    stdout, stderr = child.communicate(timeout=120)
+    stdout, stderr = child.communicate(timeout=60)
     return CommandResult(child.returncode, stdout, stderr)
 
 

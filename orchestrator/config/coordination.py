@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from orchestrator.config.model import RunConfig
+from orchestrator.domain.settings.names import check_name
 from orchestrator.domain.settings.quantities import MAX_DURATION, format_duration
 from orchestrator.domain.settings.run_settings import MAX_RETRIES, CoordinationSettings, TaskSpec
 from orchestrator.domain.wording import quote_text
@@ -22,6 +23,8 @@ ENVIRONMENT_VARIABLES: Final[Mapping[str, str]] = {
     "owner_stale_after": "TASK_CLAIM_OWNER_STALE_TTL_MS",
     "max_retries": "SHARED_STATE_MAX_RETRIES",
 }
+#: The environment variable with the labels of a machine.
+LABELS_VARIABLE: Final = "COUNCIL_LABELS"
 #: The command-line option that overrides each key.
 COMMAND_OPTIONS: Final[Mapping[str, str]] = {
     "heartbeat_interval": "--heartbeat",
@@ -75,6 +78,23 @@ def find_duration_conflicts(config: CoordinationSettings) -> Iterator[DurationCo
 def explain_duration_conflict(conflict: DurationConflict, config: CoordinationSettings) -> tuple[str, str]:
     """Return the problem and its remedy, with the keys of the config file."""
     return _explain(conflict, config, {})
+
+
+def read_labels(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the labels of this machine in `COUNCIL_LABELS`, separated by commas. Raises RefusedError."""
+    return check_labels([label.strip() for label in environ.get(LABELS_VARIABLE, "").split(",") if label.strip()])
+
+
+def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """Return labels without duplicates. Raises RefusedError if one is invalid."""
+    invalid = []
+    for label in labels:
+        try:
+            check_name(label)
+        except ValueError as error:
+            invalid.append((f"invalid label {quote_text(label)}", str(error)))
+    raise_combined_refusal(invalid, f"correct --label or {LABELS_VARIABLE}")
+    return tuple(dict.fromkeys(labels))
 
 
 def read_environment(environ: Mapping[str, str]) -> CoordinationOverrides:

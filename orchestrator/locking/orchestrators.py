@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import anyio
@@ -56,8 +56,8 @@ def orchestrator_key(run: str, orchestrator: str) -> Key:
     return Key(_KIND, f"{run}/{orchestrator}")
 
 
-def create_owner(role: Role, *, shares: bool = True) -> OrchestratorIdentity:
-    """Return a new identity for this process; `shares` allows peers in its runs."""
+def create_owner(role: Role, *, shares: bool = True, labels: Sequence[str] = ()) -> OrchestratorIdentity:
+    """Return a new identity for this process, with the labels of its machine; `shares` allows peers in its runs."""
     host, pid = socket.gethostname(), os.getpid()
     return OrchestratorIdentity(
         id=f"{host}-{pid}-{secrets.token_hex(3)}",
@@ -67,6 +67,7 @@ def create_owner(role: Role, *, shares: bool = True) -> OrchestratorIdentity:
         started=start_ticks(pid),
         role=role,
         shares=shares,
+        labels=tuple(labels),
     )
 
 

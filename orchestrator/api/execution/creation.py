@@ -65,6 +65,7 @@ async def create_run(
         context.environ,
         store=location,
         allow_deferred=allow_deferred,
+        spans_machines=spans_machines,
     )
     if config.pull_requests is not None:
         forge = config.pull_requests.to_stored()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -19,12 +19,13 @@ from orchestrator.api.execution.leadership import (
 from orchestrator.api.execution.services import background_services, survive_store_outages
 from orchestrator.api.run_index import RunIndex
 from orchestrator.api.run_reader import RunReader
-from orchestrator.config.coordination import CoordinationOverrides, resolve_coordination
+from orchestrator.config.coordination import CoordinationOverrides, check_labels, read_labels, resolve_coordination
 from orchestrator.domain.events.runs import RunFileChanged, RunInterrupted, RunWorkerLeft
 from orchestrator.domain.runs.model import HaltCause, RunDocument
 from orchestrator.domain.runs.statuses import FINAL_STATUSES
 from orchestrator.domain.scheduling.dispatch import DispatchBoard, DispatchEntry, with_subtasks
 from orchestrator.domain.settings.run_settings import Budget, CoordinationSettings
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.attaching import (
     AttachedTask,
     check_attachable,
@@ -90,6 +91,9 @@ class RunExecutor:
                 if has_ended and not may_be_landed:
                     return await reader.status(run)
                 async with entry.lead(lock) as (ledger, run_context):
+                    disabled = _NONE
+                    if document.hub is None:  # other machines may have the programs that this one lacks
+                        disabled = await find_unusable_adapters(run_context.adapters, self._context.environ)
                     if may_be_landed and await Reconciler(ledger, run_context).adopt_landings(frozenset()):
                         before = await reader.record(run)  # the user has landed something since
                     elif has_ended:
@@ -102,14 +106,18 @@ class RunExecutor:
                     if before.orchestrators:  # an earlier process executed the run
                         await self._note_file_changes(ledger)
                     return await self._execute(
-                        reader, before, ledger, run_context, capacity=capacity, only_lands=only_lands
+                        reader, before, ledger, run_context, capacity=capacity, disabled=disabled, only_lands=only_lands
                     )
         except LockHeld as held:
             join = f"join it with `council work {run}`" if settings.enabled else ""
             raise run_active_error(run, held, or_else=join) from None
 
     async def work(
-        self, run: str, capacity: int | None = None, coordination: CoordinationOverrides | None = None
+        self,
+        run: str,
+        capacity: int | None = None,
+        coordination: CoordinationOverrides | None = None,
+        labels: Sequence[str] | None = None,
     ) -> RunReport:
         """Join a run as an additional worker; see `Runs.work`."""
         context = self._context
@@ -118,7 +126,7 @@ class RunExecutor:
         if not settings.enabled:
             raise sharing_disabled_error(run, context.environ, coordination)
         hub = await RunIndex(context).hub(document)
-        async with self._entry(document, hub, settings) as entry, _join(entry) as (ledger, run_context):
+        async with self._entry(document, hub, settings, labels) as entry, _join(entry) as (ledger, run_context):
             disabled = await find_unusable_adapters(run_context.adapters, context.environ)
             reader = RunReader(entry.context)
             return await self._execute(
@@ -160,12 +168,15 @@ class RunExecutor:
             return report
 
     @asynccontextmanager
-    async def _entry(self, run: RunDocument, hub: Hub, settings: CoordinationSettings) -> AsyncIterator[RunEntry]:
+    async def _entry(
+        self, run: RunDocument, hub: Hub, settings: CoordinationSettings, labels: Sequence[str] | None = None
+    ) -> AsyncIterator[RunEntry]:
         """Yield the entry into a run, with a store that survives outages during the body."""
+        own = read_labels(self._context.environ) if labels is None else check_labels(labels)
         async with survive_store_outages(
             self._context, run.id, settings, gives_up=lambda: self._stop.is_set
         ) as context:
-            yield RunEntry(context, run, hub, settings)
+            yield RunEntry(context, run, hub, settings, own)
 
     async def _note_file_changes(self, ledger: Ledger) -> None:
         if await has_same_config_file(ledger.run):
@@ -215,6 +226,8 @@ class RunExecutor:
             finally:
                 self._stop.remove(scheduler.stop)
         why = "it was stopped" if attached is None else f"a user was attached to task {attached.task!r}"
+        if not self._stop.is_set and (missing := scheduler.find_unavailable()):
+            why = f"its machine lacks {join_names(dict.fromkeys(missing.values()))} for the remaining tasks"
         return await _record_end(reader, ledger, scheduler, run, why, finished=finished)
 
     async def _phase_handlers(self, context: ProjectContext, ledger: Ledger, run_context: RunContext) -> PhaseHandlers:
@@ -299,7 +312,7 @@ def _board(
 ) -> DispatchBoard:
     capacities = {name: one.capacity for name, one in run_context.configs.items() if one.capacity is not None}
     statuses = ledger.statuses()
-    board = DispatchBoard.of(entries, statuses, capacities, worker)
+    board = DispatchBoard.of(entries, statuses, capacities, worker, ledger.orchestrators.me.labels)
     for task, status in statuses.items():
         if ledger.is_claimed_elsewhere(task):
             board.sync_task(task, status, context.clock.monotonic())

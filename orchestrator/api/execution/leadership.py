@@ -42,6 +42,8 @@ class RunEntry:
     run: RunDocument
     hub: Hub
     settings: CoordinationSettings
+    labels: tuple[str, ...] = ()
+    """The labels of this machine."""
 
     @asynccontextmanager
     async def lead(self, lock: HeldLock) -> AsyncIterator[tuple[Ledger, RunContext]]:
@@ -50,7 +52,7 @@ class RunEntry:
         `lock` is the lock from `hold_run_lock`.
         """
         role = Role.WORKER if self.settings.role == "worker" else Role.LEADER
-        me = create_owner(role, shares=self.settings.enabled)
+        me = create_owner(role, shares=self.settings.enabled, labels=self.labels)
         store, clock = self.context.store, self.context.clock
         async with self.hub.liveness_locks.of(self.run.id, me.id).hold(0) as life:
             members = self._membership(me)
@@ -73,7 +75,8 @@ class RunEntry:
     @asynccontextmanager
     async def join(self) -> AsyncIterator[tuple[Ledger, RunContext]]:
         """Join the run as an additional worker during the body."""
-        me = create_owner(Role.LEADER if self.settings.role == "leader" else Role.WORKER)
+        role = Role.LEADER if self.settings.role == "leader" else Role.WORKER
+        me = create_owner(role, labels=self.labels)
         async with self.hub.liveness_locks.of(self.run.id, me.id).hold(0) as life:
             members = self._membership(me)
             opened = await self._open_run_context([life.fd], me.id)

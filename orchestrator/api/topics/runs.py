@@ -151,16 +151,22 @@ class Runs(RunIndex):
         return await (await self._executor()).resume(await self.find(run), only_lands=True)
 
     async def work(
-        self, run: str, *, capacity: int | None = None, coordination: CoordinationOverrides | None = None
+        self,
+        run: str,
+        *,
+        capacity: int | None = None,
+        coordination: CoordinationOverrides | None = None,
+        labels: Sequence[str] | None = None,
     ) -> RunReport:
         """Join a run as an additional worker until no task is left; return the report.
 
-        Claims free tasks whose adapter works on this machine, at most `capacity` at once (None: the run's capacity).
+        Claims free tasks whose adapter works on this machine, and whose labels are all in `labels` (None: those in
+        `COUNCIL_LABELS`), at most `capacity` at once (None: the run's capacity).
         If the run no longer has a leader, this process becomes the leader. With a store on a server, a folder outside
         any project becomes one of this store.
         """
         await self.context.join_project()
-        return await (await self._executor()).work(run, capacity, coordination)
+        return await (await self._executor()).work(run, capacity, coordination, labels)
 
     async def attach(self, task: str, terminal: UserTerminal, *, run: str | None = None) -> RunReport:
         """Open the conversation of a task in a terminal, in its worktree and sandbox; return the report.

@@ -89,7 +89,7 @@ class RunCapacityLimited(RunEvent):
 
 
 class RunWaiting(RunEvent):
-    """The run can only wait for paused adapters, approvals, pull requests or held tasks; repeated after changes."""
+    """The run can only wait, for the adapters, users or machines that it names; repeated after changes."""
 
     type = "run.waiting"
     sentence = "waiting for {awaited}, at least until {until}"
@@ -104,6 +104,8 @@ class RunWaiting(RunEvent):
     """The tasks that land once a user releases them."""
     pull_requests: Sequence[str] = ()
     """The tasks whose pull requests are open."""
+    missing: Mapping[str, str] = {}
+    """The tasks that no machine of the run can start, each with what is missing."""
 
     @property
     def awaited(self) -> str:
@@ -112,7 +114,8 @@ class RunWaiting(RunEvent):
         approvals = f"your approval of {', '.join(self.approvals)}" if self.approvals else ""
         held = f"`council queue release {' '.join(self.held)}`" if self.held else ""
         pull_requests = f"the pull requests of {', '.join(self.pull_requests)}" if self.pull_requests else ""
-        return ", and for ".join(filter(None, (adapters, approvals, held, pull_requests)))
+        missing = f"a machine with {join_names(dict.fromkeys(self.missing.values()))}" if self.missing else ""
+        return ", and for ".join(filter(None, (adapters, approvals, held, pull_requests, missing)))
 
 
 class RunPaused(RunEvent):

@@ -41,6 +41,8 @@ class OrchestratorIdentity(StoredDocument):
     role: Role = Role.WORKER
     shares: bool = True
     """Whether it claims its tasks; if not, no other orchestrator can work on the run."""
+    labels: tuple[str, ...] = ()
+    """The labels of its machine."""
 
 
 class ClaimCounters(StoredDocument):

@@ -9,7 +9,7 @@ the live tasks that own paths. `orchestrator.domain.scheduling.ready` handles co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -63,6 +63,9 @@ class DispatchEntry:
     """The tracker that it comes from."""
     built_needs: tuple[str, ...] = ()
     """The needs of which built work suffices, before it has landed."""
+
+    labels: tuple[str, ...] = ()
+    """The labels that a machine must have to run it."""
 
     @property
     def is_from_file(self) -> bool:
@@ -129,13 +132,22 @@ class DispatchBoard:
     """
 
     def __init__(
-        self, entries: Mapping[str, DispatchEntry], capacities: Mapping[str, int] = _NO_LIMITS, worker: int = 0
+        self,
+        entries: Mapping[str, DispatchEntry],
+        capacities: Mapping[str, int] = _NO_LIMITS,
+        worker: int = 0,
+        labels: Collection[str] = (),
     ) -> None:
         """Create a board of pending tasks; `capacities` limits sessions by adapter.
 
-        `worker` is the number of an additional process of the run, which selects its share.
+        `worker` is the number of an additional process of the run, which selects its share. `labels` are those of this
+        machine.
         """
-        self._worker = worker
+        self._worker, self._labels = worker, labels
+        self.adapters = AdapterPool(capacities)
+        self.missing_labels: dict[str, str] = {}
+        """The labels that this machine lacks, by the disabled adapter that stands for each."""
+        entries = {task: self._require_labels(entry) for task, entry in entries.items()}
         self.entries = dict(entries)
         """The entries of all tasks, including those that plans have added."""
         self._state = dict.fromkeys(entries, _PENDING)
@@ -146,7 +158,6 @@ class DispatchBoard:
             self._graph.set_needs(task, entry.needs, entry.built_needs)
         self.blocked: Mapping[str, str] = self._graph.blocked
         """Tasks that can no longer start, each with a need that will not land."""
-        self.adapters = AdapterPool(capacities)
         self._queue = ReadyQueue(self.adapters)
         self._placements = Placements(self._queue)
         for order, (task, entry) in enumerate(entries.items()):
@@ -163,9 +174,10 @@ class DispatchBoard:
         statuses: Mapping[str, TaskStatus],
         capacities: Mapping[str, int] = _NO_LIMITS,
         worker: int = 0,
+        labels: Collection[str] = (),
     ) -> DispatchBoard:
         """Return the board of a run in progress; built tasks own paths until they land."""
-        board = cls(entries, capacities, worker)
+        board = cls(entries, capacities, worker, labels)
         for task, status in statuses.items():
             if status in SUCCESS_STATUSES:
                 board.landed(task)
@@ -183,8 +195,20 @@ class DispatchBoard:
                 board.ended(task)
         return board
 
+    def _require_labels(self, entry: DispatchEntry) -> DispatchEntry:
+        """Return the entry, with a disabled adapter instead of its own if this machine lacks one of its labels."""
+        missing = next((label for label in entry.labels if label not in self._labels), None)
+        if missing is None:
+            return entry
+        name = f"label {missing}"  # names of adapters have no spaces
+        if name not in self.missing_labels:
+            self.missing_labels[name] = missing
+            self.adapters.disable(name, f"this machine does not have the label {missing!r}")
+        return replace(entry, adapter=name, fallback=(), workflow=None)
+
     def add(self, entries: Mapping[str, DispatchEntry], file_order: Iterable[str]) -> None:
         """Add pending tasks at their positions; they may need each other."""
+        entries = {task: self._require_labels(entry) for task, entry in entries.items()}
         orders = self._placements.positions(entries, file_order)
         self.entries |= entries
         for task, entry in entries.items():
@@ -312,11 +336,11 @@ class DispatchBoard:
         """Return the adapter that runs a task, or would run it now."""
         return self.adapters.adapter_of(task, self._placements[task].bucket.adapter_group)
 
-    def remaining_adapters(self, statuses: Mapping[str, TaskStatus]) -> Iterator[Sequence[str]]:
-        """Yield the adapters of each task that is not finished or permanently blocked."""
+    def remaining_adapters(self, statuses: Mapping[str, TaskStatus]) -> Iterator[tuple[str, Sequence[str]]]:
+        """Yield each task that is not finished or permanently blocked, with its adapters."""
         for task, status in statuses.items():
             if status not in FINAL_STATUSES and task not in self.blocked:
-                yield self.entries[task].adapters
+                yield task, self.entries[task].adapters
 
     def choose_tasks(self, limit: int, now: float) -> list[str]:
         """Return the tasks to start, in order, at most `limit`; they count as running."""

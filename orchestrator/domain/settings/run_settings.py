@@ -411,6 +411,8 @@ class TaskSettings(Settings):
     """The size of the largest file that may be committed."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Tasks with a higher priority start first, and land first; each ten minutes of waiting add one."""
+    labels: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    """The labels that a machine must have to run it; see `council work --label`."""
     instructions: Prompt | None = None
     """Instructions in addition to the prompt, as part of the system prompt if the CLI has one."""
     budget: Budget = Field(default_factory=Budget)

@@ -18,7 +18,7 @@ from orchestrator.engine.diagnostics.sandbox_probe import SandboxProbe, check_ad
 from orchestrator.engine.worktree_sources import BaseCommit, check_worktree_sources
 from orchestrator.errors import GitError, RefusedError, raise_combined_refusal, to_unusable_error
 from orchestrator.project import Project, council_home
-from orchestrator.protocols import Adapter
+from orchestrator.protocols import Adapter, Program
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.git.reading import read_ref
 from orchestrator.repo.source.compatibility import check_complete_clone, check_supported
@@ -64,16 +64,21 @@ async def run_preflight(
     *,
     store: StoreLocation | None,
     allow_deferred: bool,
+    spans_machines: bool = False,
 ) -> PreflightResult:
     """Check that a config can run with the adapters that its tasks use.
 
-    `store` is the location of the store that will record the run, or None. Raises RefusedError if the run can't start,
+    `store` is the location of the store that will record the run, or None. If the run `spans_machines`, another one may
+    have the programs that this one lacks. Raises RefusedError if the run can't start,
     for example because of a missing base, a target with uncommitted changes, or a missing program.
     """
     if sum(len(task.prompt) for task in config.tasks) > MAX_PROMPTS_LENGTH:
         message = f"the prompts exceed {MAX_PROMPTS_LENGTH >> 20} MiB in total"
         raise RefusedError(message, "split the tasks into several runs")
-    check_programs(adapters, environ)
+    if spans_machines:
+        adapters = {name: adapter for name, adapter in adapters.items() if not _missing_programs(adapter, environ)}
+    else:
+        check_programs(adapters, environ)
     sandbox = await choose_sandbox(
         config.sandbox.sandbox, network=config.sandbox.has_network, hosts=config.sandbox.hosts, environ=environ
     )
@@ -214,11 +219,13 @@ async def check_checkout(
 
 def check_programs(adapters: Mapping[str, Adapter], environ: Mapping[str, str]) -> None:
     """Raise RefusedError that lists all adapters whose program is not on PATH, or not executable."""
-    path = environ.get("PATH")
     missing = []
     for name, adapter in adapters.items():
-        for program in adapter.programs():
-            if shutil.which(program.name, path=path) is None:
-                reason, remedy = explain_missing(program, path)
-                missing.append((f"adapter {name!r} runs {program.name!r}, which is {reason}", remedy))
+        for program in _missing_programs(adapter, environ):
+            reason, remedy = explain_missing(program, environ.get("PATH"))
+            missing.append((f"adapter {name!r} runs {program.name!r}, which is {reason}", remedy))
     raise_combined_refusal(missing, "fix these, or use another adapter for their tasks")
+
+
+def _missing_programs(adapter: Adapter, environ: Mapping[str, str]) -> list[Program]:
+    return [one for one in adapter.programs() if shutil.which(one.name, path=environ.get("PATH")) is None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -85,8 +85,11 @@ class Scheduler:
         self._peers = PeerSync(ledger, context, pool, self._local, budgets, self._halt, lambda: self._is_start_blocked)
         self._only_lands = False
         self._stopping = False
-        self._last_noted_wait: tuple[Mapping[str, float], Mapping[str, int], Sequence[str]] = {}, {}, ()
-        """The cooling adapters, waiting approvals and held tasks of the last `run.waiting` event."""
+        self._is_host = ledger.writer.became_leader.is_set()
+        """Whether this process was started to lead the run, and waits for machines that can run the remaining tasks."""
+        self._last_noted_wait: tuple[Mapping[str, float], Mapping[str, int], Sequence[str], Mapping[str, str]]
+        self._last_noted_wait = {}, {}, (), {}
+        """What the last `run.waiting` event names: cooling adapters, users, held tasks and machines."""
 
     def stop(self) -> None:
         """Stop sessions and checks, and start no more of them.
@@ -150,10 +153,10 @@ class Scheduler:
                     await self._pause()
                     await self._tick(group)
             services.cancel_scope.cancel()
-        remaining = [*self._board.remaining_adapters(self._ledger.statuses())]
         was_stopped = self._stopping or self.halted is not None or attached is not None
-        has_work = any(remaining) or self._context.find_new_tasks is not None
-        if has_work and (was_stopped or _has_unavailable(remaining, self._unavailable_adapters, self._board)):
+        has_work = any(self._board.remaining_adapters(self._ledger.statuses()))
+        has_work = has_work or self._context.find_new_tasks is not None
+        if (has_work and was_stopped) or self.find_unavailable():
             return False
         self.halted = None
         await self._repository_guard.compare()
@@ -220,7 +223,8 @@ class Scheduler:
             return
         awaited, users = self._board.forecast.awaited(), self._local.awaiting_user()
         held = tuple(task for task in self._merge_queue.tasks.held if self._merge_queue.tasks.is_held(task))
-        waits = awaited, users, held
+        missing = await self._find_missing()
+        waits = awaited, users, held, missing
         if (not awaited and self._board.forecast.has_work()) or not any(waits) or waits == self._last_noted_wait:
             return
         self._last_noted_wait = waits
@@ -229,8 +233,38 @@ class Scheduler:
         proposed = [task for task in users if self._ledger.task(task).status is TaskStatus.PROPOSED]
         approvals = [task for task in users if task not in proposed]
         await self._ledger.note(
-            RunWaiting(until=until, adapters=adapters, approvals=approvals, held=held, pull_requests=proposed)
+            RunWaiting(
+                until=until,
+                adapters=adapters,
+                approvals=approvals,
+                held=held,
+                pull_requests=proposed,
+                missing=missing,
+            )
         )
+
+    def find_unavailable(self) -> dict[str, str]:
+        """Return the remaining tasks that this process can't start, with what this machine lacks."""
+        disabled, labels = self._board.adapters.disabled, self._board.missing_labels
+        lacking = {name: f"the label {label}" for name, label in labels.items()} | {
+            name: f"a working {name} ({reason})"
+            for name, reason in self._unavailable_adapters.items()
+            if disabled.get(name) == reason
+        }
+        remaining = self._board.remaining_adapters(self._ledger.statuses()) if lacking else ()
+        first = {task: next((name for name in names if name in lacking), None) for task, names in remaining}
+        return {task: lacking[name] for task, name in first.items() if name is not None}
+
+    async def _find_missing(self) -> dict[str, str]:
+        """Return the tasks that no machine of the run can start, with what is missing."""
+        missing = self.find_unavailable() if self._is_host else {}
+        if missing:
+            peers = [one.owner for one in (await self._ledger.orchestrators.peers.all()).values() if one.ended is None]
+            me = self._ledger.orchestrators.me.id
+            others = [set(peer.labels) for peer in peers if peer.id != me]
+            needed = {task: set(self._board.entries[task].labels) for task in missing}
+            missing = {task: what for task, what in missing.items() if not any(needed[task] <= one for one in others)}
+        return missing
 
     async def _free(self, now: float) -> int:
         """Return the number of sessions that may start now.
@@ -260,6 +294,7 @@ class Scheduler:
         awaits_user = self._local.awaiting_user() or self._merge_queue.tasks.held or self._local.attached
         follows = self._context.find_new_tasks is not None
         is_open = self._board.forecast.has_work() or self._local.is_waiting_for_peers() or awaits_user or follows
+        is_open = is_open or (self._is_host and bool(self.find_unavailable()))
         return self._is_start_blocked or not is_open
 
     async def _pause(self) -> None:
@@ -317,18 +352,6 @@ class Scheduler:
 def _own_tasks(ledger: Ledger, statuses: Mapping[str, TaskStatus], status: TaskStatus) -> Iterator[str]:
     """Yield the tasks with a status that no other orchestrator has claimed."""
     return (task for task, one in statuses.items() if one is status and not ledger.is_claimed_elsewhere(task))
-
-
-def _has_unavailable(
-    remaining: Iterable[Sequence[str]], unavailable_adapters: Mapping[str, str], board: DispatchBoard
-) -> bool:
-    """Return True if another process could run tasks that this one can't.
-
-    Then this process does not record the end of the run. `remaining` are the adapters of each unfinished task.
-    """
-    disabled = board.adapters.disabled
-    unavailable = {name for name, reason in unavailable_adapters.items() if disabled.get(name) == reason}
-    return any(unavailable.intersection(adapters) for adapters in remaining)
 
 
 async def _monitor_as_leader(ledger: Ledger) -> None:

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Repository
+from tests.command_server import StartedCommand
+from tests.conftest import FAKE_CLI, Repository
 from tests.machines import Cluster, ended, work
 from tests.store_kinds import SERVERS
 from tests.waiting import wait_for
+
+
+def wait_for_machines(leader: StartedCommand) -> dict[str, str]:
+    """Read events until the run can only wait for a machine; return what is missing, by task."""
+    assert leader.stdout is not None
+    for line in leader.stdout:
+        event = json.loads(line)
+        if event.get("event") == "run.waiting":
+            missing: dict[str, str] = event["missing"]
+            return missing
+    raise AssertionError("the run has ended")
 
 
 @pytest.fixture(params=["postgres", pytest.param("redis", marks=pytest.mark.extended)])
@@ -58,7 +73,7 @@ def test_work_of_a_lost_machine_lands_on_another(cluster: Cluster) -> None:
 def test_a_later_phase_continues_on_another_machine(cluster: Cluster) -> None:
     """It starts from the work of the first phase, although the machine that built it is lost."""
     first, second = cluster.machine("first"), cluster.machine("second")
-    workflows = {"two": [{"build": {}}, {"polish": {}}]}
+    workflows: dict[str, object] = {"two": [{"build": {}}, {"polish": {}}]}
     prompt = "in build write one.txt 1\nin polish append one.txt 2"
     task = {"id": "one", "prompt": prompt, "workflow": "two"}
     config = cluster.configure(first, task, workflows=workflows)
@@ -100,3 +115,41 @@ def test_work_waits_for_the_remote(cluster: Cluster, tmp_path: Path) -> None:
     assert (report.code, report.states) == (0, {"one": "landed"}), report.stderr
     assert cluster.attempts() == ["one 1"]
     assert cluster.shared() == []
+
+
+def test_labels_choose_the_machine(cluster: Cluster, tmp_path: Path) -> None:
+    """The machine that created the run waits for one with the label of a task, and says so once."""
+    first, second = cluster.machine("first"), cluster.machine("second")
+    labelled = {"id": "gpu", "prompt": "write gpu.txt 1", "labels": ["gpu"]}
+    config = cluster.configure(first, {"id": "any", "prompt": "write any.txt 1"}, labelled)
+    leader = first.start("run", config, "--json")
+    waits = wait_for_machines(leader)
+    unlabelled = ended(work(second, cluster))
+    assert unlabelled.states == {"any": "landed", "gpu": "pending"}
+    worker = ended(work(second, cluster, "--label", "gpu"))
+    report = ended(leader)
+    assert (report.code, report.states) == (0, {"any": "landed", "gpu": "landed"}), report.stderr
+    assert worker.code == 0, worker.stderr
+    assert waits == {"gpu": "the label gpu"}
+    assert "run.waiting" not in report.stdout
+
+
+def test_a_program_may_be_on_another_machine(cluster: Cluster, tmp_path: Path) -> None:
+    """A run starts although a program is missing here; its tasks wait for a machine that has it."""
+    first, second = cluster.machine("first"), cluster.machine("second")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "special").symlink_to(sys.executable)
+    second = replace(second, environ={**second.environ, "PATH": f"{programs}{os.pathsep}{second.environ['PATH']}"})
+    adapter = cluster.repository.fake_adapter(argv=["special", "-S", str(FAKE_CLI), "{prompt_file}"])
+    tasks = [{"id": "one", "prompt": "write one.txt 1"}, {"id": "two", "prompt": "write two.txt 1", "adapter": "rare"}]
+    readable = [sys.prefix, str(FAKE_CLI.parents[1]), str(programs)]
+    adapters = {"fake": cluster.repository.fake_adapter(), "rare": adapter}
+    config = cluster.configure(first, *tasks, adapters=adapters, defaults={"adapter": "fake"}, readable=readable)
+    leader = first.start("run", config, "--json")
+    waits = wait_for_machines(leader)
+    worker = ended(work(second, cluster))
+    report = ended(leader)
+    assert (report.code, report.states) == (0, {"one": "landed", "two": "landed"}), report.stderr
+    assert worker.code == 0, worker.stderr
+    assert waits == {"two": "a working rare (special is not installed here)"}

@@ -330,29 +330,43 @@ def _other_runs(state: str, others: Sequence[str]) -> str:
 @run_argument
 @capacity_option
 @click.option("--follow", is_flag=True, help="Also join runs that start later.")
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="LABEL",
+    help="A label of this machine, for tasks with this label; repeatable. Default: COUNCIL_LABELS.",
+)
 @partial(coordination_options, joins=True)
 @verbose_option
 @council_command(on_outage="wait")
 async def work(
-    context: CouncilContext, run: str | None, capacity: int | None, follow: bool, coordination: CoordinationOverrides
+    context: CouncilContext,
+    run: str | None,
+    capacity: int | None,
+    follow: bool,
+    labels: Sequence[str],
+    coordination: CoordinationOverrides,
 ) -> int:
     """Join active runs as an additional worker.
 
     The worker claims free tasks whose CLI is installed here, and takes over those of processes that have exited. It
-    ends when no task is left. With RUN it joins only this run, which may be inactive.
+    ends when no task is left. With RUN it joins only this run, which may be inactive. On another machine, it needs only
+    --state, with the URL of a store on a server.
 
     \b
     Examples:
       council work
       council work 20260102-030405-ab12 --capacity 2
       council work --follow
+      council work --state postgresql://db.example.org/council --label gpu
     """
     if run is not None and follow:
         raise click.UsageError("--follow and RUN cannot be combined: --follow joins all runs.")
     council = context.council
 
     async def join(name: str) -> int:
-        work = partial(council.runs.work, name, capacity=capacity, coordination=coordination)
+        work = partial(council.runs.work, name, capacity=capacity, coordination=coordination, labels=labels or None)
         return await _execute(context, name, await council.history.position(), work)
 
     if run is not None:
