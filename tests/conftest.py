@@ -109,6 +109,12 @@ class CommandResult:
     stdout: str
     stderr: str
 
+    @classmethod
+    def of(cls, child: StartedCommand, timeout: float = 60) -> CommandResult:
+        """Wait for the end of a started command, and return its result."""
+        stdout, stderr = child.communicate(timeout=timeout)
+        return cls(child.returncode, stdout, stderr)
+
     @property
     def lines(self) -> list[dict[str, Any]]:
         """Return the printed JSON lines."""

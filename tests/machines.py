@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from tests.command_server import StartedCommand
-from tests.conftest import CommandResult, Repository
+from tests.conftest import Repository
 
 QUICK = {
     "heartbeat_interval": "300ms",
@@ -64,12 +64,6 @@ class Cluster:
 def work(machine: Repository, cluster: Cluster, *more: str, failpoints: str = "") -> StartedCommand:
     """Start a worker of the newest run, with nothing but the URL of the store."""
     return machine.start("work", "latest", "--state", cluster.store, "--json", *more, failpoints=failpoints)
-
-
-def ended(child: StartedCommand) -> CommandResult:
-    """Wait for the end of a command."""
-    stdout, stderr = child.communicate(timeout=60)
-    return CommandResult(child.returncode, stdout, stderr)
 
 
 def signal_machine(machine: Repository, number: signal.Signals) -> None:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from typing import Final, cast
 
 import anyio
 import h11
-from anyio.abc import SocketAttribute, SocketStream
+from anyio.abc import SocketAttribute, SocketListener, SocketStream
+
+from orchestrator.errors import CouncilError
 
 #: The largest body in bytes (GitHub sends at most 25 MB), and the time limit of a request in seconds.
 _LARGEST: Final = 25 << 20
 _TIMEOUT: Final = 10.0
 _CHUNK: Final = 65_536
+_MOST_CONNECTIONS: Final = 64
 
 
 def is_signed(headers: Mapping[str, str], body: bytes, secret: str) -> bool:
@@ -47,11 +50,23 @@ async def serve_webhooks(
     async with await anyio.create_tcp_listener(local_host=host, local_port=port) as listener:
         on_start(listener.extra(SocketAttribute.local_port))  # noqa: S610  not of Django
 
-        async def handle(stream: SocketStream) -> None:
-            async with stream:
-                await _handle(stream, secret, on_change)
+        slots = anyio.Semaphore(_MOST_CONNECTIONS)  # others wait in the kernel: each one needs a file descriptor
 
-        await listener.serve(handle)
+        async def handle(stream: SocketStream) -> None:
+            try:
+                async with stream:
+                    await _handle(stream, secret, on_change)
+            finally:
+                slots.release()
+
+        async def accept(one: SocketListener) -> None:
+            while True:
+                await slots.acquire()
+                group.start_soon(handle, await one.accept())
+
+        async with anyio.create_task_group() as group:
+            for one in listener.listeners:
+                group.start_soon(accept, cast("SocketListener", one))
 
 
 async def _handle(stream: SocketStream, secret: str, on_change: Callable[[], Awaitable[None]]) -> None:
@@ -82,7 +97,10 @@ async def _answer(
     headers = {name.decode("ascii"): value.decode("latin-1") for name, value in request.headers}
     if not is_signed(headers, body, secret):
         return 401
-    await on_change()
+    try:
+        await on_change()
+    except CouncilError:  # the forge sends it again, or the next regular reading finds the change
+        return 503
     return 204
 
 

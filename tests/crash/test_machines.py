@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Repository
-from tests.machines import Cluster, ended, signal_machine, work
+from tests.conftest import CommandResult, Repository
+from tests.machines import Cluster, signal_machine, work
 from tests.store_kinds import SERVERS, Server
 from tests.waiting import wait_for
 
@@ -66,9 +66,9 @@ def test_three_machines_finish_one_queue(repository: Repository, server: Server,
     server.kill()
     time.sleep(1)
     server.start()
-    reports = [ended(children[0]), ended(children[2])]
+    reports = [CommandResult.of(children[0]), CommandResult.of(children[2])]
     late = [work(third, cluster)] if reports[1].code else []  # fenced after its suspension
-    reports += [ended(child) for child in late]
+    reports += [CommandResult.of(child) for child in late]
     final = third.council("status", "--state", cluster.store, "--json")
     assert Counter(final.states.values()) == {"landed": count}, [report.stderr for report in reports]
     trailers = cluster.git("log", "--format=%(trailers:key=Council-Task,valueonly)", "main").split()

@@ -132,6 +132,8 @@ class Proposal(StoredDocument):
     """The number of times that the task was continued for it."""
     handled: tuple[str, ...] = ()
     """The failures and review comments that sessions have received."""
+    onto: str | None = None
+    """The newest commit of the target when it was opened: a commit that this one contains can't have merged it."""
 
 
 class ImportedTask(StoredDocument):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from orchestrator.domain.events.tasks import TaskProposed
 from orchestrator.domain.runs.check_results import CheckRecord, attribute_checks
@@ -24,6 +24,7 @@ from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.errors import GitError, PluginFailed, RefusedError
 from orchestrator.protocols import Forge, NewPullRequest, PullRequest
+from orchestrator.repo.git.command import is_object_id
 from orchestrator.repo.landing.merge_commits import commit_merge
 from orchestrator.repo.landing.target_branch import TASK_TRAILER
 from orchestrator.repo.worktrees.hub import internal_ref_name, pull_request_branch_name
@@ -40,8 +41,27 @@ T = TypeVar("T")
 
 
 async def call_forge(call: Callable[[], Awaitable[T]]) -> T:
-    """Call a forge; raise RefusedError, PluginFailed or TimeoutError if it fails."""
-    return await ask_plugin(call, CALL_TIMEOUT)
+    """Call a forge; raise RefusedError, PluginFailed or TimeoutError if it fails, or answers with invalid values."""
+    answer = await ask_plugin(call, CALL_TIMEOUT)
+    if answer is not None and (invalid := _find_invalid(answer)) is not None:
+        raise RefusedError(f"the forge answers with an invalid {invalid}", "report it to the authors of the forge")
+    return answer
+
+
+def _find_invalid(answer: Any) -> str | None:
+    """Return the name of a value with the wrong type or form, or None."""
+    if not isinstance(answer, PullRequest):
+        return "pull request"
+    made: Any = answer  # by a plugin, from the answer of a server
+    texts = [made.url, made.head, *(text for one in made.failures for text in (one.name, one.output))]
+    texts += [text for one in made.findings for text in (one.id, one.author, one.text, one.path or "")]
+    checks = {
+        "number": type(made.number) is int and made.number > 0,
+        "text": all(isinstance(text, str) for text in texts),
+        "commit": made.merged_as is None or (isinstance(made.merged_as, str) and is_object_id(made.merged_as)),
+        "line": all(one.line is None or type(one.line) is int for one in made.findings),
+    }
+    return next((name for name, is_valid in checks.items() if not is_valid), None)
 
 
 async def check_forge(open_forge: Callable[[], AbstractAsyncContextManager[Forge]]) -> None:
@@ -169,13 +189,9 @@ class PullRequests:
     async def _record(self, task: str, found: PullRequest, commit: str, checks: Sequence[CheckRecord]) -> None:
         document = self._ledger.task(task)
         before = document.proposal
-        is_same = before is not None and before.url == found.url
-        proposal = Proposal(
-            url=found.url,
-            pushed=commit,
-            rounds=before.rounds if before is not None and is_same else 0,
-            handled=before.handled if before is not None and is_same else (),
-        )
+        if before is None or before.url != found.url:
+            before = Proposal(url=found.url, pushed=commit, onto=self._context.target.known or self._ledger.run.start)
+        proposal = before.model_copy(update={"pushed": commit})
         number = document.building_attempt.number
         await self._ledger.change(
             task,
@@ -194,11 +210,21 @@ class PullRequests:
             return False
         target = self._context.target
         await target.refresh()
-        if not await target.contains(found.merged_as):
+        if not await target.contains(found.merged_as) or await self._is_older(task, found, found.merged_as):
             return False
         await self._outcomes.record_landed(Trigger.ADOPT, {task: found.merged_as}, f"pull request {found.number}")
         await self._outcomes.drop_branches([task])
         return True
+
+    async def _is_older(self, task: str, found: PullRequest, merge: str) -> bool:
+        """Return True if a commit can't have merged a pull request: it is older, or has landed another task."""
+        document, tasks = self._ledger.task(task), self._ledger.tasks.documents()
+        since, proposal = document.built_base, document.proposal
+        if proposal is not None and proposal.url == found.url:
+            since = proposal.onto or since
+        if any(one.landed == merge for name, one in tasks.items() if name != task):
+            return True
+        return await self._context.git.is_ancestor(merge, since, may_be_missing=True)
 
     async def _describe(self, task: str, branch: str) -> NewPullRequest:
         spec, run = await self._ledger.definitions.spec(task), self._ledger.run
@@ -218,7 +244,8 @@ def describe_missing_merge(found: PullRequest, target: str) -> str:
     """Return the reason why a merged pull request is not a landing."""
     if found.merged_as is None:
         return f"pull request {found.number} is merged, but the forge does not name the commit"
-    return f"pull request {found.number} is merged as {found.merged_as:.10}, which {target!r} does not contain"
+    problem = f"which {target!r} does not contain, or contained before, or which has landed another task"
+    return f"pull request {found.number} is merged as {found.merged_as:.10}, {problem}"
 
 
 def _title(spec: TaskSpec) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.command_server import StartedCommand
-from tests.conftest import FAKE_CLI, Repository
-from tests.machines import Cluster, ended, work
+from tests.conftest import FAKE_CLI, CommandResult, Repository
+from tests.machines import Cluster, work
 from tests.store_kinds import SERVERS
 from tests.waiting import wait_for
 
@@ -45,8 +45,8 @@ def test_a_worker_needs_only_the_store(cluster: Cluster, tmp_path: Path) -> None
     tasks = [{"id": me, "prompt": steps.format(met=met, me=me, other=other)} for me, other in (("a", "b"), ("b", "a"))]
     leader = first.start("run", cluster.configure(first, *tasks, capacity=1), "--json")
     wait_for(cluster.attempts)
-    worker = ended(work(second, cluster))
-    report = ended(leader)
+    worker = CommandResult.of(work(second, cluster))
+    report = CommandResult.of(leader)
     assert (report.code, report.states) == (0, {"a": "landed", "b": "landed"}), report.stderr
     assert worker.code == 0, worker.stderr
     assert sorted(cluster.attempts()) == ["a 1", "b 1"]
@@ -63,7 +63,7 @@ def test_work_of_a_lost_machine_lands_on_another(cluster: Cluster) -> None:
     assert first.council("run", config, failpoints="work.recorded=kill").code == -signal.SIGKILL
     first.top.parent.rename(first.top.parent.with_name("lost"))
     assert len(cluster.shared()) == 1
-    report = ended(work(second, cluster))
+    report = CommandResult.of(work(second, cluster))
     assert (report.code, report.states) == (0, {"one": "landed"}), report.stderr
     assert cluster.attempts() == ["one 1"]
     assert cluster.git("show", "main:one.txt") == "1"
@@ -79,7 +79,7 @@ def test_a_later_phase_continues_on_another_machine(cluster: Cluster) -> None:
     config = cluster.configure(first, task, workflows=workflows)
     assert first.council("run", config, failpoints="attempt.ended=kill").code == -signal.SIGKILL
     first.top.parent.rename(first.top.parent.with_name("lost"))
-    report = ended(work(second, cluster))
+    report = CommandResult.of(work(second, cluster))
     assert (report.code, report.states) == (0, {"one": "landed"}), report.stderr
     assert cluster.attempts() == ["one 1", "one 2"]
     assert cluster.git("show", "main:one.txt") == "1\n2"
@@ -95,7 +95,7 @@ def test_replaced_work_at_the_remote_does_not_land(cluster: Cluster) -> None:
     evil = cluster.git("commit-tree", "main^{tree}", "-p", "main", "-m", "evil")
     cluster.git("update-ref", ref, evil)
     cluster.git("gc", "--quiet", "--prune=now")
-    report = ended(work(second, cluster))
+    report = CommandResult.of(work(second, cluster))
     assert report.states == {"one": "queued"}
     assert "is not the work of task 'one'" in json.dumps(report.lines)
     assert evil not in cluster.git("rev-list", "main")
@@ -111,7 +111,7 @@ def test_work_waits_for_the_remote(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "ledger" / "go").touch()
     time.sleep(3)
     gone.rename(cluster.remote)
-    report = ended(child)
+    report = CommandResult.of(child)
     assert (report.code, report.states) == (0, {"one": "landed"}), report.stderr
     assert cluster.attempts() == ["one 1"]
     assert cluster.shared() == []
@@ -124,10 +124,10 @@ def test_labels_choose_the_machine(cluster: Cluster, tmp_path: Path) -> None:
     config = cluster.configure(first, {"id": "any", "prompt": "write any.txt 1"}, labelled)
     leader = first.start("run", config, "--json")
     waits = wait_for_machines(leader)
-    unlabelled = ended(work(second, cluster))
+    unlabelled = CommandResult.of(work(second, cluster))
     assert unlabelled.states == {"any": "landed", "gpu": "pending"}
-    worker = ended(work(second, cluster, "--label", "gpu"))
-    report = ended(leader)
+    worker = CommandResult.of(work(second, cluster, "--label", "gpu"))
+    report = CommandResult.of(leader)
     assert (report.code, report.states) == (0, {"any": "landed", "gpu": "landed"}), report.stderr
     assert worker.code == 0, worker.stderr
     assert waits == {"gpu": "the label gpu"}
@@ -148,8 +148,8 @@ def test_a_program_may_be_on_another_machine(cluster: Cluster, tmp_path: Path) -
     config = cluster.configure(first, *tasks, adapters=adapters, defaults={"adapter": "fake"}, readable=readable)
     leader = first.start("run", config, "--json")
     waits = wait_for_machines(leader)
-    worker = ended(work(second, cluster))
-    report = ended(leader)
+    worker = CommandResult.of(work(second, cluster))
+    report = CommandResult.of(leader)
     assert (report.code, report.states) == (0, {"one": "landed", "two": "landed"}), report.stderr
     assert worker.code == 0, worker.stderr
     assert waits == {"two": "a working rare (special is not installed here)"}

@@ -19,7 +19,6 @@ from orchestrator.repo.worktrees.hub import locate_hub
 from orchestrator.state.stores.file import FileStore
 from orchestrator.system.clock import SystemClock
 from orchestrator.system.file_lock import FileLock
-from tests.command_server import StartedCommand
 from tests.conftest import CommandResult, Repository
 from tests.merge_leases import join_merge_queue
 from tests.waiting import wait_for
@@ -231,12 +230,6 @@ async def landing_lock(repository: Repository) -> FileLock:
     return hub.landing_lock(site.location, "main")
 
 
-def ended(child: StartedCommand) -> CommandResult:
-    """Return the exit code and the result of a run."""
-    stdout, stderr = child.communicate(timeout=60)
-    return CommandResult(child.returncode, stdout, stderr)
-
-
 @pytest.mark.extended
 async def test_task_waiting_for_a_landing_of_another_run_can_be_cancelled(repository: Repository) -> None:
     """The task ends at once; its batch lands in its turn."""
@@ -250,7 +243,7 @@ async def test_task_waiting_for_a_landing_of_another_run_can_be_cancelled(reposi
         wait_for(lambda: states(repository) == {"t0": "queued", "t1": "queued"})
         assert repository.council("cancel", "t0").code == 0
         assert states(repository) == {"t0": "cancelled", "t1": "queued"}
-    assert ended(child).states == {"t0": "cancelled", "t1": "landed"}
+    assert CommandResult.of(child).states == {"t0": "cancelled", "t1": "landed"}
     await repository.assert_invariants()
 
 
@@ -271,7 +264,7 @@ async def test_interrupted_task_is_cancelled_only_if_not_landed(
         asked = repository.start("cancel", "t1")
         wait_for(lambda: recorded(repository, "request.completed") == 1)
     asked.communicate(timeout=60)
-    assert ended(child).states == {"t0": "landed", "t1": state, "t2": "landed"}
+    assert CommandResult.of(child).states == {"t0": "landed", "t1": state, "t2": "landed"}
     await repository.assert_invariants()
 
 
@@ -321,7 +314,7 @@ async def test_signal_prevents_a_new_push(repository: Repository, tmp_path: Path
     child = repository.start("resume", "--json")
     wait_for(count.exists)
     child.send_signal(signal.SIGINT)
-    assert ended(child).code == 130
+    assert CommandResult.of(child).code == 130
     assert count.read_text().count("x") <= 2
     await repository.assert_invariants()
 
@@ -356,7 +349,7 @@ async def test_task_left_for_the_next_batch_can_be_cancelled(repository: Reposit
     wait_for(lambda: recorded(repository, "request.completed") == 1)
     free.touch()
     asked.communicate(timeout=60)
-    assert ended(child).states == {"t0": "landed", "t1": "landed", "t2": "cancelled"}
+    assert CommandResult.of(child).states == {"t0": "landed", "t1": "landed", "t2": "cancelled"}
     await repository.assert_invariants()
 
 
@@ -372,7 +365,7 @@ async def test_missing_target_worktree_ends_no_session(repository: Repository, t
     wait_for(repository.spawns.exists)
     shutil.rmtree(place)
     wait_for(lambda: states(repository).get("t0") == "queued")
-    first = ended(child)
+    first = CommandResult.of(child)
     assert first.states == {"t0": "queued", "long": "queued"}, first
     assert "git worktree prune" in first.result["tasks"][0]["reason"]
     repository.git("worktree", "prune")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Repository
-from tests.integration.landing.test_batched_landings import ended, recorded
+from tests.conftest import CommandResult, Repository
+from tests.integration.landing.test_batched_landings import recorded
 from tests.integration.landing.test_merge_queue import GOOD, CheckLog, events, landed, queue
 from tests.waiting import wait_for
 
@@ -59,7 +59,7 @@ async def test_landing_stops_no_check_of_a_phase(repository: Repository, log: Ch
     wait_for(begun.exists)
     wait_for(lambda: recorded(repository, "task.started") == len(tasks))
     free.touch()
-    done = ended(child)
+    done = CommandResult.of(child)
     assert set(done.states.values()) == {"landed"}, done
     assert not events(done, "task.interrupted")
 
@@ -85,7 +85,7 @@ async def test_joined_check_is_restarted_if_the_task_that_started_it_is_cancelle
     wait_for(lambda: after.exists() and len(after.read_text().split()) == len(tasks))
     free.touch()
     assert repository.council("cancel", "t0").code == 0
-    done = ended(child)
+    done = CommandResult.of(child)
     assert done.states == {"t0": "cancelled", "t1": "landed"}, done
     assert [line["task"] for line in events(done, "task.interrupted")] == ["t0"]
     assert log.runs == [["a"], ["a"]]
@@ -113,7 +113,7 @@ async def test_cancelled_task_leaves_its_batch(repository: Repository, log: Chec
     child = repository.start("resume", "--json")
     wait_for(begun.exists)
     assert repository.council("cancel", "t1").code == 0
-    done = ended(child)
+    done = CommandResult.of(child)
     assert done.states == {"t0": "landed", "t1": "cancelled", "t2": "landed"}, done
     assert log.runs == [["a", "b", "c"], ["a", "c"]]
     assert landed(repository) == ["Land 2 tasks: t0, t2"]
@@ -137,7 +137,7 @@ async def test_batch_with_a_task_cancelled_after_its_checks_is_checked_again(
     wait_for(lambda: recorded(repository, "request.completed") == 1)
     free.touch()
     asked.communicate(timeout=60)
-    done = ended(child)
+    done = CommandResult.of(child)
     assert done.states == {"t0": "landed", "t1": "cancelled", "t2": "landed"}, done
     assert log.runs == [["a", "b", "c"], ["a", "c"]]
     assert landed(repository) == ["Land 2 tasks: t0, t2"]

@@ -267,3 +267,40 @@ def test_a_stop_while_a_pull_request_is_read_ends_the_run(repository: Repository
     child.send_signal(signal.SIGINT)
     output, error = child.communicate(timeout=60)
     assert CommandResult(child.wait(), output, error).states == {"one": "proposed"}
+
+
+@pytest.mark.parametrize("claimed", ["older", "another"])
+def test_a_merge_that_the_forge_only_claims_is_no_landing(
+    repository: Repository, forge: PullRequestServer, claimed: str
+) -> None:
+    """The claimed commit is on the target, but is older than the pull request, or has landed another task."""
+    tasks = [{"id": name, "prompt": f"write {name}.txt 1"} for name in ("one", "two")]
+    child = repository.start("run", str(configure(repository, forge, *tasks)), "--json")
+    first, second = opened(forge, "write one.txt 1"), opened(forge, "write two.txt 1")
+    commit = forge.git("rev-parse", "main")
+    if claimed == "another":
+        forge.merge(second.number)
+        commit = forge.git("rev-parse", "main")
+        wait_for(lambda: beside(repository).council("status", "--json").states["two"] == "landed")
+    first.merged_as, first.state = commit, "merged"
+    wait_for(lambda: "contained before" in beside(repository).council("status", "--json").stdout)
+    child.send_signal(signal.SIGINT)
+    result = CommandResult.of(child)
+    assert result.states["one"] == "proposed"
+    assert "one.txt" not in forge.git("ls-tree", "--name-only", "main")
+
+
+@pytest.mark.parametrize("value", [5, {"a": 1}, "main", "a\0b", "a" * 200_000], ids=range(5))
+def test_an_invalid_commit_of_the_forge_is_reported(
+    repository: Repository, forge: PullRequestServer, value: Any
+) -> None:
+    """It is no commit id, so nothing is looked up; the run continues."""
+    config = configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"})
+    child = repository.start("run", str(config), "--json")
+    found = opened(forge, "write one.txt 1")
+    found.merged_as, found.state = value, "merged"
+    assert child.stdout is not None
+    assert any("invalid commit" in line for line in child.stdout)
+    child.send_signal(signal.SIGINT)
+    result = CommandResult.of(child)
+    assert (result.code, result.states) == (130, {"one": "proposed"})
