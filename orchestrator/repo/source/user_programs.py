@@ -60,6 +60,10 @@ _INERT: Final = frozenset({"cat", "cut", "expand", "fold", "grep", "head", "rev"
 #: The words before a sed script, and a script that only replaces text (runs no command, writes no file).
 _BEFORE_SCRIPTS: Final = frozenset({"sed", "-e", "-n", "-E", "-r", "-u", "-z", "--posix"})
 _SED_SCRIPT: Final = re.compile(r"[sy]([/|,:#@!])(?:(?!\1)[^\\\n]|\\.)*\1(?:(?!\1)[^\\\n]|\\.)*\1[gIip0-9]*")
+#: A word that may name a script or a module, and programs that read instructions from files with fixed names.
+_PLAIN: Final = re.compile(r"[\w.+-]*\w[\w.+-]*")
+_MAKE: Final = frozenset({"make", "gmake"})
+_MAKEFILES: Final = ("GNUmakefile", "makefile", "Makefile")
 _INCLUDE: Final = re.compile(r"include\.path|includeif\..*\.path", re.DOTALL)
 #: Why a landing skips hooks, for messages.
 SKIPPED_HOOKS_REASON: Final = (
@@ -265,8 +269,8 @@ def _find_controlling_path(
     programs = [
         path
         for setting in configuration
-        if _PROGRAM.fullmatch(setting.key)
-        for path in _paths_in(setting.value, checkout)
+        if _PROGRAM.fullmatch(setting.key) or _FILTER.fullmatch(setting.key)
+        for path in (*_paths_in(setting.value, checkout), *_plain_paths_in(setting.value, checkout))
     ]
     controlling = {
         at.relative_to(top).as_posix()
@@ -295,18 +299,33 @@ def _find_first_inside(
     tops, git_dir = list_checkouts(repository), repository.git_dir.resolve()
     for key, command in commands:
         if _TOP.search(command) or any(
-            passes_through_checkout(path, tops, git_dir) for path in _paths_in(command, checkout)
+            passes_through_checkout(path, tops, git_dir)
+            for path in (*_paths_in(command, checkout), *filter(os.path.lexists, _plain_paths_in(command, checkout)))
         ):
             return key, command
     return None
 
 
 def _paths_in(command: str, checkout: Path) -> Iterator[Path]:
-    """Yield the words of a shell command that may be paths, below the checkout."""
+    """Yield the words of a shell command that look like paths, below the checkout."""
     for number, word in enumerate(_words_in(command.removeprefix("!"))):
         name = word.partition("=")[2] if word.startswith("-") else word
         if "/" in name or (number and re.search(r"\w\.\w+$", name)):
             yield checkout / Path(name).expanduser()
+
+
+def _plain_paths_in(command: str, checkout: Path) -> Iterator[Path]:
+    """Yield the paths, below the checkout, of the files that other words of a shell command may name.
+
+    These are scripts (`sh fmt`), modules (`python -m fmt`) and the files of make.
+    """
+    for number, word in enumerate(_words_in(command.removeprefix("!"))):
+        name = word.lstrip("<")
+        if Path(name).name in _MAKE:
+            yield from (checkout / makefile for makefile in _MAKEFILES)
+        elif number and name and not name.startswith("-") and _PLAIN.fullmatch(name):
+            module = name.replace(".", "/")
+            yield from (checkout / path for path in (name, f"{module}.py", f"{module}/__main__.py"))
 
 
 def _words_in(command: str) -> Iterator[str]:

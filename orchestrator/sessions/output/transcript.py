@@ -164,19 +164,23 @@ def extract_answer(events: Sequence[SessionEvent]) -> str:
 
 
 def read_transcript(adapter: Adapter, file: Path) -> tuple[Transcript, list[SessionEvent]]:
-    """Return the transcript and last events of an output file. Blocks.
+    """Return the transcript of an output file, with its last events and the start of its conversation. Blocks.
 
-    Both are empty if the file does not exist.
+    All are empty if the file does not exist.
     """
     transcript, events = Transcript(), deque[SessionEvent](maxlen=MAX_EVENTS)
+    began: ConversationStarted | None = None
     try:
         with file.open("rb") as stream:
             for event in parse_lines(adapter, _lines(stream)):
                 transcript = transcript.after(event)
                 events.append(event)
+                if began is None and isinstance(event, ConversationStarted):
+                    began = event
     except FileNotFoundError:
         pass
-    return transcript, list(events)
+    kept = list(events)
+    return transcript, kept if began is None or began in kept else [began, *kept]
 
 
 def parse_lines(adapter: Adapter, lines: Iterable[bytes]) -> Iterator[SessionEvent]:

@@ -248,6 +248,23 @@ async def test_filter_with_a_landable_program_defers_landings(
         await check_checkout(site.repository, "main", repository.environ)
 
 
+@pytest.mark.parametrize(
+    ("command", "path"),
+    [("sh fmt", "fmt"), ("sh <fmt", "fmt"), ("python3 -m fmt", "fmt.py"), ("make -s fmt", "Makefile")],
+)
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_filter_whose_program_has_a_plain_name_defers_landings(
+    repository: Repository, tmp_path: Path, command: str, path: str, is_there: bool
+) -> None:
+    """The file is in the checkout, or the landing would create it."""
+    if is_there:
+        repository.commit({path: "exit 0\n"}, "a program")
+    repository.git("config", "filter.x.clean", command)
+    landed = await land(repository, tmp_path, {".gitattributes": "*.txt filter=y\n", path: "touch ran\n"})
+    assert isinstance(landed, DeferredLanding)
+    assert (command if is_there else path) in landed.reason
+
+
 @pytest.mark.parametrize("command", ["sed s/a/b/", "sed -e s/a/b/g -e 's|/x|/y|'", "tr a/ b: | cut -d/ -f1"])
 async def test_filter_with_slashes_in_other_arguments_runs(
     repository: Repository, tmp_path: Path, command: str
