@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_example_of_pull_requests_loads(tmp_path: Path) -> None:
     config = _load(tmp_path / "council.yaml")
     assert config.pull_requests is not None
     assert (config.target, config.pull_requests.reviewers) == ("main", ("ana",))
+
+
+def test_example_of_many_machines_loads(tmp_path: Path) -> None:
+    """It is a complete file of a run that spans machines."""
+    match = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/machines.md").read_text(), re.DOTALL)
+    assert match
+    (tmp_path / "council.yaml").write_text(textwrap.dedent(match[1]))
+    config = _load(tmp_path / "council.yaml")
+    assert (config.is_url, config.tasks[1].labels) == (True, ("gpu",))
 
 
 def test_commands_of_the_example_workflow_exist() -> None:

@@ -114,7 +114,7 @@ class RunWaiting(RunEvent):
         approvals = f"your approval of {', '.join(self.approvals)}" if self.approvals else ""
         held = f"`council queue release {' '.join(self.held)}`" if self.held else ""
         pull_requests = f"the pull requests of {', '.join(self.pull_requests)}" if self.pull_requests else ""
-        missing = f"a machine with {join_names(dict.fromkeys(self.missing.values()))}" if self.missing else ""
+        missing = f"a machine with {join_names(sorted(set(map(str, self.missing.values()))))}" if self.missing else ""
         return ", and for ".join(filter(None, (adapters, approvals, held, pull_requests, missing)))
 
 

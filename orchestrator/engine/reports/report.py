@@ -20,6 +20,7 @@ from orchestrator.domain.scheduling.dependencies import DependencyGraph
 from orchestrator.domain.scheduling.dispatch import DispatchEntry
 from orchestrator.domain.scheduling.landing_order import describe_hold
 from orchestrator.domain.scheduling.stacked_work import describe_stack_wait, find_stack_waits
+from orchestrator.domain.wording import join_names
 from orchestrator.engine.reports.task_report import (
     FAILURE_CLASSES,
     TaskReport,
@@ -302,6 +303,8 @@ def build_report(
     disabled = {adapter.name: adapter.disabled_reason for adapter in adapters if adapter.disabled_reason is not None}
     stuck = {} if status is RunStatus.RUNNING else _tasks_without_adapter(record, disabled)
     waiting = _tasks_in_cooldown(record, adapters) | _waiting_to_land(record)
+    if status is RunStatus.RUNNING:
+        waiting |= _waiting_for_machine(record)
     file = None if record.run.imported is not None or "tasks" in record.run.overrides else record.run.config
     reports, roots = [], dict[str, str]()
     for task, blocker in blocked.items():  # needs come before their dependents
@@ -374,6 +377,18 @@ def _waiting_to_land(record: RunRecord) -> dict[str, str]:
     }
     behind = {task: describe_stack_wait(task, need, record.tasks) for task, need in stacked.items()}
     return behind | {task: describe_conflict_hold(task, other) for task, other in waits.items()} | held
+
+
+def _waiting_for_machine(record: RunRecord) -> dict[str, str]:
+    """Return the tasks with labels that no machine of the run has, with the reasons."""
+    offered = [{*lease.owner.labels} for lease in record.orchestrators if lease.ended is None]
+    return {
+        task: f"waits for a machine with the labels {join_names(entry.labels)} (`council work --label`)"
+        for task, entry in record.entries.items()
+        if entry.labels
+        and record.tasks[task].status is TaskStatus.PENDING
+        and not any(labels.issuperset(entry.labels) for labels in offered)
+    }
 
 
 def last_failures(record: RunRecord) -> dict[str, AdapterFailure]:

@@ -124,6 +124,7 @@ def test_labels_choose_the_machine(cluster: Cluster, tmp_path: Path) -> None:
     config = cluster.configure(first, {"id": "any", "prompt": "write any.txt 1"}, labelled)
     leader = first.start("run", config, "--json")
     waits = wait_for_machines(leader)
+    assert "waits for a machine with the labels gpu" in first.council("status", "--json").stdout
     unlabelled = CommandResult.of(work(second, cluster))
     assert unlabelled.states == {"any": "landed", "gpu": "pending"}
     worker = CommandResult.of(work(second, cluster, "--label", "gpu"))
