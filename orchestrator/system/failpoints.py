@@ -49,6 +49,7 @@ FAILPOINTS: Final = frozenset(
         "phase.checked",  # the `until` of a phase has been checked, not recorded in the store
         "handoff.taken",  # the handoff of a phase is read and valid, not recorded in the store
         "phase.finished",  # the store records that a task has no phase left
+        "shared_work.pushed",  # a commit is at the remote of a run that spans machines, not recorded in the store
         "work.recorded",  # the store records the commit: the task is queued
         "plan.subtasks",  # a plan's tasks are in the store, and the plan's own task waits for them
         "worktree.removed",  # the session's folder is removed, its slot is not clean

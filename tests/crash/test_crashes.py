@@ -35,6 +35,8 @@ RECORD_FAILPOINTS = frozenset({"legacy.begun", "legacy.imported", "run.removed"}
 PHASE_FAILPOINTS = frozenset({"phase.checked", "phase.finished", "handoff.taken", "plan.subtasks"})
 #: Reached by tasks that start on built work; see tests/integration/landing/test_stacked_work.py.
 STACK_FAILPOINTS = frozenset(name for name in FAILPOINTS if name.startswith("stack."))
+#: Reached by runs that span machines; see tests/integration/coordination/test_machines.py.
+MACHINE_FAILPOINTS = frozenset({"shared_work.pushed"})
 #: Never reached by a run.
 UNREACHED_FAILPOINTS = (
     REQUEST_FAILPOINTS
@@ -45,6 +47,7 @@ UNREACHED_FAILPOINTS = (
     | RECORD_FAILPOINTS
     | PHASE_FAILPOINTS
     | STACK_FAILPOINTS
+    | MACHINE_FAILPOINTS
 )
 #: Reached only once by the tasks of `chain_and_sides`.
 SINGLE_HIT_FAILPOINTS = frozenset(

@@ -18,6 +18,7 @@ from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.engine.state.writer import RunWriter
 from orchestrator.errors import GitError
 from orchestrator.repo.source.shared_work import SharedWork, TaskCommit
+from orchestrator.system.failpoints import failpoint
 
 #: The number of attempts to push work before it is recorded, within about a minute.
 _MAX_ATTEMPTS: Final = 8
@@ -81,6 +82,7 @@ class WorkSharing:
         works = set(works)
         if works:
             await self._work.push(works)
+            failpoint("shared_work.pushed")
         self._pushed |= works
         self._pending -= works
         for task in {work.task for work in works}:

@@ -70,6 +70,41 @@ def test_work_of_a_lost_machine_lands_on_another(cluster: Cluster) -> None:
     assert cluster.shared() == []
 
 
+@pytest.mark.parametrize("failpoint", ["shared_work.pushed", "landing.intended", "landing.pushed"])
+def test_another_machine_continues_after_a_kill(cluster: Cluster, failpoint: str) -> None:
+    """The task lands once, and no ref is left at the remote."""
+    first, second = cluster.machine("first"), cluster.machine("second")
+    config = cluster.configure(first, {"id": "one", "prompt": "write one.txt 1"})
+    assert first.council("run", config, failpoints=f"{failpoint}=kill").code == -signal.SIGKILL
+    first.top.parent.rename(first.top.parent.with_name("lost"))
+    report = CommandResult.of(work(second, cluster))
+    assert (report.code, report.states) == (0, {"one": "landed"}), report.stderr
+    assert cluster.git("show", "main:one.txt") == "1"
+    trailers = cluster.git("log", "--first-parent", "--format=%(trailers:key=Council-Task,valueonly)", "main").split()
+    assert len(trailers) == 1
+    assert cluster.shared() == []
+
+
+def test_requests_reach_sessions_on_other_machines(cluster: Cluster, tmp_path: Path) -> None:
+    """A user on one machine cancels the session of another, and approves what it waits for."""
+    first, second = cluster.machine("first"), cluster.machine("second")
+    workflows = {"checked": [{"build": {"approve": True}}]}
+    hang = {"id": "hang", "prompt": f"intrude {tmp_path}/ledger/hangs 1\nhang"}
+    asks = {"id": "asks", "prompt": "write asks.txt 1", "workflow": "checked"}
+    config = cluster.configure(first, hang, asks, workflows=workflows, capacity=2)
+    leader = first.start("run", config, "--json")
+    wait_for((tmp_path / "ledger" / "hangs").exists)
+    state = ("--state", cluster.store)
+    wait_for(lambda: second.council("status", *state, "--json").states["asks"] == "awaiting_approval")
+    worker = work(second, cluster)
+    wait_for((second.top / ".council").exists)
+    assert second.council("approve", "asks", "--json").code == 0
+    assert second.council("cancel", "hang", "--json").code == 0
+    report = CommandResult.of(leader)
+    assert report.states == {"hang": "cancelled", "asks": "landed"}
+    CommandResult.of(worker)
+
+
 def test_a_later_phase_continues_on_another_machine(cluster: Cluster) -> None:
     """It starts from the work of the first phase, although the machine that built it is lost."""
     first, second = cluster.machine("first"), cluster.machine("second")
