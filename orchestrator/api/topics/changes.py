@@ -27,8 +27,9 @@ from orchestrator.repo.landing import salvage
 from orchestrator.repo.landing.merge_commits import RETRY_BASE_MESSAGE
 from orchestrator.repo.landing.salvage import UnmergedWork
 from orchestrator.repo.source.run_repository import find_run_repository
+from orchestrator.repo.source.shared_work import SharedWork, TaskCommit
 from orchestrator.repo.worktrees import worktrees
-from orchestrator.repo.worktrees.hub import find_hub
+from orchestrator.repo.worktrees.hub import find_hub, work_branch_name
 from orchestrator.repo.worktrees.preserved import is_preserved
 from orchestrator.repo.worktrees.slots import empty_trash
 from orchestrator.repo.worktrees.worktrees import Worktree
@@ -67,7 +68,7 @@ class TaskChanges(Topic):
         """
         name = await self._find(run)
         run_document, document = await read_named_task(self._context.store, name, task)
-        git = trusted_git(run_document, self._context.environ)
+        git = await self._git_with_work(run_document, task, document)
         if document.status is TaskStatus.RUNNING and await self._has_worktree(name, task, document.attempt):
             return await self._live_diff(name, task, document.attempt, stat=stat)
         return await diffs.diff_commits(git, *await _diff_range(git, run_document, task, document), stat=stat)
@@ -79,11 +80,25 @@ class TaskChanges(Topic):
         """
         name = await self._find(run)
         run_document, document = await read_named_task(self._context.store, name, task)
-        git = trusted_git(run_document, self._context.environ)
+        git = await self._git_with_work(run_document, task, document)
         if document.status is TaskStatus.RUNNING:
             worktree, rules = await self._session(name, task, document.attempt)
             return await diffs.count_session_changes(git, worktree, document.attempt.base, rules=rules)
         return await count(git, *await _diff_range(git, run_document, task, document))
+
+    async def _git_with_work(self, run: RunDocument, task: str, document: TaskDocument) -> Git:
+        """Return git in the trusted repository, which has the built work of a task, also of another machine."""
+        environ = self._context.environ
+        git = trusted_git(run, environ)
+        built = [(phase.commit, phase.attempts[-1]) for phase in document.phases if phase.commit is not None]
+        built += [] if document.commit is None else [(document.commit, document.building_attempt.number)]
+        if run.hub is None and built:
+            await self._index.hub(run)
+            source = (await find_run_repository(run.repo, is_url=run.is_url, environ=environ)).source(git)
+            commit, attempt = built[-1]
+            ref = f"refs/heads/{work_branch_name(run.id, task, attempt)}"
+            await SharedWork(source, git, run.id).fetch(TaskCommit(task, commit), ref)
+        return git
 
     async def preserved(self, run: str | None = None) -> Sequence[PreservedWork]:
         """Return all preserved work of a run that is not on the target."""

@@ -98,6 +98,7 @@ def test_requests_reach_sessions_on_other_machines(cluster: Cluster, tmp_path: P
     wait_for(lambda: second.council("status", *state, "--json").states["asks"] == "awaiting_approval")
     worker = work(second, cluster)
     wait_for((second.top / ".council").exists)
+    assert "+++ b/asks.txt" in second.council("diff", "asks").stdout
     assert second.council("approve", "asks", "--json").code == 0
     assert second.council("cancel", "hang", "--json").code == 0
     report = CommandResult.of(leader)
