@@ -348,7 +348,7 @@ class AttemptPreparer:
             return None
 
     async def _fetch_work(self, task: str, start: str | None) -> bool:
-        """Fetch the work that a task continues, if another machine has built it; if it can't be had, the task waits."""
+        """Fetch the work that a task continues, if another machine has built it. If that fails, the task waits."""
         ledger, context = self.attempts.ledger, self.attempts.context
         try:
             await ledger.fetch_work(task, start, context.refs(f"work/{task}"))
