@@ -7,6 +7,7 @@ repeated after errors of the network or the server, except those that would crea
 from __future__ import annotations
 
 import json
+import re
 import ssl
 import time
 from collections.abc import Mapping
@@ -27,6 +28,9 @@ _MAX_TRIES: Final = 4
 _WAIT: Final[wait_base] = wait_exponential(multiplier=0.5, max=5.0)
 #: The longest wait for a rate limit within a call, in seconds; a longer one fails the synchronization until later.
 _LONGEST_WAIT: Final = 10.0
+#: The longest wait in seconds that is reported: a day. And a number of seconds, as servers should send it.
+_FURTHEST_WAIT: Final = 86_400.0
+_SECONDS: Final = re.compile(r"[0-9]+")
 _MAX_PAGES: Final = 100
 _PER_PAGE: Final = 100
 _NO_FILTERS: Final[Mapping[str, str]] = MappingProxyType({})
@@ -213,10 +217,10 @@ def rate_limit_wait(status: int, headers: Mapping[str, str], now: float) -> floa
         headers.get("x-ratelimit-remaining"),
         headers.get("x-ratelimit-reset"),
     )
-    if after is not None and after.isdigit():
-        return float(after)
-    if left == "0" and reset is not None and reset.isdigit():
-        return max(float(reset) - now, 0.0) + 1.0
+    if after is not None and _SECONDS.fullmatch(after):
+        return min(float(after), _FURTHEST_WAIT)
+    if left == "0" and reset is not None and _SECONDS.fullmatch(reset):
+        return min(max(float(reset) - now, 0.0) + 1.0, _FURTHEST_WAIT)
     return 60.0 if status == 429 else None
 
 
