@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Keep byte code: otherwise each worker compiles all tests.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help install demo test test-quick test-extended test-sandboxes test-clis crash chaos bench schema lint types imports check clean
+.PHONY: help install demo test test-quick test-extended test-sandboxes test-clis crash chaos machines bench schema lint types imports check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -52,6 +52,10 @@ test-clis: install  ## run the tests with real CLIs, which it installs in .clis;
 crash: install  ## run the long crash tests: every failpoint, random times, kills during recovery
 	@$(PYTEST) -m slow
 	@COUNCIL_ALL_EXAMPLES=1 $(PYTEST) -m 'hypothesis and not slow'
+
+machines: export COUNCIL_HISTORIES ?= 10
+machines: install  ## run three machines that share a remote and a store, under losses, suspensions and outages
+	@$(PYTEST) -m '' tests/crash/test_machines.py tests/crash/test_machine_histories.py
 
 chaos: export CHAOS_TRIALS ?= 3
 chaos: install  ## run random work under random kills, pauses, full disks and user commits; CHAOS_TRIALS=300 CHAOS_SEED=1

@@ -5,24 +5,17 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import CommandResult, Repository
 from tests.machines import Cluster, signal_machine, work
-from tests.store_kinds import SERVERS, Server
+from tests.store_kinds import Server
 from tests.waiting import wait_for
 
 
-@pytest.fixture(params=SERVERS)
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """Return a server of the test's own."""
-    with SERVERS[request.param].started_server() as made:
-        yield made
-
-
+@pytest.mark.extended
 @pytest.mark.parametrize("count", [12, pytest.param(60, marks=pytest.mark.slow)])
 def test_three_machines_finish_one_queue(repository: Repository, server: Server, tmp_path: Path, count: int) -> None:
     """One is lost, one suspended until others have taken its work, and the remote and the store are gone for a while.
