@@ -16,7 +16,7 @@ from orchestrator.testing.forge_servers import GitHubServer, GitLabServer
 from orchestrator.testing.forge_servers.pull_requests import ForgePullRequest, PullRequestServer
 from tests.command_server import StartedCommand
 from tests.conftest import Repository
-from tests.integration.plugins.test_pull_requests import beside, configure, push_by_hand
+from tests.integration.plugins.test_pull_requests import beside, configure, give_token, push_by_hand
 from tests.waiting import wait_for
 
 #: The number of histories; more by the environment.
@@ -112,7 +112,7 @@ class History:
 @pytest.fixture(params=["github", "gitlab"])
 def forge(request: pytest.FixtureRequest, repository: Repository, tmp_path: Path) -> Iterator[PullRequestServer]:
     """Yield a server with a bare clone of the repository."""
-    repository.environ["FORGE_TOKEN"] = "t0ken"
+    give_token(repository)
     repository.git("clone", "--quiet", "--bare", str(repository.top), str(tmp_path / "forge.git"))
     servers: dict[str, type[PullRequestServer]] = {"github": GitHubServer, "gitlab": GitLabServer}
     with servers[request.param](git_dir=tmp_path / "forge.git") as server:

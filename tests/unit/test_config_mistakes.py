@@ -120,6 +120,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, int, int, str]] = {
                                 "needs a sandbox, but `sandbox: off` disables it: use `sandbox: auto`"),
     "no network without a sandbox": (HEAD + TASKS + "sandbox: off\nnetwork: off\n", 5, 10, "needs a sandbox"),
     "unknown scheme": (HEAD + TASKS + "repo: ext://x\n", 4, 7, "a URL of https"),
+    "password in the URL": (HEAD + TASKS + "repo: https://me:pass@host/a/b\n", 4, 7, "has a password"),
     "remote helper": (HEAD + TASKS + "repo: 'ext::sh'\n", 4, 7, "can't be a repository"),
     "option as repo": (HEAD + TASKS + "repo: --upload-pack=x\n", 4, 7, "prefix the path with ./"),
     "no tasks": (HEAD + "tasks: []\n", 3, 8, "tasks is an empty list: add at least 1"),

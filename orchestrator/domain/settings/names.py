@@ -27,6 +27,7 @@ _NOT_IN_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _WILDCARD = re.compile(r"[*?\[]")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_PASSWORD = re.compile(r"[^/@:]*:[^/]+@")
 _SCHEMES: Final = ("https", "http", "ssh", "git", "file")
 
 
@@ -113,6 +114,9 @@ def check_repo(text: str) -> str:
         raise InvalidValue(
             f"{quote_text(text)} can't be a repository", f"write a path or a URL of {', '.join(_SCHEMES)}"
         )
+    if scheme and _PASSWORD.match(text, scheme.end()):  # the record of the run and lists of processes would show it
+        remedy = "remove it: a credential helper of git gives it, such as that of `gh auth setup-git`"
+        raise InvalidValue("the URL of the repository has a password", remedy)
     return text
 
 

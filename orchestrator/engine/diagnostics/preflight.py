@@ -39,6 +39,8 @@ from orchestrator.sessions.sandbox.policy import SandboxKind, choose_sandbox
 MAX_PROMPTS_LENGTH = 12 << 20
 #: The remedy for uncommitted changes before a run.
 _CLEAN_REMEDY = "commit or stash them, set another `target`, or land later with --allow-deferred"
+#: The remedy if git can't use a server.
+_GIT_ACCESS = "give git access to it, for example by `gh auth setup-git` or an SSH key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ async def run_preflight(
     start = await fetch_base_and_target(
         site, hub, run, (config.base, target if target in heads else config.base), environ
     )
+    if site.repository is None:
+        await check_push(site.source(Git(hub.trusted, environ=environ)), start)
     base = BaseCommit(config.base, internal_ref_name(run, "base"), Git(hub.trusted, environ=environ))
     await check_worktree_sources(config.worktrees, base, site.repository, [home])
     return PreflightResult(target, hub, start, sandbox, target in heads)
@@ -167,7 +171,8 @@ async def check_branches(source: UpstreamRepository, base: str, target: str) -> 
     try:
         heads = await source.heads()
     except GitError as error:
-        raise to_unusable_error(error, f"{source.location} can't be read", "check `repo`") from None
+        remedy = "check `repo`" if source.is_local else f"check `repo`, and {_GIT_ACCESS}"
+        raise to_unusable_error(error, f"{source.location} can't be read", remedy) from None
     if not heads:
         raise RefusedError(f"{source.location} has no commits yet", "create a first commit: sessions start from it")
     if base not in heads:
@@ -182,6 +187,14 @@ async def check_branches(source: UpstreamRepository, base: str, target: str) -> 
                 f"the target {target!r} conflicts with the name of the branch {head!r}", "choose another target"
             )
     return heads
+
+
+async def check_push(source: UpstreamRepository, commit: str) -> None:
+    """Raise RefusedError if the user may not push to a server: all work would be done, and could not land."""
+    try:
+        await source.check_push(commit)
+    except GitError as error:
+        raise to_unusable_error(error, f"git can't push to {source.location}", _GIT_ACCESS) from None
 
 
 async def find_surroundings(config: RunConfig, environ: Mapping[str, str]) -> RepositoryPaths:

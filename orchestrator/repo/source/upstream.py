@@ -35,6 +35,8 @@ _HOOK_MESSAGE = re.compile(r"(?!\s*$|error: failed to push some refs to )")
 #: What git says about an object folder in which it can't create a file, and about the same in other folders.
 _NO_ACCESS = re.compile("Permission denied|insufficient permission|unable to create temporary object directory")
 _MAX_REASON_CHARS = 300  # characters
+#: A branch that does not exist, so that a push is no change of another commit.
+_NO_BRANCH = "council/no-such-branch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,11 @@ class UpstreamRepository:
         reason = summary if not lines or not messages else f"{summary}: {printable_name(messages)[:_MAX_REASON_CHARS]}"
         remedy = ": grant your user access" if _NO_ACCESS.search(messages) else ""
         return PushResult(moved=False, reason=reason + remedy, was_killed=was_killed(done.returncode, stderr))
+
+    async def check_push(self, commit: str) -> None:
+        """Raise GitError if the server does not let the user push. Pushes nothing."""
+        await self.git("push", "--dry-run", "--quiet", "--no-verify", "--no-signed", "--recurse-submodules=no",
+                       self.location, f"{commit}:refs/heads/{_NO_BRANCH}")  # fmt: skip
 
     async def _receive(self, branch: str, old: str | None) -> str:
         users = replace(self.git, git_dir=None)

@@ -9,10 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
-from orchestrator.testing.forge_servers.server import ForgeServer
+from orchestrator.testing.forge_servers.git_http import CgiRequest, is_push, read_password, run_backend
+from orchestrator.testing.forge_servers.server import Answer, ForgeServer
 
 _FIRST_NUMBER: Final = 1001
+#: The hook that protects branches: `git update-ref`, by which the forge merges, does not run it.
+_PROTECTION: Final = """#!/bin/sh
+case " {branches} " in *" ${{1#refs/heads/}} "*) ;; *) exit 0 ;; esac
+echo "error: GH006: Protected branch update failed for $1." >&2
+exit 1
+"""
 _ENVIRON: Final = {
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
@@ -88,6 +96,30 @@ class PullRequestServer(ForgeServer):
         self.git_dir = git_dir
         self.pull_requests: dict[int, ForgePullRequest] = {}
         self._checks: dict[str, list[CheckResult]] = {}
+
+    @property
+    def clone_url(self) -> str:
+        """The URL of the repository for git: the password is the token of a user, who needs write access to push."""
+        return f"{self.origin}/{self.repository}.git"
+
+    def _answer(self, method: str, target: str, headers: Mapping[str, str], data: bytes) -> Answer:
+        url = urlsplit(target)
+        path = url.path.removeprefix(f"/{self.repository}.git/")
+        if path == url.path or self.git_dir is None:
+            return super()._answer(method, target, headers, data)
+        login = self._tokens.get(read_password(headers) or "")
+        if login is None:
+            return Answer(401, b"no access\n", {"WWW-Authenticate": 'Basic realm="forge"'})
+        if is_push(path, url.query) and self._users[login].permission == "read":
+            return Answer(403, b"no write access\n")
+        return run_backend(self.git_dir, CgiRequest(method, path, url.query, headers, data, login))
+
+    def protect(self, *branches: str) -> None:
+        """Refuse pushes to these branches."""
+        assert self.git_dir is not None, "the server has a repository"  # noqa: S101  a test's own mistake
+        hook = self.git_dir / "hooks" / "update"
+        hook.write_text(_PROTECTION.format(branches=" ".join(branches)))
+        hook.chmod(0o755)
 
     def pull_request(self, number: int) -> ForgePullRequest:
         """Return a pull request with its newest commit."""

@@ -229,7 +229,7 @@ class ForgeServer(ABC):
             self._lost_answers = 0
 
     def lose_answers(self, count: int) -> None:
-        """Perform the next writes, and close their connections instead of answering."""
+        """Perform the next writes by the API, and close their connections instead of answering."""
         with self._lock:
             self._lost_answers += count
 
@@ -249,15 +249,14 @@ class ForgeServer(ABC):
     def handle(self, method: str, target: str, headers: Mapping[str, str], data: bytes) -> tuple[Answer, bool]:
         """Return the answer to a request, and whether it is lost on its way."""
         with self._lock:
-            answer = self._answer(method, target, headers, data)
+            answer = self._faults.pop(0) if self._faults else self._answer(method, target, headers, data)
             self.requests.append((method, urlsplit(target).path, answer.status))
-            is_lost = method != "GET" and answer.status < 300 and self._lost_answers > 0
+            is_write = method != "GET" and not isinstance(answer.content, bytes)  # git reads with POST, too
+            is_lost = is_write and answer.status < 300 and self._lost_answers > 0
             self._lost_answers -= is_lost
             return answer, is_lost
 
     def _answer(self, method: str, target: str, headers: Mapping[str, str], data: bytes) -> Answer:
-        if self._faults:
-            return self._faults.pop(0)
         url, base = urlsplit(target), urlsplit(self.url).path
         for path, answer in self._redirects.items():
             if method == "GET" and url.path.endswith(f"/{path}"):
@@ -324,19 +323,27 @@ class ForgeServer(ABC):
             wbufsize = 1 << 16  # one packet: the second would wait for an acknowledgement of the first
 
             def _handle(self) -> None:
-                data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                answer, is_lost = server.handle(self.command, self.path, dict(self.headers), data)
+                answer, is_lost = server.handle(self.command, self.path, dict(self.headers), self._read_body())
                 if is_lost:
                     self.close_connection = True
                     return
-                text = answer.content if isinstance(answer.content, str) else json.dumps(answer.content)
-                content = b"" if answer.content is None else text.encode()
+                content = _encode(answer.content)
                 self.send_response(answer.status)
-                for name, value in {**answer.headers, "Content-Type": "application/json"}.items():
+                for name, value in {"Content-Type": "application/json", **answer.headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
+
+            def _read_body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding") != "chunked":
+                    return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                chunks = []
+                while size := int(self.rfile.readline(), 16):
+                    chunks.append(self.rfile.read(size))
+                    self.rfile.readline()
+                self.rfile.readline()
+                return b"".join(chunks)
 
             do_GET = do_POST = do_PATCH = do_PUT = do_DELETE = _handle  # noqa: N815  names of the library
 
@@ -344,3 +351,9 @@ class ForgeServer(ABC):
                 """Print nothing."""
 
         return Handler
+
+
+def _encode(content: Any) -> bytes:
+    if content is None or isinstance(content, bytes):
+        return content or b""
+    return (content if isinstance(content, str) else json.dumps(content)).encode()

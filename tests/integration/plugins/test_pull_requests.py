@@ -19,12 +19,24 @@ from tests.waiting import wait_for
 SERVERS: dict[str, type[PullRequestServer]] = {"github": GitHubServer, "gitlab": GitLabServer}
 
 
+def give_token(repository: Repository) -> None:
+    """Set the token of a server, and a credential helper that gives it to git, like that of `gh auth setup-git`."""
+    repository.environ["FORGE_TOKEN"] = "t0ken"
+    repository.environ["GIT_CONFIG_GLOBAL"] = str(repository.top.parent / "gitconfig")
+    helper = '!f() { test "$1" != get || printf "username=x\\npassword=%s\\n" "$FORGE_TOKEN"; }; f'
+    repository.git("config", "--global", "credential.helper", helper)
+
+
 @pytest.fixture(params=["github", pytest.param("gitlab", marks=pytest.mark.extended)])
 def forge(request: pytest.FixtureRequest, repository: Repository, tmp_path: Path) -> Iterator[PullRequestServer]:
-    """Yield a server with a bare clone of the repository, whose token the commands of the repository have."""
-    repository.environ["FORGE_TOKEN"] = "t0ken"
+    """Yield a server with a bare clone of the repository, whose token the commands of the repository have.
+
+    Nobody may push to its `main`.
+    """
+    give_token(repository)
     repository.git("clone", "--quiet", "--bare", str(repository.top), str(tmp_path / "forge.git"))
     with SERVERS[request.param](git_dir=tmp_path / "forge.git") as server:
+        server.protect("main")
         yield server
 
 
@@ -32,7 +44,7 @@ def configure(repository: Repository, forge: PullRequestServer, *tasks: dict[str
     """Write a config whose tasks land by pull requests."""
     use, key = ("github", "repo") if isinstance(forge, GitHubServer) else ("gitlab", "project")
     common = {"use": use, key: forge.repository, "api": forge.url, "token": "FORGE_TOKEN", "sync_interval": "100ms"}
-    settings = {"repo": f"file://{forge.git_dir}", "target": None}
+    settings = {"repo": forge.clone_url, "target": None}
     config = repository.configure(tasks, pull_requests={**common, **options}, **settings)
     text = config.read_text().replace('"target": null, ', "")
     config.write_text(text)
@@ -129,7 +141,7 @@ def push_by_hand(
     repository: Repository, forge: PullRequestServer, found: ForgePullRequest, folder: Path, name: str = "person.txt"
 ) -> str:
     """Push a commit to the branch of a pull request; return it."""
-    repository.git("clone", "--quiet", "--branch", found.branch, str(forge.git_dir), str(folder))
+    repository.git("clone", "--quiet", "--branch", found.branch, forge.clone_url, str(folder))
     (folder / name).write_text("by hand\n")
     repository.git("-C", str(folder), "add", "--all")
     repository.git("-C", str(folder), "commit", "--quiet", "--message", "by hand")
@@ -238,7 +250,7 @@ async def test_an_unreachable_forge_delays_and_loses_nothing(repository: Reposit
 def test_a_repository_on_this_machine_is_refused(repository: Repository, forge: PullRequestServer) -> None:
     """Its remote has the pull requests: the message names it."""
     config = configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"})
-    config.write_text(config.read_text().replace(f"file://{forge.git_dir}", str(repository.top)))
+    config.write_text(config.read_text().replace(forge.clone_url, str(repository.top)))
     subprocess.run(["git", "-C", str(repository.top), "remote", "add", "origin", "https://git.example.com/a/b"],
                    check=True)  # fmt: skip
     checked = repository.council("run", str(config), "--dry-run")
@@ -248,10 +260,52 @@ def test_a_repository_on_this_machine_is_refused(repository: Repository, forge: 
 
 def test_a_wrong_token_is_refused_before_anything_starts(repository: Repository, forge: PullRequestServer) -> None:
     """Otherwise all work would be done, and could not be proposed."""
-    repository.environ["FORGE_TOKEN"] = "wrong"
-    ended = repository.council("run", str(configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"})))
+    repository.environ["API_TOKEN"] = "wrong"
+    config = configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"}, token="API_TOKEN")
+    ended = repository.council("run", str(config))
     assert (ended.code, "pull_requests: 127.0.0.1 answered 401" in ended.stderr) == (2, True), ended
     assert not repository.spawns.exists()
+
+
+@pytest.mark.parametrize(("token", "reason"), [("", "Authentication failed"), ("r3ad", "returned error: 403")])
+def test_git_that_may_not_push_is_refused_before_anything_starts(
+    repository: Repository, forge: PullRequestServer, token: str, reason: str
+) -> None:
+    """The token of the API may differ from that of git."""
+    forge.add_user("reader", token="r3ad")
+    repository.environ.update({"API_TOKEN": "t0ken", "FORGE_TOKEN": token})
+    config = configure(repository, forge, {"id": "one", "prompt": "write one.txt 1"}, token="API_TOKEN")
+    ended = repository.council("run", str(config))
+    assert (ended.code, reason in ended.stderr, "gh auth setup-git" in ended.stderr) == (2, True, True), ended
+    assert not repository.spawns.exists()
+
+
+def test_only_git_and_the_forge_get_the_token(repository: Repository, forge: PullRequestServer, tmp_path: Path) -> None:
+    """No session and no check gets it, and no file has it: no configuration of git, no record and no log."""
+    prompt = "git -c alias.e='!env >env.txt' e"
+    task = {"id": "one", "prompt": prompt, "checks": ['test -z "$FORGE_TOKEN"']}
+    child = repository.start("run", str(configure(repository, forge, task)), "--json")
+    found = opened(forge, prompt)
+    environ = read(forge, "env.txt", found.branch)
+    assert ("COUNCIL_TASK=one" in environ, "t0ken" in environ) == (True, False), environ
+    assert forge.merge(found.number)
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert (ended.code, ended.states) == (0, {"one": "landed"}), ended
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if b"t0ken" in path.read_bytes()] == []
+
+
+def test_a_protected_target_is_named_as_the_reason(repository: Repository, forge: PullRequestServer) -> None:
+    """Without `pull_requests:`, the work waits."""
+    config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], repo=forge.clone_url)
+    child = repository.start("run", str(config), "--json")
+    wait_for(lambda: "GH006" in beside(repository).council("status").stdout)
+    child.send_signal(signal.SIGINT)
+    output, error = child.communicate(timeout=60)
+    ended = CommandResult(child.wait(), output, error)
+    assert ended.states == {"one": "queued"}, ended
+    assert forge.commit_of("main") == repository.git("rev-parse", "main")
 
 
 def test_a_stop_while_a_pull_request_is_read_ends_the_run(repository: Repository, forge: PullRequestServer) -> None:
