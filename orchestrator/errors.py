@@ -340,6 +340,10 @@ REQUEST_RECORDED: Final = (
 )
 
 
+class WorkMissing(RefusedError):
+    """Recorded work of a task is neither on this machine nor at the remote."""
+
+
 class GitError(CouncilError):
     """A git command failed unexpectedly; has its argv, exit code and messages."""
 

@@ -419,11 +419,11 @@ class TaskWorkNotShared(TaskEvent):
     reason: str
 
 
-class TaskWorkMissing(TaskEvent):
-    """The work that the task continues was built on another machine, and can't be fetched from the remote yet."""
+class TaskStartDelayed(TaskEvent):
+    """The commits that the task starts from can't be read yet; reading them is repeated every few seconds."""
 
-    type = "task.work_missing"
-    sentence = "waits for its earlier work: {reason}"
+    type = "task.start_delayed"
+    sentence = "cannot start yet: {reason}"
 
     reason: str
 

@@ -150,7 +150,10 @@ async def prepare_hub(run: RunDocument, store: StoreLocation, environ: Mapping[s
     if await read_ref(hub.trusted, start) == run.start:
         return hub
     target = run.target if run.target in await check_branches(site.source(git), run.base, run.target) else run.base
-    await fetch_base_and_target(site, hub, run.id, (run.base, target), environ)
+    try:
+        await fetch_base_and_target(site, hub, run.id, (run.base, target), environ)
+    except GitError as error:
+        raise to_unusable_error(error, f"{redact_urls(run.repo)} can't be read", "retry when it is reachable") from None
     try:
         await git("update-ref", start, run.start)
     except GitError as error:

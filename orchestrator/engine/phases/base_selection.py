@@ -21,7 +21,7 @@ from orchestrator.domain.settings.run_settings import TaskSpec
 from orchestrator.engine.phases.start import ConflictingWork, NextPhase
 from orchestrator.engine.run_context import RunContext
 from orchestrator.engine.state.ledger import Ledger
-from orchestrator.errors import GitError, RefusedError
+from orchestrator.errors import GitError, WorkMissing
 from orchestrator.repo.git.command import GITLINK_MODE
 from orchestrator.repo.git.unsupported_files import can_be_checked_out
 from orchestrator.repo.landing.merge_commits import rebase_work, renew_retry_base, stack_work
@@ -106,7 +106,7 @@ class BaseSelector:
             for need, commit in works.items():
                 await self._ledger.fetch_work(need, commit, self._context.refs(f"need/{need}"))
             base = await stack_work(self._context.git, tip, works, ref)
-        except (GitError, RefusedError):
+        except (GitError, WorkMissing):
             return None
         if not isinstance(base, str):
             return None

@@ -14,7 +14,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from orchestrator.domain.events.tasks import TaskClaimLost, TaskFailed, TaskMessageDelivered, TaskWorkMissing
+from orchestrator.domain.events.tasks import TaskClaimLost, TaskFailed, TaskMessageDelivered, TaskStartDelayed
 from orchestrator.domain.runs.model import PAUSED, Attempt, TaskDocument
 from orchestrator.domain.runs.outcome import Failed, SessionLimits
 from orchestrator.domain.runs.statuses import LANDING_STATUSES, SUCCESS_STATUSES, Trigger
@@ -40,7 +40,16 @@ from orchestrator.engine.session_api.locks import StopChecks
 from orchestrator.engine.state.ledger import Ledger
 from orchestrator.engine.state.records import message_write, read_messages
 from orchestrator.engine.state.transitions import TaskUpdate
-from orchestrator.errors import ClaimLost, GitError, HandoffCorrupted, RefusedError, VersionConflict
+from orchestrator.errors import (
+    ClaimLost,
+    GitError,
+    HandoffCorrupted,
+    HubDamaged,
+    RefusedError,
+    TargetMissing,
+    VersionConflict,
+    WorkMissing,
+)
 from orchestrator.protocols import Capability, Guard, SessionEvent, ToolCall, UsageReport, Write
 from orchestrator.repo.intake.diffs import diff_commits_bounded
 from orchestrator.repo.worktrees.pool import SlotPool
@@ -55,7 +64,7 @@ from orchestrator.sessions.terminal import UserTerminal
 from orchestrator.system.clock import Clock
 from orchestrator.system.failpoints import failpoint
 
-#: Seconds after which work that could not be fetched is tried again.
+#: Seconds after which commits that could not be fetched are fetched again.
 _REMOTE_RETRY_DELAY = 5.0
 #: Seconds between readings of the output of a session that probes an adapter.
 _PROBE_INTERVAL = 1.0
@@ -334,10 +343,7 @@ class AttemptPreparer:
             next_phase = await self.attempts.phase_handlers.starter.next_phase(task, spec)
             if isinstance(next_phase, TaskUpdate):
                 return next_phase
-            has_work = await self._fetch_work(task, next_phase.start)
-            based = await self.attempts.base_selector.select(task, spec, next_phase, tips) if has_work else None
-            if has_work and based is None:  # offered again when one of its needs has landed, or is built again
-                self.local.board.pause(task, keeps_paths=False)
+            based = await self._select_base(task, spec, next_phase, tips)
             if based is None or not self.local.board.adapters.is_running(task):  # cancelled in the meantime
                 return None
             board = self.local.board
@@ -347,17 +353,24 @@ class AttemptPreparer:
             await self._refuse(task, Failed(FailureClass.INVALID, str(error)))
             return None
 
-    async def _fetch_work(self, task: str, start: str | None) -> bool:
-        """Fetch the work that a task continues, if another machine has built it. If that fails, the task waits."""
+    async def _select_base(
+        self, task: str, spec: TaskSpec, next_phase: NextPhase, tips: dict[bool, str]
+    ) -> NextPhase | None:
+        """Return a phase with the commits that its session starts from; None if the task must wait for them."""
         ledger, context = self.attempts.ledger, self.attempts.context
         try:
-            await ledger.fetch_work(task, start, context.refs(f"work/{task}"))
-        except (GitError, RefusedError) as error:
-            await ledger.writer.note_once(TaskWorkMissing(task=task, reason=str(error)), task)
+            await ledger.fetch_work(task, next_phase.start, context.refs(f"work/{task}"))
+            based = await self.attempts.base_selector.select(task, spec, next_phase, tips)
+        except (HubDamaged, TargetMissing):
+            raise
+        except (GitError, WorkMissing) as error:
+            await ledger.writer.note_once(TaskStartDelayed(task=task, reason=str(error)), task)
             self.local.board.wait(task, context.tools.clock.monotonic() + _REMOTE_RETRY_DELAY)
-            return False
-        ledger.writer.forget(TaskWorkMissing, task)
-        return True
+            return None
+        ledger.writer.forget(TaskStartDelayed, task)
+        if based is None:  # offered again when one of its needs has landed, or is built again
+            self.local.board.pause(task, keeps_paths=False)
+        return based
 
     async def _waits(self, task: str, spec: TaskSpec) -> bool:
         """Return True, and update the board, if a task must wait for others that changed since it was chosen."""

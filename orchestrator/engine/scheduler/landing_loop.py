@@ -21,8 +21,8 @@ LANDING_BATCH_WINDOW = 0.25
 DEFERRED_RETRY_DELAY = 30.0
 #: The retries of each task, and the seconds before each, without other work: the user may be in the middle of a commit.
 MAX_FINAL_LANDINGS, FINAL_LANDING_DELAY = 3, 1.0
-#: The same for pull requests: a forge may be down for minutes.
-MAX_FINAL_PROPOSALS, FINAL_PROPOSAL_DELAY = 40, 15.0
+#: The same for pull requests, and for runs that span machines: a server may be down for minutes.
+MAX_REMOTE_LANDINGS, REMOTE_LANDING_DELAY = 40, 15.0
 
 
 class LandingLoop:
@@ -38,8 +38,8 @@ class LandingLoop:
         self._batch_until = 0.0
         self._merge = ledger.run.merge
         self._max_final, self._final_delay = MAX_FINAL_LANDINGS, FINAL_LANDING_DELAY
-        if ledger.run.pull_requests is not None:
-            self._max_final, self._final_delay = MAX_FINAL_PROPOSALS, FINAL_PROPOSAL_DELAY
+        if ledger.run.pull_requests is not None or ledger.work is not None:
+            self._max_final, self._final_delay = MAX_REMOTE_LANDINGS, REMOTE_LANDING_DELAY
 
     @property
     def is_full(self) -> bool:

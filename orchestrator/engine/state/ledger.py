@@ -137,7 +137,7 @@ class Ledger:
     async def fetch_work(self, task: str, commit: str | None, ref: str) -> None:
         """Fetch recorded work of a task from other machines, and store it as `ref`, unless it is here.
 
-        Raises GitError if the remote can't be reached, and RefusedError if it does not have the work.
+        Raises GitError if the remote can't be reached, and WorkMissing if it does not have the work.
         """
         if self.work is not None and commit:
             await self.work.fetch(TaskCommit(task, commit), ref)

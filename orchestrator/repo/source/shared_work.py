@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from orchestrator.errors import RefusedError
+from orchestrator.errors import WorkMissing
 from orchestrator.repo.git.command import Git
 from orchestrator.repo.source.upstream import UpstreamRepository
 
@@ -41,17 +41,17 @@ class SharedWork:
     async def fetch(self, work: TaskCommit, ref: str) -> None:
         """Fetch a commit, and store it as `ref` in the trusted repository, unless it is here.
 
-        Raises GitError if the remote can't be reached, and RefusedError if it does not have the commit.
+        Raises GitError if the remote can't be reached, and WorkMissing if it does not have the commit.
         """
         if await self.has(work.commit):
             return
         if work not in await self.list():
             message = f"the work of task {work.task!r} (commit {work.commit:.10}) is neither here nor at the remote"
-            raise RefusedError(message, "start `council work` on the machine that built it, which pushes it")
+            raise WorkMissing(message, "start `council work` on the machine that built it, which pushes it")
         await self.source.fetch_ref(self._ref(work), ref)
         if not await self.has(work.commit):
             message = f"{self._ref(work)} at the remote is not the work of task {work.task!r}"
-            raise RefusedError(message, "find out who has changed it, then delete it at the remote, and retry the task")
+            raise WorkMissing(message, "find out who has changed it, then delete it at the remote, and retry the task")
 
     async def has(self, commit: str) -> bool:
         """Return whether a commit is on this machine."""

@@ -131,9 +131,11 @@ def test_replaced_work_at_the_remote_does_not_land(cluster: Cluster) -> None:
     evil = cluster.git("commit-tree", "main^{tree}", "-p", "main", "-m", "evil")
     cluster.git("update-ref", ref, evil)
     cluster.git("gc", "--quiet", "--prune=now")
-    report = CommandResult.of(work(second, cluster))
-    assert report.states == {"one": "queued"}
-    assert "is not the work of task 'one'" in json.dumps(report.lines)
+    worker = work(second, cluster)
+    assert worker.stdout is not None
+    assert any("is not the work of task 'one'" in line for line in worker.stdout)
+    worker.send_signal(signal.SIGINT)
+    assert CommandResult.of(worker).states == {"one": "queued"}
     assert evil not in cluster.git("rev-list", "main")
 
 
@@ -190,3 +192,19 @@ def test_a_program_may_be_on_another_machine(cluster: Cluster, tmp_path: Path) -
     assert (report.code, report.states) == (0, {"one": "landed", "two": "landed"}), report.stderr
     assert worker.code == 0, worker.stderr
     assert waits == {"two": "a working rare (special is not installed here)"}
+
+
+def test_a_machine_that_cannot_read_the_remote_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    """It can join as soon as the remote is back."""
+    first, second, started = cluster.machine("first"), cluster.machine("second"), tmp_path / "ledger" / "started"
+    prompt = f"intrude {started} 1\nawait {tmp_path}/ledger/go\nwrite one.txt 1"
+    leader = first.start("run", cluster.configure(first, {"id": "one", "prompt": prompt}), "--json")
+    wait_for(started.exists)
+    gone = cluster.remote.rename(tmp_path / "gone.git")
+    refused = CommandResult.of(work(second, cluster))
+    assert (refused.code, "can't be read" in refused.stdout) == (2, True)
+    gone.rename(cluster.remote)
+    worker = work(second, cluster)
+    (tmp_path / "ledger" / "go").touch()
+    assert CommandResult.of(leader).states == {"one": "landed"}
+    assert CommandResult.of(worker).code == 0
