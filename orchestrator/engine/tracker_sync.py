@@ -290,9 +290,8 @@ class TrackerSync:
     async def _record(self, result: SyncResult, found: TrackedRun) -> tuple[list[str], list[str]]:
         """Record what is new in one commit; return the requests passed on, and those refused with reasons."""
         version, cursor = await _read_cursor(self._store, self._key)
-        added = [task for task in result.conflicts if task not in self._conflicts]
-        self._conflicts = frozenset(result.conflicts)
-        changes = _Changes([self._event(TrackerConflict, task=task) for task in added])
+        changes = _Changes([])
+        self._leave_conflicts(frozenset(result.conflicts), found.record, changes)
         new = {one.id: one for one in result.requests if one.id not in cursor.handled}
         for request in new.values():
             if request.task in found.record.tasks and not await self._is_past(request):
@@ -309,6 +308,16 @@ class TrackerSync:
             return [], []
         failpoint("request.recorded")
         return changes.requested, changes.refused
+
+    def _leave_conflicts(self, conflicts: frozenset[str], record: RunRecord, changes: _Changes) -> None:
+        """Report the tasks that another run claims from now on, and cancel those that have not ended."""
+        for task in sorted(conflicts - self._conflicts):
+            changes.events.append(self._event(TrackerConflict, task=task))
+            if record.tasks[task].status not in FINAL_STATUSES:
+                id_ = f"conflict-{task}-{int(self._clock.now() * 1000):x}"  # it may conflict again after a retry
+                ignore = TrackerRequest(id_, task, "ignore", "another run works on it")
+                self._add_request(ignore, record, changes)
+        self._conflicts = conflicts
 
     async def _is_past(self, request: TrackerRequest) -> bool:
         """Return True if a request is older than its task: it was meant for an earlier run."""

@@ -46,6 +46,10 @@ class IssueApi(ABC):
         """Write a comment, or replace an existing one."""
 
     @abstractmethod
+    async def delete_comment(self, number: int, comment: int) -> None:
+        """Delete a comment."""
+
+    @abstractmethod
     async def change_labels(self, number: int, added: Collection[str], removed: Collection[str]) -> None:
         """Add and remove labels; the others stay."""
 

@@ -14,6 +14,7 @@ from typing import Annotated, Final, Self, TypeVar
 
 from pydantic import Field
 
+from orchestrator.domain.runs.statuses import TaskStatus
 from orchestrator.domain.settings.fields import Duration, Strings
 from orchestrator.errors import RefusedError
 from orchestrator.forges.connection import Connected, Members, RepositoryOptions
@@ -87,7 +88,7 @@ class ForgeTracker(Connected[OptionsT], ABC):
         now, stale_after = time.time(), self._options.stale_after
         issues = []
         for issue in await self._issues.open_issues():
-            _, shared = _shown_state(issue)
+            _, shared = _shown_state(_state_comments(issue))
             if shared is None or not shared.is_claimed(now, stale_after):
                 issues.append(_without_own_comments(issue))
         listed = {issue.number for issue in issues}
@@ -116,10 +117,17 @@ class ForgeTracker(Connected[OptionsT], ABC):
 
     async def _show(self, issue: Issue, state: TrackedState) -> bool:
         """Show a state on its issue; return False if another live run claims the issue."""
-        comment, shown = _shown_state(issue)
+        comments = _state_comments(issue)
+        comment, shown = _shown_state(comments)
+        for id_, other in comments[1:]:  # two runs may write the first comment at the same moment
+            if other is not None and other.run == state.run:
+                await self._issues.delete_comment(issue.number, id_)
         now, stale_after = time.time(), self._options.stale_after
-        if shown is not None and shown.run != state.run and shown.is_claimed(now, stale_after):
-            return False
+        if shown is not None and shown.run != state.run:
+            if shown.is_claimed(now, stale_after):
+                return False
+            if shown.has_ended and state.task["status"] == TaskStatus.CANCELLED:  # it was left to the run shown
+                return True
         shared = to_shared(state, now)
         is_shown = shown is not None and (shown.run, shown.status) == (shared.run, shared.status)
         if state.is_done and self._options.close and issue.is_open and not is_shown:
@@ -141,15 +149,17 @@ class ForgeTracker(Connected[OptionsT], ABC):
             await self._issues.change_labels(issue.number, added, removed)
 
 
-def _shown_state(issue: Issue) -> tuple[int | None, SharedState | None]:
-    """Return the id of the first comment that shows a state, of an author with write access, and the state.
+def _state_comments(issue: Issue) -> list[tuple[int, SharedState | None]]:
+    """Return the ids of the comments that show states, of authors with write access, and the states.
 
-    It is None if there is no such comment, or its hidden block is damaged.
+    A state is None if its hidden block is damaged.
     """
-    for comment in issue.comments:
-        if is_state_comment(comment.body) and comment.is_trusted:
-            return comment.id, read_state(comment.body)
-    return None, None
+    return [(one.id, read_state(one.body)) for one in issue.comments if one.is_trusted and is_state_comment(one.body)]
+
+
+def _shown_state(comments: Sequence[tuple[int, SharedState | None]]) -> tuple[int | None, SharedState | None]:
+    """Return the first comment that shows a state: it decides which run has the issue."""
+    return comments[0] if comments else (None, None)
 
 
 def _without_own_comments(issue: Issue) -> Issue:

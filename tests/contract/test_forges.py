@@ -22,6 +22,7 @@ from orchestrator.testing.forge_servers.server import Answer, ForgeServer
 from orchestrator.testing.tracker_contract import TrackerContract, make_state
 
 RUNNING, LANDED, FAILED = TaskStatus.RUNNING, TaskStatus.LANDED, TaskStatus.FAILED
+CANCELLED = TaskStatus.CANCELLED
 
 
 class ForgeContract(TrackerContract):
@@ -181,6 +182,30 @@ class ForgeContract(TrackerContract):
         self.server.add_user("stranger")
         self.server.comment(4, comment.body.replace(stale, f'"heartbeat": {time.time()}'), "stranger")
         assert "issue-4" in [task.id for task in await self.open_tasks(options)]
+
+    async def test_of_two_first_comments_the_second_is_deleted(self, tmp_path: Path) -> None:
+        """Two runs wrote them at the same moment; the run of the first one keeps the issue."""
+        options, state = self.validated(tmp_path), make_state("issue-1", RUNNING)
+        other = replace(state, run="20260102-120000-beef")
+        await self.sync(options, state)
+        [own] = self.state_comments(1)
+        self.server.issue(1).comments.clear()
+        await self.sync(options, other)
+        self.server.comment(1, own)
+        assert not (await self.sync(options, other)).conflicts
+        assert len(self.state_comments(1)) == 2
+        assert (await self.sync(options, state)).conflicts == ["issue-1"]
+        [comment] = self.server.issue(1).comments
+        assert other.run in comment.body
+
+    async def test_a_cancelled_task_does_not_hide_the_end_of_another_run(self, tmp_path: Path) -> None:
+        """It was left to that run."""
+        options, landed = self.validated(tmp_path), make_state("issue-1", LANDED)
+        await self.sync(options, replace(landed, run="20260102-120000-beef"))
+        assert not (await self.sync(options, make_state("issue-1", CANCELLED))).conflicts
+        [comment] = self.state_comments(1)
+        assert "council: landed" in comment
+        assert "council:landed" in self.server.issue(1).labels
 
     async def test_unchanged_issues_cost_no_content(self, tmp_path: Path) -> None:
         """All reads of a second synchronization are answered by 304."""

@@ -534,7 +534,10 @@ class TrackerTaskRefused(RunEvent):
 
 
 class TrackerConflict(RunEvent):
-    """Another run that is alive claims a task in the tracker, which keeps showing that run."""
+    """Another run that is alive claims a task in the tracker, which keeps showing that run.
+
+    The task is cancelled unless it has ended.
+    """
 
     type = "tracker.conflict"
     sentence = "tracker {tracker} shows another run for {task}"

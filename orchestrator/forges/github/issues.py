@@ -102,6 +102,10 @@ class GitHubIssues(IssueApi):
         else:
             await self.http.send("PATCH", f"{self._repo}/issues/comments/{comment}", {"body": body})
 
+    async def delete_comment(self, number: int, comment: int) -> None:  # noqa: ARG002  the id is of the repository
+        """Delete a comment."""
+        await self.http.send("DELETE", f"{self._repo}/issues/comments/{comment}")
+
     async def change_labels(self, number: int, added: Collection[str], removed: Collection[str]) -> None:
         """Add and remove labels; the others stay."""
         path = f"{self._repo}/issues/{number}/labels"

@@ -85,6 +85,10 @@ class GitLabIssues(IssueApi):
         else:
             await self.http.send("PUT", f"{path}/{comment}", {"body": body})
 
+    async def delete_comment(self, number: int, comment: int) -> None:
+        """Delete a comment."""
+        await self.http.send("DELETE", f"{self._project}/issues/{number}/notes/{comment}")
+
     async def change_labels(self, number: int, added: Collection[str], removed: Collection[str]) -> None:
         """Add and remove labels; the others stay."""
         body = {"add_labels": ",".join(sorted(added)), "remove_labels": ",".join(sorted(removed))}

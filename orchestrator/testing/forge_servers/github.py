@@ -55,7 +55,7 @@ class GitHubServer(PullRequestServer):
                 return self._answer_pull_requests(request, parts)
             case "POST", ["issues", number, "labels"] if number.isdigit() and int(number) in self.pull_requests:
                 return self._answer_pull_requests(request, parts)
-            case "PATCH", ["issues", "comments", id_]:
+            case "PATCH" | "DELETE", ["issues", "comments", id_]:
                 return self._edit_comment(int(id_), request)
             case method, ["issues", number, *rest] if number.isdigit() and int(number) in self._issues:
                 issue = self._issues[int(number)]
@@ -179,13 +179,10 @@ class GitHubServer(PullRequestServer):
         return Answer(200, {"total_count": len(found), "items": [self._issue(one) for one in found]})
 
     def _edit_comment(self, id_: int, request: Request) -> Answer:
-        for issue in self._issues.values():
-            for comment in issue.comments:
-                if comment.id == id_:
-                    comment.body = request.body["body"]
-                    self._touch(issue.number)
-                    return Answer(200, self._comment(comment))
-        return _NOT_FOUND
+        comment = self.edit_comment(id_, request.body.get("body"))
+        if comment is None:
+            return _NOT_FOUND
+        return Answer(204, None) if request.method == "DELETE" else Answer(200, self._comment(comment))
 
     def _user(self, login: str) -> dict[str, Any]:
         user = self._users.get(login)

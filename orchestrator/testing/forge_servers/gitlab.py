@@ -74,12 +74,8 @@ class GitLabServer(PullRequestServer):
             case "POST", ["notes"]:
                 id_ = self.comment(issue.number, request.body["body"], by)
                 return Answer(201, next(self._note(one) for one in issue.comments if one.id == id_))
-            case "PUT", ["notes", id_]:
-                for comment in issue.comments:
-                    if comment.id == int(id_):
-                        comment.body = request.body["body"]
-                        self._touch(issue.number)
-                        return Answer(200, self._note(comment))
+            case "PUT" | "DELETE", ["notes", id_]:
+                return self._edit_note(int(id_), request)
             case "GET", ["links"]:
                 found = [self._issue(self._issues[number]) for number in issue.blocked_by]
                 return Answer(200, [{**one, "link_type": "is_blocked_by"} for one in found])
@@ -90,6 +86,12 @@ class GitLabServer(PullRequestServer):
                     for one in issue.events if one.label is not None
                 ])  # fmt: skip
         return _NOT_FOUND
+
+    def _edit_note(self, id_: int, request: Request) -> Answer:
+        comment = self.edit_comment(id_, request.body.get("body"))
+        if comment is None:
+            return _NOT_FOUND
+        return Answer(204, None) if request.method == "DELETE" else Answer(200, self._note(comment))
 
     def _answer_merge_requests(self, request: Request, parts: Sequence[str]) -> Answer:
         match request.method, parts:

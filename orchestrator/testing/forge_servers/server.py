@@ -170,6 +170,19 @@ class ForgeServer(ABC):
             self._issues[number].comments.append(comment)
             return comment.id
 
+    def edit_comment(self, id_: int, body: str | None) -> ForgeComment | None:
+        """Change a comment, or delete it (None); return it, or None if it does not exist."""
+        with self._lock:
+            for issue in self._issues.values():
+                for comment in issue.comments:
+                    if comment.id == id_:
+                        comment.body = body or comment.body
+                        if body is None:
+                            issue.comments.remove(comment)
+                        self._touch(issue.number)
+                        return comment
+            return None
+
     def edit(self, number: int, *, title: str | None = None, body: str | None = None) -> None:
         """Change the title or body of an issue."""
         with self._lock:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.testing.forge_servers import GitHubServer, GitLabServer
+from orchestrator.testing.forge_servers.pull_requests import PullRequestServer
 from orchestrator.testing.forge_servers.server import ForgeServer
 from tests.conftest import CommandResult, Repository
+from tests.integration.plugins.test_pull_requests import give_token
 from tests.waiting import wait_for
 
 SERVERS: dict[str, type[ForgeServer]] = {"github": GitHubServer, "gitlab": GitLabServer}
@@ -204,3 +208,103 @@ async def test_requests_of_an_earlier_run_are_not_repeated(repository: Repositor
     again = repository.council("run", str(config), "--json")
     assert again.states == {"issue-1": "landed"}, again
     assert "on `main`" in shown(forge, 1)
+
+
+@pytest.fixture
+def machines(repository: Repository, forge: ForgeServer, tmp_path: Path) -> list[Repository]:
+    """Return two machines with folders, homes and stores of their own, whose runs push to the forge."""
+    give_token(repository)
+    repository.git("clone", "--quiet", "--bare", str(repository.top), str(tmp_path / "forge.git"))
+    assert isinstance(forge, PullRequestServer)
+    forge.git_dir = tmp_path / "forge.git"
+    made = []
+    for name in ("first", "second"):
+        top, environ = (
+            tmp_path / name / "project",
+            {**repository.environ, "COUNCIL_HOME": str(tmp_path / name / "home")},
+        )
+        top.mkdir(parents=True)
+        ledger = tmp_path / name / "ledger" / "spawns"
+        ledger.parent.mkdir()
+        made.append(Repository(top.parent, environ, ledger))
+        Repository(top, environ, ledger).configure(
+            [], repo=forge.clone_url, trackers=trackers(forge, stale_after="3s"), writable=[str(tmp_path)]
+        )
+    return made
+
+
+def shown_run(forge: ForgeServer, number: int) -> str:
+    """Return the run that an issue shows; empty without one."""
+    return "".join(re.findall(r'"run": "([^"]*)"', shown(forge, number)))
+
+
+async def test_machines_share_a_board(machines: list[Repository], forge: ForgeServer, tmp_path: Path) -> None:
+    """Each issue is worked on once: the second machine leaves the issue of the first one alone."""
+    first, second = machines
+    gate = tmp_path / "gate"
+    forge.add_issue("Write one", f"await {gate}\nwrite one.txt 1", ["work"])
+    child = first.start("run", "council.yaml", "--json")
+    wait_for(lambda: "council: running" in shown(forge, 1))
+    nothing = second.council("run", "council.yaml")
+    assert (nothing.code, "those of an active run are not free" in nothing.stderr) == (2, True), nothing
+    forge.add_issue("Write two", "write two.txt 2", ["work"])
+    other = second.council("run", "council.yaml", "--json")
+    assert other.states == {"issue-2": "landed"}, other
+    gate.touch()
+    output, error = child.communicate(timeout=60)
+    assert CommandResult(child.wait(), output, error).states == {"issue-1": "landed"}
+    assert isinstance(forge, PullRequestServer)
+    assert forge.git("ls-tree", "--name-only", "main").split() == ["README.md", "one.txt", "src", "two.txt"]
+    assert [one.spawns.read_text().count("\n") for one in machines] == [1, 1]
+
+
+async def test_a_dead_machine_is_replaced(machines: list[Repository], forge: ForgeServer, tmp_path: Path) -> None:
+    """Its claim expires, and the other machine works on its issue. If it comes back, it leaves the issue alone."""
+    first, second = machines
+    gate = tmp_path / "gate"
+    forge.add_issue("Write one", f"await {gate}\nwrite one.txt 1", ["work"])
+    killed = first.start("run", "council.yaml")
+    wait_for(lambda: "council: running" in shown(forge, 1))
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    dead = shown_run(forge, 1)
+    early = second.council("run", "council.yaml")
+    assert (early.code, "no open task" in early.stderr) == (2, True), early
+    wait_for(lambda: second.council("run", "council.yaml", "--dry-run").code == 0)
+    child = second.start("run", "council.yaml", "--json")
+    wait_for(lambda: shown_run(forge, 1) not in ("", dead) and "council: running" in shown(forge, 1))
+    taken = shown_run(forge, 1)
+    synced = first.council("sync")
+    assert "not shown: issue-1, which another run works on" in synced.stdout, synced
+    resumed = first.council("resume", "--json")
+    assert resumed.states == {"issue-1": "cancelled"}, resumed
+    [left] = resumed.result["tasks"]
+    assert left["reason"] == "ignored: another run works on it", resumed
+    assert shown_run(forge, 1) == taken
+    gate.touch()
+    output, error = child.communicate(timeout=60)
+    assert CommandResult(child.wait(), output, error).states == {"issue-1": "landed"}
+    first.council("sync")
+    assert (shown_run(forge, 1), forge.issue(1).labels) == (taken, ["work", "council:landed"])
+    assert [one.spawns.read_text().count("\n") for one in machines] == [1, 1]
+
+
+async def test_one_of_two_machines_gets_a_new_issue(
+    machines: list[Repository], forge: ForgeServer, tmp_path: Path
+) -> None:
+    """Both see it at the same moment, and may begin; the one that the issue does not show leaves it alone."""
+    gate = tmp_path / "gate"
+    children = [one.start("run", "council.yaml", "--follow", "--json") for one in machines]
+    wait_for(lambda: all("running" in one.council("status").stdout for one in machines))
+    forge.add_issue("Write one", f"await {gate}\nwrite one.txt 1", ["work"])
+    wait_for(lambda: [one for one in forge.issue(1).comments if "council: running" in one.body])
+    wait_for(lambda: any("cancelled" in one.council("status").stdout for one in machines))
+    gate.touch()
+    wait_for(lambda: "council:landed" in forge.issue(1).labels and "council: landed" in shown(forge, 1))
+    states = []
+    for child in children:
+        child.send_signal(signal.SIGINT)
+        output, error = child.communicate(timeout=60)
+        states.append(CommandResult(child.wait(), output, error).states["issue-1"])
+    assert sorted(states) == ["cancelled", "landed"]
+    assert "council: landed" in shown(forge, 1)
