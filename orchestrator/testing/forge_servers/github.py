@@ -15,7 +15,7 @@ _FORBIDDEN = Answer(403, {"message": "Resource not accessible by personal access
 
 
 class GitHubServer(PullRequestServer):
-    """A GitHub with one repository."""
+    """A GitHub with one repository; with a certificate, a GitHub Enterprise server, as `gh` can use."""
 
     auto_merge_error: str | None = None
     """Why auto-merge is refused; None: it is not."""
@@ -23,15 +23,17 @@ class GitHubServer(PullRequestServer):
     @property
     def url(self) -> str:
         """The URL of the API."""
-        return self.origin
+        return f"{self.origin}/api/v3" if self.is_encrypted else self.origin
 
     def answer(self, request: Request) -> Answer:
         """Return the answer to an authenticated request."""
         match request.parts:
             case ["user"]:
                 return Answer(200, {"login": request.user.login, "type": "User"})
-            case ["graphql"] if request.method == "POST":
-                return self._enable_auto_merge(str(request.body["variables"]["id"]))
+            case ["graphql"] | ["api", "graphql"] if request.method == "POST":
+                return self._answer_graphql(request.body["query"], request.body.get("variables", {}))
+            case ["meta"]:
+                return Answer(200, {"installed_version": "3.14.0"})
             case ["search", "issues"] if request.method == "GET":
                 return self._search(request.query.get("q", ""))
             case ["repos", owner, name, *rest] if f"{owner}/{name}" == self.repository:
@@ -149,6 +151,21 @@ class GitHubServer(PullRequestServer):
                 return Answer(405, {"message": "Pull Request is not mergeable"})
         return _NOT_FOUND
 
+    def _answer_graphql(self, query: str, variables: Mapping[str, Any]) -> Answer:
+        """Answer the mutation `enablePullRequestAutoMerge`, and the queries of `gh issue list`."""
+        if "enablePullRequestAutoMerge" in query:
+            return self._enable_auto_merge(str(variables["id"]))
+        if "__type" in query:  # optional features
+            return Answer(200, {"data": {}})
+        found = self._find(variables["query"]) if "query" in variables else self.select(is_open=True)
+        nodes = [
+            {"number": one.number, "title": one.title, "labels": {"nodes": [{"name": label} for label in one.labels]}}
+            for one in found
+        ]
+        listed = {"nodes": nodes, "pageInfo": {"hasNextPage": False, "endCursor": None}}
+        repository = {"hasIssuesEnabled": True, "issues": {"totalCount": len(nodes), **listed}}
+        return Answer(200, {"data": {"repository": repository, "search": {"issueCount": len(nodes), **listed}}})
+
     def _enable_auto_merge(self, node: str) -> Answer:
         """Enable auto-merge as the mutation `enablePullRequestAutoMerge` does."""
         found = next((one for one in self.pull_requests.values() if f"PR_{one.number}" == node), None)
@@ -174,9 +191,12 @@ class GitHubServer(PullRequestServer):
     def _search(self, query: str) -> Answer:
         if f"repo:{self.repository}" not in query.split():
             return Answer(422, {"message": "Validation Failed"})
-        labels = [first or second for first, second in re.findall(r'\blabel:(?:"([^"]*)"|(\S+))', query)]
-        found = self.select(is_open=True if "state:open" in query else None, labels=labels)
+        found = self._find(query)
         return Answer(200, {"total_count": len(found), "items": [self._issue(one) for one in found]})
+
+    def _find(self, query: str) -> list[ForgeIssue]:
+        labels = [first or second for first, second in re.findall(r'\blabel:(?:"([^"]*)"|(\S+))', query)]
+        return self.select(is_open=True if "state:open" in query else None, labels=labels)
 
     def _edit_comment(self, id_: int, request: Request) -> Answer:
         comment = self.edit_comment(id_, request.body.get("body"))

@@ -90,9 +90,11 @@ class ForgePullRequest:
 class PullRequestServer(ForgeServer):
     """A forge with pull requests. Its methods act as a person, and are safe during requests."""
 
-    def __init__(self, repository: str = "acme/shop", git_dir: Path | None = None) -> None:
+    def __init__(
+        self, repository: str = "acme/shop", git_dir: Path | None = None, certificate: Path | None = None
+    ) -> None:
         """Create a server for the branches of the bare repository `git_dir`."""
-        super().__init__(repository)
+        super().__init__(repository, certificate)
         self.git_dir = git_dir
         self.pull_requests: dict[int, ForgePullRequest] = {}
         self._checks: dict[str, list[CheckResult]] = {}

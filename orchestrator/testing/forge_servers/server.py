@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -91,8 +93,9 @@ class Request:
 class ForgeServer(ABC):
     """A server with one repository. Its methods act as a person, and are safe during requests."""
 
-    def __init__(self, repository: str = "acme/shop") -> None:
-        self.repository = repository
+    def __init__(self, repository: str = "acme/shop", certificate: Path | None = None) -> None:
+        """Create a server; with a certificate and its key in one file, it uses TLS."""
+        self.repository, self.is_encrypted = repository, certificate is not None
         self.requests: list[tuple[str, str, int]] = []
         """The method, path and status of each request."""
         self._lock = threading.RLock()
@@ -105,6 +108,10 @@ class ForgeServer(ABC):
         self._redirects: dict[str, Answer] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self.add_user("council-bot", token="t0ken", permission="write")  # noqa: S106  of this server only
         self.add_user("person", permission="write")
@@ -128,7 +135,7 @@ class ForgeServer(ABC):
     @property
     def origin(self) -> str:
         """The URL of the server."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http{'s' * self.is_encrypted}://127.0.0.1:{self._server.server_address[1]}"
 
     @abstractmethod
     def answer(self, request: Request) -> Answer:
@@ -274,7 +281,7 @@ class ForgeServer(ABC):
         for path, answer in self._redirects.items():
             if method == "GET" and url.path.endswith(f"/{path}"):
                 return answer
-        token = headers.get("PRIVATE-TOKEN") or headers.get("Authorization", "").removeprefix("Bearer ")
+        token = headers.get("PRIVATE-TOKEN") or headers.get("Authorization", "").partition(" ")[2]
         if token not in self._tokens:
             return Answer(401, {"message": "Bad credentials"})
         parts = [part for part in url.path.removeprefix(base).split("/") if part]
