@@ -8,7 +8,7 @@ process is killed at any point.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -254,7 +254,7 @@ class TrackerSync:
         requested, refused = await self._record(result, found)
         if result.problem is not None:
             raise result.problem
-        return SyncReport(self._link.name, len(states), requested, refused, sorted(self._conflicts))
+        return SyncReport(self._link.name, len(states), requested, refused, sorted(result.conflicts))
 
     async def _try(self) -> None:
         """Synchronize until the end or a failure, which is reported once."""
@@ -291,7 +291,8 @@ class TrackerSync:
         """Record what is new in one commit; return the requests passed on, and those refused with reasons."""
         version, cursor = await _read_cursor(self._store, self._key)
         changes = _Changes([])
-        self._leave_conflicts(frozenset(result.conflicts), found.record, changes)
+        conflicts = frozenset(result.conflicts)
+        self._leave(conflicts - self._conflicts, found.record, changes)
         new = {one.id: one for one in result.requests if one.id not in cursor.handled}
         for request in new.values():
             if request.task in found.record.tasks and not await self._is_past(request):
@@ -300,24 +301,23 @@ class TrackerSync:
         if new or texts != cursor.texts:
             handled = [*cursor.handled, *new]
             changes.writes.append(self._write_cursor(version, cursor, handled=handled, texts=texts))
-        if not changes.writes and not changes.events:
-            return [], []
-        try:
-            await self._store.commit(Commit(changes.writes, [Event.of(one) for one in changes.events]))
-        except VersionConflict:  # another process passes them on
-            return [], []
-        failpoint("request.recorded")
+        if changes.writes or changes.events:
+            try:
+                await self._store.commit(Commit(changes.writes, [Event.of(one) for one in changes.events]))
+            except VersionConflict:  # another process passes them on
+                return [], []
+            failpoint("request.recorded")
+        self._conflicts = conflicts
         return changes.requested, changes.refused
 
-    def _leave_conflicts(self, conflicts: frozenset[str], record: RunRecord, changes: _Changes) -> None:
-        """Report the tasks that another run claims from now on, and cancel those that have not ended."""
-        for task in sorted(conflicts - self._conflicts):
+    def _leave(self, tasks: Iterable[str], record: RunRecord, changes: _Changes) -> None:
+        """Report tasks that another run claims, and cancel those that have not ended."""
+        for task in sorted(tasks):
             changes.events.append(self._event(TrackerConflict, task=task))
-            if record.tasks[task].status not in FINAL_STATUSES:
+            if task in record.tasks and record.tasks[task].status not in FINAL_STATUSES:
                 id_ = f"conflict-{task}-{int(self._clock.now() * 1000):x}"  # it may conflict again after a retry
                 ignore = TrackerRequest(id_, task, "ignore", "another run works on it")
                 self._add_request(ignore, record, changes)
-        self._conflicts = conflicts
 
     async def _is_past(self, request: TrackerRequest) -> bool:
         """Return True if a request is older than its task: it was meant for an earlier run."""

@@ -296,6 +296,16 @@ def test_only_git_and_the_forge_get_the_token(repository: Repository, forge: Pul
     assert [path for path in files if b"t0ken" in path.read_bytes()] == []
 
 
+def test_a_large_commit_is_pushed(repository: Repository, forge: PullRequestServer) -> None:
+    """Git sends more than 1 MiB in chunks."""
+    prompt = "git -c alias.e='!head -c 1500000 /dev/urandom >large.bin' e"
+    child = repository.start("run", str(configure(repository, forge, {"id": "one", "prompt": prompt})), "--json")
+    assert forge.merge(opened(forge, prompt).number)
+    output, error = child.communicate(timeout=60)
+    assert CommandResult(child.wait(), output, error).states == {"one": "landed"}
+    assert forge.git("cat-file", "-s", "main:large.bin") == "1500000"
+
+
 def test_a_protected_target_is_named_as_the_reason(repository: Repository, forge: PullRequestServer) -> None:
     """Without `pull_requests:`, the work waits."""
     config = repository.configure([{"id": "one", "prompt": "write one.txt 1"}], repo=forge.clone_url)
