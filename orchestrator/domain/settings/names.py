@@ -11,7 +11,7 @@ from orchestrator.errors import InvalidValue
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAME_REMEDY: Final = (
-    "use up to 64 letters, digits, '.', '_' and '-', starting with a letter or digit, "
+    "use up to 64 ASCII letters, digits, '.', '_' and '-', starting with a letter or digit, "
     "without '..' and not ending in '.' or '.lock'"
 )
 # For JSON Schema, which only supports searches (json-schema.org, "Regular Expressions"): the same rules.

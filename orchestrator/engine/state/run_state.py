@@ -75,10 +75,11 @@ class RunState:
         await self.update(BaseFailureAllowed(), allow_failing_base=True)
 
     async def hold(self, task: str, reason: str | None) -> None:
-        """Record that a task does not land until it is released."""
+        """Record that a task does not land until it is released; without a new reason, an earlier one stays."""
         released = tuple(name for name in self.document.released if name != task)
-        held = {**self.document.held, task: reason or ""}
-        await self.update(TaskHeld(task=task, reason=reason), held=held, released=released)
+        held = {**self.document.held, task: reason or self.document.held.get(task, "")}
+        if (held, released) != (self.document.held, self.document.released):
+            await self.update(TaskHeld(task=task, reason=reason), held=held, released=released)
 
     async def release(self, task: str) -> None:
         """Record that a task may land, although a user held it or a conflict is predicted."""

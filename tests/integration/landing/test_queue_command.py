@@ -71,6 +71,8 @@ async def test_task_held_during_its_check_lands_only_after_its_release(repositor
     assert held.result["tasks"][0]["reason"] == ("held by a user: not now; `council queue release t0` lets it land"), (
         held
     )
+    again = repository.council("queue", "hold", "t0", "--json")
+    assert again.result["tasks"][0]["reason"] == held.result["tasks"][0]["reason"], "the first reason stays"
     (log.folder / "go").touch()
     wait_for(lambda: landed(repository) == ["Land t1"])
     found = wait_for(lambda: found if list(found := shown(repository)) == ["t0"] else None)

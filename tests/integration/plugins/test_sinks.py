@@ -227,7 +227,7 @@ async def test_missing_sink_plugin_does_not_stop_a_run(repository: Repository, m
 
 
 _NAME_REMEDY = (
-    "use up to 64 letters, digits, '.', '_' and '-', starting with a letter or digit, "
+    "use up to 64 ASCII letters, digits, '.', '_' and '-', starting with a letter or digit, "
     "without '..' and not ending in '.' or '.lock'"
 )
 _MISTAKES = """\
