@@ -17,9 +17,10 @@ from orchestrator.forges.github import GitHubTracker
 from orchestrator.forges.gitlab import GitLabTracker
 from orchestrator.forges.state_comment import read_state
 from orchestrator.protocols import TrackerRequest
-from orchestrator.testing.forge_servers import GitHubServer, GitLabServer
+from orchestrator.testing.forge_servers import GitLabServer
 from orchestrator.testing.forge_servers.server import Answer, ForgeServer
 from orchestrator.testing.tracker_contract import TrackerContract, make_state
+from tests.forge_descriptions.validation import ValidatedGitHub
 
 RUNNING, LANDED, FAILED = TaskStatus.RUNNING, TaskStatus.LANDED, TaskStatus.FAILED
 CANCELLED = TaskStatus.CANCELLED
@@ -385,7 +386,7 @@ class TestGitHub(ForgeContract):
     """Run the contract with GitHub."""
 
     tracker_type = GitHubTracker
-    server_type = GitHubServer
+    server_type = ValidatedGitHub
     own: ClassVar[Mapping[str, str]] = {"repo": "acme/shop"}
 
     async def test_sub_issues_come_first(self, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from orchestrator.errors import RefusedError
 from orchestrator.forges.github import GitHubForge
 from orchestrator.forges.gitlab import GitLabForge
 from orchestrator.testing.forge_contract import ForgeContract, wanted
-from orchestrator.testing.forge_servers import GitHubServer, GitLabServer
+from orchestrator.testing.forge_servers import GitLabServer
 from orchestrator.testing.forge_servers.pull_requests import MergeMethod, PullRequestServer
+from tests.forge_descriptions.validation import ValidatedGitHub
 
 
 class ScriptedForgeContract(ForgeContract):
@@ -117,7 +118,7 @@ class TestGitHub(ScriptedForgeContract):
     """`use: github`."""
 
     forge_type = GitHubForge
-    server_type = GitHubServer
+    server_type = ValidatedGitHub
     own: ClassVar[Mapping[str, str]] = {"repo": "acme/shop"}
 
     async def test_auto_merge_that_is_not_allowed_is_refused(

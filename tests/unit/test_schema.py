@@ -58,7 +58,7 @@ BEYOND = {
     "unknown default adapter", "several adapters, none named", "duplicate id", "same but for case",
     "self-need", "missing need", "missing built need", "circle", "circle of built needs",
     "prompt file missing", "prompt file is a folder", "no folder",
-    "unknown scheme", "remote helper", "option as repo", "version 1.0", "long duration", "unknown placeholder",
+    "unknown scheme", "password in the URL", "remote helper", "option as repo", "version 1.0", "long duration", "unknown placeholder",
     "env name", "env key", "git env", "copy and link", "link in a copy", "copy from a URL", "link from a URL",
     "localhost without a port", "hosts without a sandbox", "no network without a sandbox",
     "key in a step", "key in a command", "rule of nothing", "no path in a rule", "no path in a when", "resume of none",

@@ -113,7 +113,7 @@ class GitHubServer(PullRequestServer):
                 state = request.query.get("state", "open")
                 shown = [self.pull_request(number) for number in self.pull_requests]
                 found = [one for one in shown if branch in ("", one.branch) and state in ("all", one.state)]
-                return Answer(200, [self._pull_request(one) for one in found])
+                return Answer(200, [self._listed_pull_request(one) for one in found])
             case "POST", ["pulls"]:
                 body = request.body
                 values = {"branch": body["head"], "target": body["base"], "is_draft": body.get("draft", False)}
@@ -144,7 +144,7 @@ class GitHubServer(PullRequestServer):
                 ])  # fmt: skip
             case "POST", ["requested_reviewers"]:
                 found.reviewers += request.body["reviewers"]
-                return Answer(201, self._pull_request(found))
+                return Answer(201, self._listed_pull_request(found))
             case "PUT", ["merge"]:
                 if self.merge(found.number):
                     return Answer(200, {"merged": True, "sha": found.merged_as, "message": "merged"})
@@ -229,6 +229,11 @@ class GitHubServer(PullRequestServer):
         }
 
     def _pull_request(self, found: ForgePullRequest) -> dict[str, Any]:
+        """Return a pull request by itself; lists lack some of its fields."""
+        state = "dirty" if self.has_conflict(found) else "clean"
+        return {**self._listed_pull_request(found), "merged": found.state == "merged", "mergeable_state": state}
+
+    def _listed_pull_request(self, found: ForgePullRequest) -> dict[str, Any]:
         is_merged = found.state == "merged"
         return {
             "number": found.number,
@@ -243,10 +248,8 @@ class GitHubServer(PullRequestServer):
             "base": {"ref": found.target},
             "labels": [{"name": label} for label in found.labels],
             "requested_reviewers": [self._user(login) for login in found.reviewers],
-            "merged": is_merged,
             "merged_at": "2026-01-01T00:00:00Z" if is_merged else None,
             "merge_commit_sha": found.merged_as,
-            "mergeable_state": "dirty" if self.has_conflict(found) else "clean",
             "auto_merge": {"merge_method": "merge"} if found.is_auto_merged else None,
         }
 

@@ -14,9 +14,10 @@ import pytest
 from orchestrator.testing.forge_servers import GitHubServer, GitLabServer
 from orchestrator.testing.forge_servers.pull_requests import ForgePullRequest, MergeMethod, PullRequestServer
 from tests.conftest import CommandResult, Repository
+from tests.forge_descriptions.validation import ValidatedGitHub
 from tests.waiting import wait_for
 
-SERVERS: dict[str, type[PullRequestServer]] = {"github": GitHubServer, "gitlab": GitLabServer}
+SERVERS: dict[str, type[PullRequestServer]] = {"github": ValidatedGitHub, "gitlab": GitLabServer}
 
 
 def give_token(repository: Repository) -> None:
@@ -368,3 +369,5 @@ def test_an_invalid_commit_of_the_forge_is_reported(
     child.send_signal(signal.SIGINT)
     result = CommandResult.of(child)
     assert (result.code, result.states) == (130, {"one": "proposed"})
+    if isinstance(forge, ValidatedGitHub):
+        forge.differences.clear()
