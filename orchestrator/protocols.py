@@ -1009,6 +1009,8 @@ class SyncResult:
     requests: Sequence[TrackerRequest] = ()
     conflicts: Sequence[str] = ()
     """The tasks whose state it did not show, because another run that is alive claims them in the list."""
+    abandoned: Sequence[str] = ()
+    """The tasks that another run claimed in the list, and neither ended nor claims any more."""
     problem: RefusedError | None = None
     """Why it could not show all states, although it found the requests; it is called again."""
     texts: Mapping[str, str] = field(default_factory=dict)

@@ -52,6 +52,8 @@ MIN_PAUSE: Final = 2.0
 _RETRY_WAIT: Final[wait_base] = wait_exponential(max=60.0)
 _FINAL_RETRY_DELAY: Final = 0.5
 _BLOCKED: Final = "blocked"
+#: Why a task is cancelled that another run claims.
+_LEFT: Final = "another run works on it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,7 @@ class TrackerSync:
         self._store, self._clock, self._redactor = store, clock, redactor
         self._run, self._link, self._read = run, link, read
         self._key = cursor_key(run, "tracker", link.name)
-        self._conflicts = frozenset[str]()
+        self._conflicts, self._abandoned = frozenset[str](), frozenset[str]()
         self._is_finished = False
         self._changed, self._ended = anyio.Event(), anyio.Event()
         self._watch_scope = anyio.CancelScope()
@@ -291,8 +293,9 @@ class TrackerSync:
         """Record what is new in one commit; return the requests passed on, and those refused with reasons."""
         version, cursor = await _read_cursor(self._store, self._key)
         changes = _Changes([])
-        conflicts = frozenset(result.conflicts)
+        conflicts, abandoned = frozenset(result.conflicts), frozenset(result.abandoned)
         self._leave(conflicts - self._conflicts, found.record, changes)
+        self._take_over(abandoned - self._abandoned, found.record, changes)
         new = {one.id: one for one in result.requests if one.id not in cursor.handled}
         for request in new.values():
             if request.task in found.record.tasks and not await self._is_past(request):
@@ -307,7 +310,7 @@ class TrackerSync:
             except VersionConflict:  # another process passes them on
                 return [], []
             failpoint("request.recorded")
-        self._conflicts = conflicts
+        self._conflicts, self._abandoned = conflicts, abandoned
         return changes.requested, changes.refused
 
     def _leave(self, tasks: Iterable[str], record: RunRecord, changes: _Changes) -> None:
@@ -315,9 +318,16 @@ class TrackerSync:
         for task in sorted(tasks):
             changes.events.append(self._event(TrackerConflict, task=task))
             if task in record.tasks and record.tasks[task].status not in FINAL_STATUSES:
-                id_ = f"conflict-{task}-{int(self._clock.now() * 1000):x}"  # it may conflict again after a retry
-                ignore = TrackerRequest(id_, task, "ignore", "another run works on it")
-                self._add_request(ignore, record, changes)
+                self._add_request(TrackerRequest(self._new_id(task), task, "ignore", _LEFT), record, changes)
+
+    def _take_over(self, tasks: Iterable[str], record: RunRecord, changes: _Changes) -> None:
+        """Retry tasks that were left to a run that abandoned them."""
+        for task in sorted(tasks):
+            if task in record.tasks and record.tasks[task].ignored_reason == _LEFT:
+                self._add_request(TrackerRequest(self._new_id(task), task, "retry"), record, changes)
+
+    def _new_id(self, task: str) -> str:
+        return f"claim-{task}-{int(self._clock.now() * 1000):x}"  # claims may change repeatedly
 
     async def _is_past(self, request: TrackerRequest) -> bool:
         """Return True if a request is older than its task: it was meant for an earlier run."""

@@ -101,19 +101,28 @@ class ForgeTracker(Connected[OptionsT], ABC):
         """Show the states on the issues, and return what people requested there."""
         by_number = {number: state for state in states if (number := issue_number(state.id)) is not None}
         issues = await self._issues.issues(by_number)
-        requests, conflicts = [], []
+        requests, conflicts, abandoned = [], [], []
         texts = {by_number[one.number].id: issue_text(one) for one in issues if one.is_trusted}
         problem: RefusedError | None = None
         for issue in issues:
             state = by_number[issue.number]
             requests += find_requests(_without_own_comments(issue), state.id, has_ended=state.has_ended)
+            if self._is_abandoned(issue, state):
+                abandoned.append(state.id)
             try:
                 if problem is None and not await self._show(issue, state):
                     conflicts.append(state.id)
             except RefusedError as error:  # a token that may only read, for example: people's requests still count
                 problem = error
         self._passed_on = frozenset(request.id for request in requests)
-        return SyncResult(requests, conflicts, problem, texts)
+        return SyncResult(requests, conflicts, abandoned, problem, texts)
+
+    def _is_abandoned(self, issue: Issue, state: TrackedState) -> bool:
+        """Return True if an open issue shows another run that neither ended its task nor is alive."""
+        _, shown = _shown_state(_state_comments(issue))
+        if shown is None or shown.run == state.run or shown.has_ended:
+            return False
+        return issue.is_open and not shown.is_claimed(time.time(), self._options.stale_after)
 
     async def _show(self, issue: Issue, state: TrackedState) -> bool:
         """Show a state on its issue; return False if another live run claims the issue."""
@@ -126,7 +135,7 @@ class ForgeTracker(Connected[OptionsT], ABC):
         if shown is not None and shown.run != state.run:
             if shown.is_claimed(now, stale_after):
                 return False
-            if shown.has_ended and state.task["status"] == TaskStatus.CANCELLED:  # it was left to the run shown
+            if state.task["status"] == TaskStatus.CANCELLED:  # it was left to the run shown
                 return True
         shared = to_shared(state, now)
         is_shown = shown is not None and (shown.run, shown.status) == (shared.run, shared.status)

@@ -179,7 +179,9 @@ class ForgeContract(TrackerContract):
         stale = f'"heartbeat": {time.time() - 301}'
         comment.body = comment.body.replace(f'"heartbeat": {shared.heartbeat}', stale)
         assert "issue-1" in [task.id for task in await self.open_tasks(options)]
-        assert not (await self.sync(options, make_state("issue-1", RUNNING))).conflicts
+        result = await self.sync(options, make_state("issue-1", RUNNING))
+        assert (result.conflicts, result.abandoned) == ([], ["issue-1"])
+        assert not (await self.sync(options, make_state("issue-1", RUNNING))).abandoned
         self.server.add_user("stranger")
         self.server.comment(4, comment.body.replace(stale, f'"heartbeat": {time.time()}'), "stranger")
         assert "issue-4" in [task.id for task in await self.open_tasks(options)]
@@ -203,7 +205,8 @@ class ForgeContract(TrackerContract):
         """It was left to that run."""
         options, landed = self.validated(tmp_path), make_state("issue-1", LANDED)
         await self.sync(options, replace(landed, run="20260102-120000-beef"))
-        assert not (await self.sync(options, make_state("issue-1", CANCELLED))).conflicts
+        result = await self.sync(options, make_state("issue-1", CANCELLED))
+        assert (result.conflicts, result.abandoned) == ([], [])
         [comment] = self.state_comments(1)
         assert "council: landed" in comment
         assert "council:landed" in self.server.issue(1).labels
