@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,17 +219,12 @@ def machines(repository: Repository, forge: ForgeServer, tmp_path: Path) -> list
     assert isinstance(forge, PullRequestServer)
     forge.git_dir = tmp_path / "forge.git"
     made = []
-    for name in ("first", "second"):
-        top, environ = (
-            tmp_path / name / "project",
-            {**repository.environ, "COUNCIL_HOME": str(tmp_path / name / "home")},
-        )
-        top.mkdir(parents=True)
-        ledger = tmp_path / name / "ledger" / "spawns"
-        ledger.parent.mkdir()
-        made.append(Repository(top.parent, environ, ledger))
-        Repository(top, environ, ledger).configure(
-            [], repo=forge.clone_url, trackers=trackers(forge, stale_after="3s"), writable=[str(tmp_path)]
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        (folder / "ledger").mkdir(parents=True)
+        environ = {**repository.environ, "COUNCIL_HOME": str(folder / "home")}
+        made.append(Repository(folder, environ, folder / "ledger" / "spawns"))
+        replace(made[-1], top=folder / "project").configure(  # it writes the file next to the repository
+            [], repo=forge.clone_url, trackers=trackers(forge, stale_after="10s"), writable=[str(tmp_path)]
         )
     return made
 
