@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Cluster:
     repository: Repository
     remote: Path
     store: str
+    machines: list[Repository] = field(default_factory=list)
 
     def machine(self, name: str) -> Repository:
         """Return a machine with a home and an empty folder of its own."""
@@ -37,7 +38,9 @@ class Cluster:
         (place / "home").mkdir(parents=True)
         (place / "work").mkdir()
         environ = {"HOME": str(place / "home"), "COUNCIL_HOME": str(place / "council-home")}
-        return replace(self.repository, top=place / "work", environ={**self.repository.environ, **environ})
+        made = replace(self.repository, top=place / "work", environ={**self.repository.environ, **environ})
+        self.machines.append(made)
+        return made
 
     def configure(self, machine: Repository, *tasks: Mapping[str, Any], **settings: Any) -> str:
         """Write a file for runs that this machine creates, and return its path."""
@@ -59,6 +62,19 @@ class Cluster:
         """Return the starts of sessions on all machines, as `task attempt`."""
         lines = self.repository.spawns.read_text().splitlines() if self.repository.spawns.exists() else []
         return [line.partition(" ")[2] for line in lines]
+
+
+@contextmanager
+def open_cluster(repository: Repository, store: str) -> Iterator[Cluster]:
+    """Yield a cluster whose remote has the repository; end all processes of its machines, perhaps after a failure."""
+    remote = repository.top.parent / "remote.git"
+    repository.git("clone", "--quiet", "--bare", str(repository.top), str(remote))
+    cluster = Cluster(repository, remote, store)
+    try:
+        yield cluster
+    finally:
+        for machine in cluster.machines:
+            signal_machine(machine, signal.SIGKILL)
 
 
 def work(machine: Repository, cluster: Cluster, *more: str, failpoints: str = "") -> StartedCommand:

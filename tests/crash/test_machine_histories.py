@@ -8,12 +8,11 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import CommandResult, Repository
+from tests.conftest import CommandResult
 from tests.machines import Cluster, signal_machine, work
 from tests.store_kinds import Server
 from tests.waiting import wait_for
@@ -93,11 +92,9 @@ class History:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-def test_random_history_of_machines(repository: Repository, server: Server, tmp_path: Path, seed: int) -> None:
+def test_random_history_of_machines(cluster: Cluster, server: Server, seed: int) -> None:
     """Each task lands exactly once and completely, and nothing is left at the remote."""
     chance = random.Random(seed)
-    repository.git("clone", "--quiet", "--bare", str(repository.top), str(tmp_path / "remote.git"))
-    cluster = Cluster(repository, tmp_path / "remote.git", server.url())
     tasks = random_tasks(chance, 14)
     config = {"tasks": tasks, "workflows": {"two": [{"build": {}}, {"polish": {}}]}}
     history = History(cluster, server, chance, config)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CommandResult, Repository
+from tests.conftest import CommandResult
 from tests.machines import Cluster, signal_machine, work
 from tests.store_kinds import Server
 from tests.waiting import wait_for
@@ -17,14 +17,11 @@ from tests.waiting import wait_for
 
 @pytest.mark.extended
 @pytest.mark.parametrize("count", [12, pytest.param(60, marks=pytest.mark.slow)])
-def test_three_machines_finish_one_queue(repository: Repository, server: Server, tmp_path: Path, count: int) -> None:
+def test_three_machines_finish_one_queue(cluster: Cluster, server: Server, tmp_path: Path, count: int) -> None:
     """One is lost, one suspended until others have taken its work, and the remote and the store are gone for a while.
 
     Each task lands exactly once, each commit of the target has passed the check, and nothing is left anywhere.
     """
-    remote = tmp_path / "remote.git"
-    repository.git("clone", "--quiet", "--bare", str(repository.top), str(remote))
-    cluster = Cluster(repository, remote, server.url())
     machines = [cluster.machine(name) for name in ("first", "second", "third")]
     first, second, third = machines
     tasks = [
@@ -53,9 +50,9 @@ def test_three_machines_finish_one_queue(repository: Repository, server: Server,
     time.sleep(2 * 1.5)
     signal_machine(third, signal.SIGCONT)
     gone = tmp_path / "gone.git"
-    remote.rename(gone)
+    cluster.remote.rename(gone)
     time.sleep(20 if count > 20 else 4)
-    gone.rename(remote)
+    gone.rename(cluster.remote)
     server.kill()
     time.sleep(1)
     server.start()

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests.command_server import StartedCommand
 from tests.conftest import FAKE_CLI, CommandResult, Repository
-from tests.machines import Cluster, work
+from tests.machines import Cluster, open_cluster, work
 from tests.store_kinds import SERVERS
 from tests.waiting import wait_for
 
@@ -31,11 +32,10 @@ def wait_for_machines(leader: StartedCommand) -> dict[str, str]:
 
 
 @pytest.fixture(params=["postgres", pytest.param("redis", marks=pytest.mark.extended)])
-def cluster(request: pytest.FixtureRequest, repository: Repository, tmp_path: Path) -> Cluster:
-    """Return a remote with one commit on `main`."""
-    remote = tmp_path / "remote.git"
-    repository.git("clone", "--quiet", "--bare", str(repository.top), str(remote))
-    return Cluster(repository, remote, SERVERS[request.param].store_url_at(tmp_path))
+def cluster(request: pytest.FixtureRequest, repository: Repository, tmp_path: Path) -> Iterator[Cluster]:
+    """Yield a remote with one commit on `main`."""
+    with open_cluster(repository, SERVERS[request.param].store_url_at(tmp_path)) as made:
+        yield made
 
 
 def test_a_worker_needs_only_the_store(cluster: Cluster, tmp_path: Path) -> None:
