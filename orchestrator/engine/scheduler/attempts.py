@@ -43,6 +43,7 @@ from orchestrator.engine.state.transitions import TaskUpdate
 from orchestrator.errors import (
     ClaimLost,
     GitError,
+    GitKilled,
     HandoffCorrupted,
     HubDamaged,
     RefusedError,
@@ -361,7 +362,7 @@ class AttemptPreparer:
         try:
             await ledger.fetch_work(task, next_phase.start, context.refs(f"work/{task}"))
             based = await self.attempts.base_selector.select(task, spec, next_phase, tips)
-        except (HubDamaged, TargetMissing):
+        except (GitKilled, HubDamaged, TargetMissing):  # a pause does not fix these
             raise
         except (GitError, WorkMissing) as error:
             await ledger.writer.note_once(TaskStartDelayed(task=task, reason=str(error)), task)
